@@ -1,0 +1,183 @@
+"""SMTConfig: what a user may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from peft import PeftConfig, PeftType
+
+Selection = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
+Scope = Literal["model", "module"]
+Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
+Accumulation = Literal["absolute", "signed"]
+Bias = Literal["none", "all", "smt_only"]
+
+DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
+NEEDS_WARMUP = ("gradient", "activation")
+
+
+@dataclass
+class SMTConfig(PeftConfig):
+    """Configuration of Sparse Matrix Tuning (arXiv 2405.15525).
+
+    A warm-up scores every `block_size x block_size` block of the target weights; the best blocks of the whole model
+    are selected; only the difference of those blocks from the frozen weight (the delta) is trained.
+
+    Raises:
+        ValueError: for a value that is impossible by itself or together with another one. What depends on the model
+            (a block size that does not divide a weight, a budget above the number of blocks) is refused by
+            `get_peft_model`.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names, a regex or 'all-linear'. Default: q, k and v of the model's architecture."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regex of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as a new classifier."}
+    )
+    bias: Bias = field(
+        default="none", metadata={"help": "Biases to train: 'none', 'all', or 'smt_only' (those of the targets)."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True: the delta starts at zero. False: small random values, for tests of other code."},
+    )
+    block_size: int | Literal["auto"] = field(
+        default="auto",
+        metadata={"help": "Side of a block. 'auto': the largest power of two, at most 256, that divides every side."},
+    )
+    num_blocks: int | None = field(default=None, metadata={"help": "Budget: how many blocks are trained."})
+    trainable_ratio: float | None = field(
+        default=None,
+        metadata={"help": f"Budget as a share of the base model's parameters. Default: {DEFAULT_TRAINABLE_RATIO}."},
+    )
+    num_blocks_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Regex of module names -> a budget of their own. Modules that match none share the main budget."
+        },
+    )
+    selection: Selection = field(default="gradient", metadata={"help": "The rule that scores blocks."})
+    scope: Scope = field(
+        default="model",
+        metadata={"help": "'model': one ranking of all blocks (the paper). 'module': the same share in every matrix."},
+    )
+    score: Score = field(
+        default="abs_mean",
+        metadata={"help": "Score of a block with gradient g: mean |g| (the paper), |mean g|, sum |g| or the l2 norm."},
+    )
+    accumulation: Accumulation = field(
+        default="absolute",
+        metadata={"help": "'absolute': mean of every iteration's score. 'signed': score of the mean gradient."},
+    )
+    warmup_steps: int = field(default=100, metadata={"help": "Batches that the warm-up looks at."})
+    seed: int = field(default=0, metadata={"help": "Seed of selection='random'."})
+    selected_blocks: dict[str, list[list[int]]] | None = field(
+        default=None,
+        metadata={
+            "help": "Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled by "
+            "the selection; given by hand, it is the selection and its length is the budget."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SMT
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.selected_blocks is not None:
+            self.selected_blocks = {name: _parse_blocks(name, blocks) for name, blocks in self.selected_blocks.items()}
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def to_dict(self) -> dict:
+        """As a file holds it: the blocks of a module on one line."""
+        values = super().to_dict()
+        if self.selected_blocks is not None:
+            values["selected_blocks"] = {
+                name: " ".join(f"{row},{col}" for row, col in blocks) for name, blocks in self.selected_blocks.items()
+            }
+        return values
+
+    def _check_choices(self) -> None:
+        choices = {"selection": Selection, "scope": Scope, "score": Score, "accumulation": Accumulation, "bias": Bias}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}.")
+
+    def _check_numbers(self) -> None:
+        if self.block_size != "auto" and not _is_positive_int(self.block_size):
+            raise ValueError(f"block_size={self.block_size!r} is neither a positive integer nor 'auto'.")
+        if self.num_blocks is not None and not _is_int(self.num_blocks, at_least=0 if self.num_blocks_pattern else 1):
+            raise ValueError(f"num_blocks={self.num_blocks!r} is not a positive integer.")
+        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
+            raise ValueError(
+                f"trainable_ratio={self.trainable_ratio!r} is not in (0, 1]: it is a share, so 0.86 % is 0.0086."
+            )
+        if not _is_positive_int(self.warmup_steps):
+            raise ValueError(f"warmup_steps={self.warmup_steps!r} is not a positive integer.")
+        for pattern, budget in self.num_blocks_pattern.items():
+            if not _is_positive_int(budget):
+                raise ValueError(f"num_blocks_pattern[{pattern!r}]={budget!r} is not a positive integer.")
+
+    def _check_combinations(self) -> None:
+        if self.num_blocks is not None and self.trainable_ratio is not None:
+            raise ValueError(
+                f"num_blocks={self.num_blocks} and trainable_ratio={self.trainable_ratio} both set the budget; "
+                "give one of them."
+            )
+        if self.accumulation == "signed" and self.selection != "gradient":
+            raise ValueError(
+                f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; "
+                "use accumulation='absolute' or selection='gradient'."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give both."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} needs target_modules as a list of names, "
+                f"but it is the string {self.target_modules!r}; put the layers into the regex instead."
+            )
+        if self.selected_blocks is not None:
+            given = sum(len(blocks) for blocks in self.selected_blocks.values())
+            if given == 0:
+                raise ValueError("selected_blocks is empty; leave it out to let the warm-up select.")
+            wanted = (self.num_blocks or 0) + sum(self.num_blocks_pattern.values())
+            if self.num_blocks is not None and given != wanted:
+                raise ValueError(
+                    f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or fix the list."
+                )
+
+
+def _is_int(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_positive_int(value: object) -> bool:
+    return _is_int(value, at_least=1)
+
+
+def _parse_blocks(name: str, blocks: str | list) -> list[list[int]]:
+    pairs = [pair.split(",") for pair in blocks.split()] if isinstance(blocks, str) else blocks
+    try:
+        return [[int(row), int(col)] for row, col in pairs]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"selected_blocks[{name!r}]={blocks!r} is not a list of [block row, block column] pairs."
+        ) from None

@@ -1,0 +1,389 @@
+"""The layer that stands in for a target Linear: forward, merge, unmerge, disable."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from smt_peft import ops
+from smt_peft.bank import Blocks, DeltaBank, DeltaBanks, LayerBlocks
+
+
+class BlockGradients(torch.autograd.Function):
+    """Identity on y [tokens, out] that gives the gradient of the delta which stands in the weight already."""
+
+    @staticmethod
+    def forward(ctx, y, x, delta, rows, kept, places):
+        size = delta.shape[-1]
+        columns = x.view(len(x), -1, size).index_select(1, kept).flatten(1)
+        ctx.save_for_backward(columns, rows, places)
+        ctx.shape, ctx.dtype = delta.shape, delta.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        columns, rows, places = ctx.saved_tensors
+        gradient = torch.zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32), device=dy.device)
+        slots = torch.arange(len(rows), device=dy.device)
+        ops.block_grad_(gradient, dy, columns, slots, rows, places)
+        return dy, None, gradient.to(ctx.dtype), None, None, None
+
+
+class SMTLayer(BaseTunerLayer):
+    """Marks the layers of this package for PEFT."""
+
+    adapter_layer_names = ("smt_blocks",)
+
+
+class Linear(nn.Module, SMTLayer):
+    """A frozen Linear (or GPT-2's Conv1D) whose selected blocks are trained.
+
+    The deltas live in the banks at the root of the model; `smt_blocks` says which of them are this layer's. All block
+    coordinates are those of the matrix [out_features, in_features], also where Conv1D stores its transpose.
+    """
+
+    def __init__(self, base_layer: nn.Module, banks: DeltaBanks, shared_weight: bool, quantization: dict):
+        super().__init__()
+        self.base_layer = base_layer
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.weight.shape
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+        self.smt_blocks = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self.__dict__["_banks"] = banks  # not registered: the banks' home is the root of the model
+        self._shared_weight = shared_weight
+        self._residency: tuple[object, bool] = (None, False)
+        self._synced: tuple | None = None
+        self._base_only = False  # while a weight must be the original one for a moment
+        self.written: list = []  # what stands in the weight, see resident.py
+        self._unmerged_weight: nn.Parameter | None = None
+        self.register_load_state_dict_pre_hook(_restore_before)
+        self.register_state_dict_pre_hook(_restore_before)
+
+    def update_layer(self, adapter_name: str) -> None:
+        """Make this layer a target of another adapter."""
+        self.smt_blocks[adapter_name] = LayerBlocks(self._banks, adapter_name)
+
+    # --- what this layer's adapters are ----------------------------------------------------------------------------
+
+    def bank(self, adapter: str) -> DeltaBank:
+        return self._banks[adapter]
+
+    def blocks(self, adapter: str) -> Blocks | None:
+        """The layer's selected blocks of an adapter; None where it has none."""
+        if adapter not in self.smt_blocks or adapter not in self._banks:
+            return None
+        return self.smt_blocks[adapter].on(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this layer computes: its weight's device, or the hook's that brings an offloaded weight in."""
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return self.weight.device if device is None else torch.device(device)
+
+    def _active(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active_adapters if self.blocks(name) is not None)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The adapter's delta as a dense matrix in the shape of the base weight, float32."""
+        size = self.bank(adapter).block_size
+        blocks = self.blocks(adapter)
+        delta = torch.zeros(
+            self.out_features // size, self.in_features // size, size, size, device=self.device, dtype=torch.float32
+        )
+        if blocks is not None:
+            delta[blocks.rows, blocks.cols] = blocks.of(self.bank(adapter).values()).to(delta)
+        delta = delta.transpose(1, 2).reshape(self.out_features, self.in_features)
+        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+
+    # --- resident: the blocks of the weight hold W0 + delta ----------------------------------------------------------
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the weight is a plain float tensor of this module alone, always here. Otherwise: additive."""
+        weight = self.base_layer.weight if self.quantization_backend is None else None
+        if self._residency[0] is not weight or weight is None:
+            plain = (
+                type(weight) is nn.Parameter
+                and weight.is_floating_point()
+                and weight.dtype.itemsize > 1
+                and weight.device.type != "meta"
+                and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3
+                and not hasattr(self.base_layer, "_hf_hook")  # accelerate may offload it
+                and not self._shared_weight
+                and not self._banks.is_sharded()  # FSDP2 shows plain tensors during forward
+            )
+            if self.written and not plain:
+                raise RuntimeError(
+                    "A weight was sharded, offloaded or quantised while it held the deltas of adapter "
+                    f"{self.written[0].adapter!r}. Wrap or shard the model before its first forward, or call "
+                    "disable_adapter_layers() before wrapping it."
+                )
+            self._residency = (weight, plain)
+        return self._residency[1]
+
+    def wanted(self) -> tuple[str, ...]:
+        """The adapters whose deltas the weight should hold now."""
+        if self.merged:
+            return tuple(n for n in self.merged_adapters if self.blocks(n) is not None) if self._is_plain() else ()
+        if self.disable_adapters or self._base_only or not self.is_resident:
+            return ()
+        return self._active()
+
+    def _state(self) -> tuple:
+        wanted = self.wanted()
+        return (self.weight.data_ptr(), wanted, *[self.bank(name).stamp() for name in wanted])
+
+    def in_sync(self) -> bool:
+        return not (self.written or self.wanted()) or self._synced == self._state()
+
+    def mark_synced(self) -> None:
+        self._synced = self._state()
+
+    def block_views(self, blocks: Blocks, size: int) -> list[torch.Tensor]:
+        """Views [b, b] of the blocks in the weight's storage."""
+        matrix = self.base_layer.weight.data
+        if isinstance(self.base_layer, Conv1D):
+            matrix = matrix.T
+        grid = matrix.unfold(0, size, size).unfold(1, size, size)
+        return [grid[row, col] for row, col in zip(blocks.rows.tolist(), blocks.columns, strict=True)]
+
+    def _sync(self) -> None:
+        """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
+        if not self.in_sync():
+            self._banks.sync()
+
+    # --- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
+        """The base layer's output [..., out_features] with the active adapters' deltas."""
+        base = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            if self.written:
+                self._sync()
+            return base(x)
+        if adapter_names is not None:
+            return self._mixed_batch(x, base, adapter_names)
+        if self.merged:
+            return base(x)
+        if torch.compiler.is_compiling():
+            return self._compiled(x, base)
+        tape = self._banks.tape
+        if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
+            record = tape.collector.keep(tape, x)
+            y = self._apply(tape.alias, base, self._active())
+            record.catch(y, tape.collector.consumers(self))
+            return y
+        self._require_selection()
+        active = self._active()
+        trained = [name for name in active if self.bank(name).weight.requires_grad]
+        if not trained:
+            return self._apply(x, base, active)
+        tape.home = tape.home or self
+        if not torch.is_grad_enabled():
+            return self._apply(x, base, active)
+        record, consumers = self._keep(x, trained)
+        y = self._apply(tape.alias, base, active)
+        record.catch(y, consumers)
+        return y
+
+    def _apply(self, x: torch.Tensor, base, active: tuple[str, ...]) -> torch.Tensor:
+        """The forward without what training needs."""
+        if self.is_resident:
+            self._sync()
+            return base(x)
+        y = base(x)
+        for name in active:
+            y = y + self._additive(x, name, y.dtype)
+        return y
+
+    def _additive(self, x: torch.Tensor, adapter: str, dtype: torch.dtype) -> torch.Tensor:
+        blocks = self.blocks(adapter)
+        delta = blocks.of(self.bank(adapter).values().to(x.device))
+        flat = x.reshape(-1, self.in_features).to(dtype)
+        y = ops.block_matmul(flat, delta.to(dtype), blocks.rows, blocks.cols, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _keep(self, x: torch.Tensor, trained: list[str]):
+        """Put the nodes that bring this layer's block gradients home before its matmul."""
+        tape = self._banks.tape
+        record = tape.record(x)
+        if tape.alias is x and (tape.home is self or not x.requires_grad):
+            for name in self.active_adapters:
+                if name in self._banks and self.bank(name).weight.requires_grad:
+                    tape.alias = self.bank(name)(tape.alias)
+        consumers, gathers = [], {}
+        for name in trained:
+            bank, blocks = self.bank(name), self.blocks(name)
+            width, total = bank.block_size, self.in_features // bank.block_size
+            chain = record.columns.get(width) or tape.columns(width, total, self.device)
+            link, places = chain.after(blocks)
+            if len(link.places) > len(chain.places):
+                gathers[width] = link.gather
+            record.columns[width] = link
+            consumers.append((width, partial(_add_block_gradients, bank, blocks, places)))
+        if gathers:
+            tape.alias = record.keep(tape.alias, None, gathers)
+        return record, consumers
+
+    def _compiled(self, x: torch.Tensor, base) -> torch.Tensor:
+        """The forward as torch.compile sees it: functional, with each layer's part of the bank as an input."""
+        shares = [self.smt_blocks[name] for name in self.active_adapters if name in self.smt_blocks]
+        if any(share.delta is None for share in shares):
+            self._banks.prepare_compiled()  # once: from the next forward on it is done before the graph starts
+        y = base(x)
+        for share in shares:
+            blocks = share.compiled
+            if blocks is None:
+                continue
+            flat = x.reshape(-1, self.in_features).to(y.dtype)
+            if share.resident:
+                matrix = y.reshape(-1, self.out_features)
+                y = BlockGradients.apply(matrix, flat, share.delta, blocks.rows, blocks.kept, blocks.places).view(
+                    y.shape
+                )
+            else:
+                added = ops.block_matmul(flat, share.delta.to(y.dtype), blocks.rows, blocks.cols, self.out_features)
+                y = y + added.view(y.shape)
+        return y
+
+    def _mixed_batch(self, x: torch.Tensor, base, adapter_names: list[str]) -> torch.Tensor:
+        """Each sample of the batch with its own adapter (inference): the plain base output plus each one's delta."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters; call unmerge_adapter() first."
+            )
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one a row."
+            )
+        self._base_only = True
+        self._banks.sync_layer(self)
+        y = base(x)
+        self._base_only = False
+        for name in {name for name in adapter_names if self.blocks(name) is not None}:
+            rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
+            y = y.index_add(0, rows, self._additive(x[rows], name, y.dtype))
+        return y
+
+    def _require_selection(self) -> None:
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for name in self.active_adapters:
+            if name in self.smt_blocks and not self.bank(name).is_selected:
+                raise RuntimeError(
+                    f"Adapter {name!r} has no blocks yet: training needs a selection first. Pass "
+                    "callbacks=[SMTWarmupCallback()] to the Trainer, or call "
+                    "smt_peft.select_blocks(model, dataloader)."
+                )
+
+    # --- merge, disable, switch ----------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Make the weight hold the active (or named) adapters for good, until `unmerge`.
+
+        With `safe_merge`, raise ValueError and leave the weight alone where the result has NaN or infinite entries.
+        """
+        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.smt_blocks]
+        if not adapter_names:
+            return
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise TypeError(
+                f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
+                "base model instead."
+            )
+        for name in adapter_names:
+            if safe_merge and not torch.isfinite(self.get_base_weight() + self._delta_for_merge(name)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or the "
+                    "base weight is not finite."
+                )
+        if self._is_plain():
+            self.merged_adapters += adapter_names
+            self._banks.sync_layer(self)
+            return
+        if self._unmerged_weight is None:
+            self._unmerged_weight = self.get_base_layer().weight
+        weight = self.get_base_weight().clone()
+        for name in adapter_names:
+            weight += self._delta_for_merge(name).to(weight)
+        self.set_base_weight(weight)
+        self.merged_adapters += adapter_names
+
+    def _delta_for_merge(self, adapter: str) -> torch.Tensor:
+        """The dense delta, or zero where the weight holds it already."""
+        delta = self.get_delta_weight(adapter)
+        return delta * 0 if any(written.adapter == adapter for written in self.written) else delta
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again: the weight is what it was, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self.merged_adapters.clear()
+        if self._unmerged_weight is not None:
+            self.get_base_layer().weight = self._unmerged_weight
+            self._unmerged_weight = None
+        else:
+            self._banks.sync_layer(self)
+
+    def base_matrix(self) -> torch.Tensor:
+        """The base weight as [out_features, in_features], dequantised."""
+        weight = self.get_base_weight()
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def restore(self) -> None:
+        """Bring back the original weight, bit for bit; the next forward writes the deltas again."""
+        if self.written and not self.merged:
+            self._base_only = True
+            self._banks.sync_layer(self)
+            self._base_only = False
+
+    def _is_plain(self) -> bool:
+        return self.quantization_backend is None and type(self.base_layer.weight) is nn.Parameter
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._banks.switched(self)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._banks.switched(self)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._banks.switched(self)
+        self._banks.remove(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # blocks have full rank: an SVD would lose part of what was trained
+
+    def __repr__(self) -> str:
+        return "smt." + super().__repr__()
+
+
+def _add_block_gradients(bank: DeltaBank, blocks: Blocks, places: torch.Tensor, dy: torch.Tensor, x: torch.Tensor):
+    gradient = bank.add_gradient()
+    if gradient.device == dy.device:
+        ops.block_grad_(gradient, dy, x, blocks.slots, blocks.rows, places)
+    else:  # model spread over devices: the bank lives on one of them
+        part = torch.zeros(len(blocks.columns), *gradient.shape[1:], dtype=gradient.dtype, device=dy.device)
+        ops.block_grad_(part, dy, x, torch.arange(len(part), device=dy.device), blocks.rows, places)
+        gradient.index_add_(0, blocks.slots.to(gradient.device), part.to(gradient.device))
+
+
+def _restore_before(layer: Linear, *_: object) -> None:
+    """State dicts hold the base weight, not what stands in its blocks."""
+    layer.restore()

@@ -1,0 +1,397 @@
+"""SMTModel: puts SMT layers into a model, gives the adapter its bank, and answers PEFT's calls about both."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from smt_peft.bank import DeltaBank, DeltaBanks, Group, Target
+from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
+from smt_peft.layer import Linear, SMTLayer
+from smt_peft.ops import reduce_blocks
+from smt_peft.selection import diagonal_scores, random_scores, select, sort_index
+
+BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
+LARGEST_AUTO_BLOCK = 256
+
+_QKV = ["q_proj", "k_proj", "v_proj"]
+TARGET_MODULES = {
+    **dict.fromkeys(
+        [
+            "llama",
+            "llama4",
+            "llama4_text",
+            "mistral",
+            "ministral",
+            "mixtral",
+            "qwen2",
+            "qwen2_moe",
+            "qwen3",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            "gemma4_text",
+            "olmo",
+            "olmo2",
+            "olmoe",
+            "cohere",
+            "cohere2",
+            "granite",
+            "granitemoe",
+            "starcoder2",
+            "stablelm",
+            "phi",
+            "phimoe",
+            "smollm3",
+            "exaone4",
+            "opt",
+            "bart",
+            "mbart",
+            "pegasus",
+            "gptj",
+            "gpt_neo",
+            "nemotron",
+            "deepseek_v2",
+            "hunyuan_v1_dense",
+        ],
+        _QKV,
+    ),
+    **dict.fromkeys(["phi3", "codegen", "phi4_multimodal"], ["qkv_proj"]),
+    **dict.fromkeys(["gpt_neox", "bloom", "falcon", "chatglm"], ["query_key_value"]),
+    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
+    **dict.fromkeys(["t5", "mt5", "umt5"], ["q", "k", "v"]),
+    **dict.fromkeys(
+        ["bert", "roberta", "xlm-roberta", "camembert", "electra", "layoutlm", "vit", "deit"],
+        ["query", "key", "value"],
+    ),
+    "distilbert": ["q_lin", "k_lin", "v_lin"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj"],
+    "mpt": ["Wqkv"],
+}
+
+
+class SMTModel(BaseTuner):
+    """A model with Sparse Matrix Tuning adapters. Made by `get_peft_model(model, SMTConfig(...))`."""
+
+    prefix = "smt_"
+    tuner_layer_cls = SMTLayer
+    target_module_mapping = TARGET_MODULES
+
+    # --- injection ---------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Wrap the targets and allocate the adapter's bank; on any error, leave the model as it was.
+
+        The config is copied: what is resolved here (block size, budget, selection) must not leak into the next model
+        that a user makes from the same config object.
+        """
+        _mirror_selections(model, self.peft_config)
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        base_parameters = _count_base_parameters(model)
+        uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+        self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
+        if not hasattr(model, BANK):
+            setattr(model, BANK, DeltaBanks(model))
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
+        except Exception:
+            self._take_out(model, adapter_name)
+            raise
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if isinstance(target, Linear):
+            target.update_layer(adapter_name)
+            return
+        quantization = get_quantization_kwargs(self)
+        backend = resolve_quantization_backend(target, **quantization)
+        if not isinstance(target, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
+            raise TypeError(
+                f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
+                "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
+            )
+        layer = Linear(target, getattr(self.model, BANK), id(target.weight) in self._shared, quantization)
+        layer.update_layer(adapter_name)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
+        config: SMTConfig = self.peft_config[adapter]
+        banks: DeltaBanks = getattr(model, BANK)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, Linear) and adapter in module.smt_blocks
+        }
+        size = config.block_size = _block_size(config, layers)
+        targets = [Target(n, layer.out_features // size, layer.in_features // size) for n, layer in layers.items()]
+        groups = _budget(config, targets, base_parameters)
+        bank = DeltaBank(size, targets, groups, "meta" if on_meta else next(iter(layers.values())).device)
+        self._check_new_bank(config, bank)
+        active = adapter in self.active_adapters and not config.inference_mode
+        bank.weight.requires_grad_(active)
+        banks[adapter] = bank
+        for position, layer in enumerate(layers.values()):
+            layer.smt_blocks[adapter].target = position
+        banks.layers = [module for module in model.modules() if isinstance(module, Linear)]
+        if not config.init_weights and not on_meta:
+            nn.init.normal_(bank.weight, std=0.02)
+        index = self._index_without_data(config, bank, list(layers.values()))
+        if index is not None:
+            bank.set_index(index)
+            config.selected_blocks = bank.selected_blocks()
+
+    @staticmethod
+    def _check_new_bank(config: SMTConfig, bank: DeltaBank) -> None:
+        unknown = set(config.selected_blocks or ()) - {target.name for target in bank.targets}
+        if unknown:
+            raise ValueError(
+                f"selected_blocks names {sorted(unknown)[0]!r}, which is not among the {len(bank.targets)} target "
+                f"modules ({bank.targets[0].name}, ...); fix the name or target_modules."
+            )
+
+    @staticmethod
+    def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
+        """The selection where none needs to be learnt: given, or by a rule that needs no data."""
+        grids = [(target.rows, target.cols) for target in bank.targets]
+        if config.selected_blocks is not None:
+            position = {target.name: i for i, target in enumerate(bank.targets)}
+            rows = [[position[name], *rc] for name, blocks in config.selected_blocks.items() for rc in blocks]
+            return sort_index(torch.tensor(rows))
+        if config.selection == "random":
+            return select(random_scores(grids, config.seed), bank.groups, config.scope)
+        if config.selection == "diagonal":  # the same share everywhere: all diagonals tie
+            return select(diagonal_scores(grids), bank.groups, "module")
+        if config.selection == "magnitude":
+            scores = [reduce_blocks(layer.base_matrix(), bank.block_size, "abs_mean") for layer in layers]
+            return select(scores, bank.groups, config.scope)
+        return None
+
+    def _take_out(self, model: nn.Module, adapter: str) -> None:
+        """Undo an injection that failed."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, Linear):
+                layer.smt_blocks.pop(adapter) if adapter in layer.smt_blocks else None
+                if not len(layer.smt_blocks):
+                    parent = model.get_submodule(name.rpartition(".")[0])
+                    self._replace_module(parent, name.rpartition(".")[2], layer.base_layer, layer)
+        self._drop_bank(model, adapter)
+
+    @staticmethod
+    def _drop_bank(model: nn.Module, adapter: str | None = None) -> None:
+        """Take one adapter's bank off the model, or all; with the last one the container goes too."""
+        banks = getattr(model, BANK, None)
+        if banks is not None:
+            for name in [adapter] if adapter else list(banks):
+                banks.remove(name)
+            if not len(banks):
+                banks.remove(adapter)
+                delattr(model, BANK)
+
+    # --- what PEFT finds inside layers for other methods, and at the model's root for this one ---------------------
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        trainable = {name: bank.weight.requires_grad for name, bank in getattr(model, BANK).items()}
+        super()._mark_only_adapters_as_trainable(model)
+        for name, bank in getattr(model, BANK).items():
+            bank.weight.requires_grad_(trainable[name])
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        bank: DeltaBank = getattr(self.model, BANK)[adapter_name]
+        if autocast_adapter_dtype and bank.weight.dtype in (torch.float16, torch.bfloat16):
+            bank.weight = nn.Parameter(bank.weight.data.float(), requires_grad=bank.weight.requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with getattr(self.model, BANK).one_switch():
+            super()._enable_adapter_layers(enabled)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        with getattr(self.model, BANK).one_switch():
+            super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        with getattr(self.model, BANK).one_switch():
+            super().delete_adapter(adapter_name)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
+        layers: list[Linear] = getattr(self.model, BANK).layers
+        for layer in layers:
+            if not merge:
+                layer.restore()
+        model = super()._unload_and_optionally_merge(merge=merge, **options)
+        for layer in layers:
+            layer.written = []  # the weight is the base model's from now on
+        self._drop_bank(model)
+        return model
+
+    # --- state dicts -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        _mirror_selections(model, {adapter_name: config})
+        keys = _bank_keys(model, adapter_name)
+        missing = [key for key in keys if key not in state_dict]
+        if missing:
+            raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter_name!r}.")
+        chosen = {key: state_dict[key] for key in keys}
+        return {**chosen, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        renamed = {}
+        for key in _bank_keys(model, adapter_name):
+            saved = cls._remove_adapter_name_from_key(key, adapter_name)
+            renamed[saved] = renamed["base_model.model." + saved] = key
+        if not any(key in renamed for key in state_dict):
+            found = ", ".join(sorted(state_dict)[:3]) or "nothing"
+            raise ValueError(
+                f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs to "
+                "another PEFT method, or it is broken."
+            )
+        return {renamed.get(key, key): value for key, value in state_dict.items()}
+
+    # --- one batch, several adapters -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        """Hand `adapter_names` (one per sample, "__base__" for none) to every layer for the time of one call."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError(
+                "adapter_names is for inference; call model.eval() first, or train one adapter at a time."
+            )
+        unknown = set(names) - {"__base__"} - set(getattr(self.model, BANK))
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; "
+                f"the model has {', '.join(sorted(getattr(self.model, BANK)))}."
+            )
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, names=names if module in in_encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _add_adapter_names(module, args, kwargs, names):
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _find_banks(model: nn.Module) -> tuple[str, DeltaBanks]:
+    for name, module in model.named_modules():
+        if isinstance(module, DeltaBanks):
+            return name.removeprefix("_fsdp_wrapped_module."), module
+    raise ValueError("The model has no SMT adapter.")
+
+
+def _bank_keys(model: nn.Module, adapter: str) -> list[str]:
+    name, _ = _find_banks(model)
+    return [f"{name}.{adapter}.{part}" for part in ("weight", "index", "fingerprint")]
+
+
+def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
+    """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
+    banks = next((module for module in model.modules() if isinstance(module, DeltaBanks)), {})
+    for adapter, config in configs.items():
+        if adapter in banks:
+            config.selected_blocks = banks[adapter].selected_blocks()
+
+
+def _count_base_parameters(model: nn.Module) -> int:
+    """Parameters of the model without adapters; 4-bit weights and sharded ones counted in full."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if f"{BANK}." in name or ".modules_to_save." in name:
+            continue
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+        total += count
+    return total
+
+
+def _block_size(config: SMTConfig, layers: dict[str, Linear]) -> int:
+    if config.block_size == "auto":
+        size = LARGEST_AUTO_BLOCK
+        while any(layer.out_features % size or layer.in_features % size for layer in layers.values()):
+            size //= 2
+        return size
+    for name, layer in layers.items():
+        if layer.out_features % config.block_size or layer.in_features % config.block_size:
+            config.block_size, given = "auto", config.block_size
+            raise ValueError(
+                f"block_size={given} does not divide {name}'s weight of shape "
+                f"{(layer.out_features, layer.in_features)}; use {_block_size(config, layers)} or block_size='auto'."
+            )
+    return config.block_size
+
+
+def _budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
+    """Who competes for how many blocks; writes the resolved `num_blocks` into the config."""
+    groups, rest = [], list(range(len(targets)))
+    for pattern, budget in config.num_blocks_pattern.items():
+        members = [i for i in rest if re.search(pattern, targets[i].name)]
+        if not members:
+            raise ValueError(
+                f"num_blocks_pattern {pattern!r} matches none of the targets ({targets[0].name}, ...) that earlier "
+                "patterns left; fix the pattern or drop it."
+            )
+        groups.append(Group(members, budget))
+        rest = [i for i in rest if i not in set(members)]
+    if config.selected_blocks is not None:
+        config.num_blocks = sum(map(len, config.selected_blocks.values())) - sum(group.budget for group in groups)
+    elif not rest:
+        if config.num_blocks or config.trainable_ratio:
+            raise ValueError("num_blocks_pattern covers every target, so the main budget would be unused; drop it.")
+        config.num_blocks = 0
+    elif config.num_blocks is None:
+        ratio = config.trainable_ratio or DEFAULT_TRAINABLE_RATIO
+        config.num_blocks = max(1, round(ratio * base_parameters / config.block_size**2))
+    config.trainable_ratio = None  # from here on the number of blocks says it
+    if config.num_blocks:
+        groups.append(Group(rest, config.num_blocks))
+    for members, budget in groups:
+        candidates = sum(targets[i].rows * targets[i].cols for i in members)
+        if budget > candidates:
+            size = config.block_size
+            raise ValueError(
+                f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
+                f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower num_blocks or "
+                f"trainable_ratio (at most {candidates * size**2 / base_parameters:.4f} here), or add target_modules."
+            )
+    return groups

@@ -1,0 +1,331 @@
+"""The operations of ``reference.py`` as Triton kernels, for CUDA tensors of 16 or 32 bit and b a multiple of 16.
+
+Every program owns its output tile and walks what adds up to it, so nothing is atomic and results are repeatable.
+Nothing waits for the device: shapes alone decide the launch. Strides, and so layouts, are free.
+
+Common names: BLOCK is b; PADDED is b rounded up to a power of two, as Triton's tiles are; TILE is the edge of an
+output tile and STEP the number of summands taken at a time, both chosen by timing.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+
+# TILE, STEP, num_warps, num_stages. The last is for devices with little shared memory and for float32.
+_CONFIGS = ((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 4, 4), (64, 32, 4, 2))
+# Edge of the squares over which block_scores sums in registers; it divides every TILE.
+_SCORE_SPAN = 64
+# Programs of a 128 x 128 tile that fill a large GPU about twice. A constant, so that all devices sum in one order.
+_ENOUGH_PROGRAMS = 256
+# Fewest tokens worth a program of their own.
+_SPLIT_TOKENS = 1024
+
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _tuned(*key: str):
+    """Choose TILE and STEP by timing, once per ``key``. The interpreter has nothing to time: it takes the first."""
+    configs = [triton.Config({"TILE": c[0], "STEP": c[1]}, num_warps=c[2], num_stages=c[3]) for c in _CONFIGS]
+    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=list(key))
+
+
+@triton.jit
+def _add_product(total, a, b, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # its dot takes the bits of bfloat16 for integers
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _sum_over_tokens(
+    dy, x, dy_mask, x_mask, first, last, dy_step, x_step, STEP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Sum of dy[t]^T x[t] for first <= t < last; ``dy`` and ``x`` point at token 0 of the tile's columns."""
+    total = tl.zeros([dy.shape[0], x.shape[0]], dtype=tl.float32)
+    for start in range(first, last, STEP):
+        token = start + tl.arange(0, STEP)[:, None]
+        inside = token < last
+        token = token.to(tl.int64)  # a large matrix has more elements than int32 counts
+        dy_tile = tl.load(dy[None, :] + token * dy_step, mask=inside & dy_mask[None, :], other=0.0)
+        x_tile = tl.load(x[None, :] + token * x_step, mask=inside & x_mask[None, :], other=0.0)
+        total = _add_product(total, tl.trans(dy_tile), x_tile, PRECISION)
+    return total
+
+
+@_tuned("bucket", "BLOCK", "SPLITS")
+@triton.jit(do_not_specialize=["tokens", "bucket"])
+def _block_grad_kernel(
+    product,  # [SPLITS, n, b, b] float32
+    dy,
+    x,
+    rows,
+    cols,
+    tokens,
+    bucket,  # only a key for the tuner
+    dy_token,  # strides
+    dy_feature,
+    x_token,
+    x_feature,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of one block's gradient, summed over one of SPLITS runs of tokens."""
+    SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
+    TILES: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    block = tl.program_id(0)
+    split = tl.program_id(2)
+    i = tl.program_id(1) // TILES * SPAN + tl.arange(0, SPAN)
+    j = tl.program_id(1) % TILES * SPAN + tl.arange(0, SPAN)
+    dy += (tl.load(rows + block).to(tl.int64) * BLOCK + i) * dy_feature
+    x += (tl.load(cols + block).to(tl.int64) * BLOCK + j) * x_feature
+    run = tl.cdiv(tokens, SPLITS)
+    last = tl.minimum(split * run + run, tokens)
+    total = _sum_over_tokens(dy, x, i < BLOCK, j < BLOCK, split * run, last, dy_token, x_token, STEP, PRECISION)
+    product += (split * tl.num_programs(0) + block).to(tl.int64) * BLOCK * BLOCK
+    tl.store(product + i[:, None] * BLOCK + j[None, :], total, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :])
+
+
+@_tuned("bucket", "BLOCK")
+@triton.jit(do_not_specialize=["tokens", "bucket"])
+def _block_matmul_kernel(
+    y,  # [T, out], contiguous
+    x,
+    delta,
+    order,  # the blocks, sorted by row
+    cols,  # in this order
+    starts,  # [R + 1], where in ``order`` the blocks of each row start
+    tokens,
+    bucket,  # only a key for the tuner
+    out_features,  # strides
+    x_token,
+    x_feature,
+    delta_block,
+    delta_row,
+    delta_col,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of y: some tokens by (part of) one block row."""
+    SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
+    TILES: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    DEPTH: tl.constexpr = STEP if STEP < PADDED else PADDED
+    STEPS: tl.constexpr = (BLOCK + DEPTH - 1) // DEPTH
+    row = tl.program_id(0) // TILES
+    i = tl.program_id(0) % TILES * SPAN + tl.arange(0, SPAN)[None, :]
+    token = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    inside = token < tokens
+    token = token.to(tl.int64)
+    total = tl.zeros([TILE, SPAN], dtype=tl.float32)
+    # One loop over the steps of all blocks of the row, and not one in another, so that loads run ahead across blocks.
+    for step in range(tl.load(starts + row) * STEPS, tl.load(starts + row + 1) * STEPS):
+        block = tl.load(order + step // STEPS)
+        col = tl.load(cols + step // STEPS).to(tl.int64)
+        j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
+        x_tile = tl.load(
+            x + token * x_token + (col * BLOCK + j)[None, :] * x_feature,
+            mask=inside & (j < BLOCK)[None, :],
+            other=0.0,
+        )
+        delta_tile = tl.load(
+            delta + block * delta_block + i * delta_row + j[:, None] * delta_col,
+            mask=(i < BLOCK) & (j < BLOCK)[:, None],
+            other=0.0,
+        )
+        total = _add_product(total, x_tile, delta_tile, PRECISION)
+    tl.store(y + token * out_features + row * BLOCK + i, total, mask=inside & (i < BLOCK))
+
+
+@_tuned("bucket", "BLOCK")
+@triton.jit(do_not_specialize=["tokens", "bucket"])
+def _block_scores_kernel(
+    sums,  # [R * PARTS, C * PARTS] float32, PARTS = ceil(b / SPAN)
+    dy,
+    x,
+    tokens,
+    bucket,  # only a key for the tuner
+    out_spans,  # R * PARTS
+    in_spans,  # C * PARTS
+    dy_token,  # strides
+    dy_feature,
+    x_token,
+    x_feature,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    SQUARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Sums of |g| or g^2 over the SPAN x SPAN squares in one tile of dW. A block is PARTS x PARTS squares."""
+    PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    SPANS: tl.constexpr = TILE // SPAN
+    out_tiles = tl.cdiv(out_spans, SPANS)
+    in_tiles = tl.cdiv(in_spans, SPANS)
+    # Neighbouring programs share columns of both operands, which then stay in the L2 cache.
+    m, n = tl.swizzle2d(tl.program_id(0) // in_tiles, tl.program_id(0) % in_tiles, out_tiles, in_tiles, 8)
+    lane = tl.arange(0, TILE)
+    out_span = m * SPANS + lane // SPAN
+    in_span = n * SPANS + lane // SPAN
+    i = out_span % PARTS * SPAN + lane % SPAN
+    j = in_span % PARTS * SPAN + lane % SPAN
+    dy += ((out_span // PARTS).to(tl.int64) * BLOCK + i) * dy_feature
+    x += ((in_span // PARTS).to(tl.int64) * BLOCK + j) * x_feature
+    dy_mask = (i < BLOCK) & (out_span < out_spans)
+    x_mask = (j < BLOCK) & (in_span < in_spans)
+    g = _sum_over_tokens(dy, x, dy_mask, x_mask, 0, tokens, dy_token, x_token, STEP, PRECISION)
+    g = g * g if SQUARE else tl.abs(g)
+    g = tl.sum(tl.sum(tl.reshape(g, [SPANS, SPAN, SPANS, SPAN]), axis=3), axis=1)
+    out_span = (m * SPANS + tl.arange(0, SPANS))[:, None]
+    in_span = (n * SPANS + tl.arange(0, SPANS))[None, :]
+    tl.store(sums + out_span * in_spans + in_span, g, mask=(out_span < out_spans) & (in_span < in_spans))
+
+
+@triton.jit
+def _write_blocks_kernel(
+    pointers,  # [n, 3] int64: address and two strides of each view
+    like,  # a tensor of the views' dtype
+    values,
+    values_block,  # strides
+    values_row,
+    values_col,
+    BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """SIZE elements of one block."""
+    block = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    row = (element // BLOCK).to(tl.int64)
+    col = element % BLOCK
+    mask = element < BLOCK * BLOCK
+    value = tl.load(values + block * values_block + row * values_row + col * values_col, mask=mask)
+    view = tl.load(pointers + 3 * block).to(like.dtype)
+    row_stride = tl.load(pointers + 3 * block + 1)
+    col_stride = tl.load(pointers + 3 * block + 2)
+    tl.store(view + row * row_stride + col * col_stride, value, mask=mask)
+
+
+def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
+    """See ``reference.block_grad_``. The products go to scratch memory first, so that tuning cannot add them twice."""
+    tokens, blocks, block_size = dy.shape[0], rows.shape[0], grad.shape[1]
+    if not tokens or not blocks:
+        return
+    # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
+    splits = min(_ENOUGH_PROGRAMS // (blocks * triton.cdiv(block_size, 128) ** 2), tokens // _SPLIT_TOKENS)
+    splits = triton.next_power_of_2(max(splits, 1) + 1) // 2  # rounded down, to tune for few values
+    product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
+    padded, x = triton.next_power_of_2(block_size), x.to(dy.dtype)
+
+    def grid(meta):
+        return blocks, triton.cdiv(block_size, min(meta["TILE"], padded)) ** 2, splits
+
+    with torch.cuda.device_of(dy):
+        _block_grad_kernel[grid](
+            *(product, dy, x, rows, cols, tokens, _bucket(tokens), *dy.stride(), *x.stride()),
+            BLOCK=block_size,
+            PADDED=padded,
+            SPLITS=splits,
+            PRECISION=_precision(),
+        )
+    reference.add_at_(grad, slots, product[0] if splits == 1 else product.sum(0))
+
+
+def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
+    """See ``reference.block_matmul``."""
+    tokens, block_size = x.shape[0], delta.shape[1]
+    if not tokens or not rows.shape[0]:
+        return x.new_zeros(tokens, out_features)
+    y = x.new_empty(tokens, out_features)
+    padded, delta = triton.next_power_of_2(block_size), delta.to(x.dtype)
+    sorted_rows, order = rows.sort(stable=True)
+    block_rows = torch.arange(out_features // block_size + 1, device=x.device, dtype=rows.dtype)
+    starts = torch.searchsorted(sorted_rows, block_rows, out_int32=True)
+
+    def grid(meta):
+        tiles = triton.cdiv(block_size, min(meta["TILE"], padded))
+        return out_features // block_size * tiles, triton.cdiv(tokens, meta["TILE"])
+
+    with torch.cuda.device_of(x):
+        _block_matmul_kernel[grid](
+            *(
+                y,
+                x,
+                delta,
+                order,
+                cols[order],
+                starts,
+                tokens,
+                _bucket(tokens),
+                out_features,
+                *x.stride(),
+                *delta.stride(),
+            ),
+            BLOCK=block_size,
+            PADDED=padded,
+            PRECISION=_precision(),
+        )
+    return y
+
+
+def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
+    """See ``reference.block_scores``."""
+    if score == "mean_abs":
+        return reference.block_scores(dy, x, block_size, score)  # two small sums and a small product
+    tokens, span, x = dy.shape[0], min(_SCORE_SPAN, triton.next_power_of_2(block_size)), x.to(dy.dtype)
+    parts = triton.cdiv(block_size, span)
+    out_spans, in_spans = (matrix.shape[1] // block_size * parts for matrix in (dy, x))
+    sums = dy.new_empty(out_spans, in_spans, dtype=torch.float32)
+
+    def grid(meta):
+        spans = meta["TILE"] // span
+        return (triton.cdiv(out_spans, spans) * triton.cdiv(in_spans, spans),)
+
+    with torch.cuda.device_of(dy):
+        _block_scores_kernel[grid](
+            *(sums, dy, x, tokens, _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()),
+            BLOCK=block_size,
+            SPAN=span,
+            SQUARE=score == "l2",
+            PRECISION=_precision(),
+        )
+    sums = reference.reduce_blocks(sums, parts, "l1")  # they are not negative
+    return reference.scale(sums.sqrt() if score == "l2" else sums, block_size, score)
+
+
+def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor) -> None:
+    """See ``reference.write_blocks``; ``pointers`` is :func:`block_pointers` of ``views``."""
+    blocks, block_size, size = len(views), values.shape[1], 1024
+    if blocks:
+        with torch.cuda.device_of(values):
+            _write_blocks_kernel[blocks, triton.cdiv(block_size**2, size)](
+                *(pointers, views[0], values, *values.stride()), BLOCK=block_size, SIZE=size
+            )
+
+
+def block_pointers(views: list[Tensor]) -> Tensor:
+    """Table [n, 3] int64 on the views' device: address, row stride and column stride (in elements) of each view."""
+    table = torch.tensor([(view.data_ptr(), *view.stride()) for view in views], dtype=torch.int64)
+    return table.to(views[0].device)
+
+
+def _bucket(tokens: int) -> int:
+    """Batches of any length up to a power of two share a tuning; short ones, which cost little, all do."""
+    return triton.next_power_of_2(max(tokens, 1024))
+
+
+def _precision() -> str:
+    """How float32 is multiplied: as PyTorch's own matmul does."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,121 @@
+"""Resident deltas: the selected blocks of W hold W0 + delta, so that forward is the plain base matmul.
+
+The float32 delta in the bank stays the master; what stands in W is its sum with the original block, rounded to W's
+dtype. The originals are kept aside, so W comes back bit for bit. Writing goes through `weight.data`, which autograd's
+version counter does not see: W holds the same values again when a backward reads it, whatever a reference pass with
+disabled adapters did in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from smt_peft.ops import write_blocks
+
+
+class Written:
+    """The blocks of one adapter in a set of layers whose weights share device and dtype: one batched write."""
+
+    def __init__(self, adapter: str, layers: Sequence):
+        self.adapter, self.layers = adapter, list(layers)
+        self.blocks = [layer.blocks(adapter) for layer in layers]
+        self.bank = layers[0].bank(adapter)
+        slots = torch.cat([blocks.slots for blocks in self.blocks])
+        ordered = torch.equal(slots.cpu(), torch.arange(self.bank.num_blocks))
+        self.slots = None if ordered else slots  # None: every slot of the bank, in order
+        self.views: list[torch.Tensor] | None = None
+        self._locate()
+        self.originals = torch.stack(self.views)
+
+    def _locate(self) -> None:
+        """Views into the weights, made anew where the weights have moved (`.to()`, copies of the model)."""
+        where = [layer.weight.data_ptr() for layer in self.layers]
+        if self.views is not None and where == self._where:
+            return
+        self.views, self._where, self.ranges = [], where, {}
+        for layer, blocks in zip(self.layers, self.blocks, strict=True):
+            start = len(self.views)
+            self.views += layer.block_views(blocks, self.bank.block_size)
+            self.ranges[id(layer)] = slice(start, len(self.views))
+
+    def is_current(self) -> bool:
+        """Whether the selection still is the one that was written."""
+        return all(layer.blocks(self.adapter) is b for layer, b in zip(self.layers, self.blocks, strict=True))
+
+    def sums(self) -> torch.Tensor:
+        """W0 + delta [n, b, b], in float32 or wider."""
+        deltas = self.bank.values()
+        if self.slots is not None:
+            deltas = deltas.index_select(0, self.slots.to(deltas.device))
+        wide = torch.promote_types(self.originals.dtype, torch.float32)
+        return self.originals.to(wide) + deltas.to(self.originals.device)
+
+    def write(self) -> None:
+        self._locate()
+        write_blocks(self.views, self.sums())
+
+    def restore(self, layers: Sequence) -> None:
+        self._locate()
+        self.originals = self.originals.to(self.views[0])
+        if len(layers) == len(self.layers):
+            write_blocks(self.views, self.originals)
+            return
+        for layer in layers:
+            place = self.ranges[id(layer)]
+            write_blocks(self.views[place], self.originals[place])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "views": None}
+
+
+class Resident:
+    """Brings the weights to what their layers want. Each layer's `written` is the stack of what stands in its W."""
+
+    def sync(self, layers: Sequence) -> None:
+        """Write and restore blocks of the `layers` that are out of date, in as few writes as there are adapters."""
+        stale = [layer for layer in layers if not layer.in_sync()]
+        if not stale:
+            return
+        with torch.no_grad():
+            if not self._refresh(stale):
+                self._unwind(stale)
+                self._write(stale)
+        for layer in stale:
+            layer.mark_synced()
+
+    def _refresh(self, stale: Sequence) -> bool:
+        """A training step's case: the same blocks of one adapter with a new delta. One write, nothing read back."""
+        written = stale[0].written[0] if len(stale[0].written) == 1 else None
+        if written is None or len(written.layers) != len(stale) or not written.is_current():
+            return False
+        if any(layer.written != [written] or layer.wanted() != (written.adapter,) for layer in stale):
+            return False
+        written.write()
+        return True
+
+    def _unwind(self, stale: Sequence) -> None:
+        """Restore, last written first, so that overlapping blocks of several adapters come off in order."""
+        while any(layer.written for layer in stale):
+            tops: dict[int, tuple[Written, list]] = {}
+            for layer in stale:
+                if layer.written:
+                    top = layer.written.pop()
+                    tops.setdefault(id(top), (top, []))[1].append(layer)
+            for written, layers in tops.values():
+                written.restore(layers)
+
+    def _write(self, stale: Sequence) -> None:
+        for depth in range(max(len(layer.wanted()) for layer in stale)):
+            groups: dict[tuple, list] = {}
+            for layer in stale:
+                wanted = layer.wanted()
+                if depth < len(wanted):
+                    weight = layer.weight
+                    groups.setdefault((wanted[depth], weight.device, weight.dtype), []).append(layer)
+            for (adapter, *_), layers in groups.items():
+                written = Written(adapter, layers)
+                written.write()
+                for layer in layers:
+                    layer.written.append(written)

@@ -1,0 +1,149 @@
+"""From scores and a budget to a selection. Plain tensors: nothing here knows PEFT, transformers or a training loop."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+def select(scores: Sequence[torch.Tensor], groups: Sequence[tuple[Sequence[int], int]], scope: str) -> torch.Tensor:
+    """The best blocks of every group.
+
+    Args:
+        scores: one float tensor [block rows, block columns] per target matrix.
+        groups: (positions of the targets that compete, their budget of blocks).
+        scope: 'model' ranks all blocks of a group together; 'module' gives each matrix the same share of its blocks.
+
+    Returns:
+        int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
+
+    Raises:
+        ValueError: where a score is not finite, or where all scores of a group are equal to zero.
+    """
+    chosen = []
+    for members, budget in groups:
+        flat = [scores[member].flatten().double().cpu() for member in members]
+        everything = torch.cat(flat)
+        if not everything.isfinite().all():
+            raise ValueError(
+                f"{int((~everything.isfinite()).sum())} of {len(everything)} block scores are not finite; "
+                "train in bfloat16 or float32, or look for NaN in the weights and the data."
+            )
+        if not everything.any():
+            raise ValueError(
+                "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
+                "not all -100 and that target_modules are used by this model's forward."
+            )
+        sizes = [len(f) for f in flat]
+        if scope == "model":
+            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+            best = _top(everything, budget)
+            owner = torch.bucketize(best, starts, right=True) - 1
+            picks = [(owner, best - starts[owner])]
+        else:
+            shares = apportion(budget, sizes)
+            picks = [(torch.full((share,), i), _top(f, share)) for i, (f, share) in enumerate(zip(flat, shares))]  # noqa: B905
+        for owner, block in picks:
+            target = torch.tensor(list(members))[owner]
+            columns = torch.tensor([score.shape[1] for score in scores])[target]
+            chosen.append(torch.stack([target, block // columns, block % columns], dim=1))
+    return sort_index(torch.cat(chosen))
+
+
+def sort_index(index: torch.Tensor) -> torch.Tensor:
+    """A selection in the order of (target, row, column), int32 [num_blocks, 3]."""
+    index = index.long()
+    for column in (2, 1, 0):
+        index = index[torch.argsort(index[:, column], stable=True)]
+    return index.int()
+
+
+def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Positions of the `count` largest; a stable sort, because topk breaks ties differently on every device."""
+    return torch.sort(scores, descending=True, stable=True).indices[:count]
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """Whole shares of `total` in proportion to `sizes` (largest remainder; ties to the earlier)."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def random_scores(grids: Sequence[tuple[int, int]], seed: int) -> list[torch.Tensor]:
+    """Uniform scores, the same for the same seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(grid, generator=generator, dtype=torch.float64) + 1e-9 for grid in grids]
+
+
+def diagonal_scores(grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """1 on the block diagonal (stretched where the grid is not square), less with each step to its right, wrapped."""
+    scores = []
+    for rows, cols in grids:
+        first = torch.arange(rows) * cols // rows
+        steps = (torch.arange(cols)[None, :] - first[:, None]) % cols
+        scores.append(1 - steps.double() / cols)
+    return scores
+
+
+@dataclass
+class Selection:
+    """The blocks that won.
+
+    Attributes:
+        names: the target modules.
+        index: int32 [num_blocks, 3] of (position in `names`, block row, block column).
+        scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
+        batches: batches that were looked at; `skipped` of them had a non-finite loss or gradient.
+    """
+
+    names: list[str]
+    block_size: int
+    index: torch.Tensor
+    scores: list[torch.Tensor] | None = None
+    batches: int = 0
+    skipped: int = 0
+
+    def blocks(self) -> dict[str, list[list[int]]]:
+        """Module name -> [[block row, block column], ...], as `SMTConfig.selected_blocks`."""
+        chosen: dict[str, list[list[int]]] = {}
+        for target, row, col in self.index.tolist():
+            chosen.setdefault(self.names[target], []).append([row, col])
+        return chosen
+
+    def counts_by_type(self) -> dict[str, int]:
+        """Blocks per module type (the last part of the module's name), most first."""
+        counts = Counter({name.rpartition(".")[2]: 0 for name in self.names})
+        counts.update(self.names[target].rpartition(".")[2] for target in self.index[:, 0].tolist())
+        return dict(counts.most_common())
+
+    def counts_by_layer(self) -> dict[str, int]:
+        """Blocks per layer number (the first number in the module's name)."""
+        counts: Counter[str] = Counter()
+        for target in self.index[:, 0].tolist():
+            number = re.search(r"\.(\d+)\.", f".{self.names[target]}.")
+            counts[number.group(1) if number else "-"] += 1
+        return dict(sorted(counts.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1))
+
+    def summary(self) -> str:
+        """A few lines to print: where the blocks are."""
+        total = len(self.index)
+        types = ", ".join(f"{name} {n} ({100 * n / total:.0f} %)" for name, n in self.counts_by_type().items())
+        layers = ", ".join(f"{layer}: {n}" for layer, n in self.counts_by_layer().items())
+        lines = [
+            f"SMT selected {total} blocks of {self.block_size} x {self.block_size} "
+            f"({total * self.block_size**2:,} parameters) in {len(self.blocks())} of {len(self.names)} modules.",
+            f"  by type:  {types}",
+            f"  by layer: {layers}",
+        ]
+        if self.batches:
+            skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
+            lines.append(f"  from {self.batches} batches{skipped}")
+        return "\n".join(lines)
