@@ -86,8 +86,8 @@ class SMTConfig(PeftConfig):
     selected_blocks: dict[str, list[list[int]]] | None = field(
         default=None,
         metadata={
-            "help": "Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled by "
-            "the selection; given by hand, it is the selection and its length is the budget."
+            "help": "Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled "
+            "by the selection; given by hand, it is the selection and its length is the budget."
         },
     )
 
@@ -161,7 +161,7 @@ class SMTConfig(PeftConfig):
             wanted = (self.num_blocks or 0) + sum(self.num_blocks_pattern.values())
             if self.num_blocks is not None and given != wanted:
                 raise ValueError(
-                    f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or fix the list."
+                    f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or the list."
                 )
 
 

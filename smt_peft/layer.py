@@ -12,7 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
-from smt_peft.bank import Blocks, DeltaBank, DeltaBanks, LayerBlocks
+from smt_peft.bank import DeltaBank
+from smt_peft.root import Blocks, LayerBlocks, SMTRoot
 
 
 class BlockGradients(torch.autograd.Function):
@@ -48,7 +49,7 @@ class Linear(nn.Module, SMTLayer):
     coordinates are those of the matrix [out_features, in_features], also where Conv1D stores its transpose.
     """
 
-    def __init__(self, base_layer: nn.Module, banks: DeltaBanks, shared_weight: bool, quantization: dict):
+    def __init__(self, base_layer: nn.Module, root: SMTRoot, shared_weight: bool, quantization: dict):
         super().__init__()
         self.base_layer = base_layer
         if isinstance(base_layer, Conv1D):
@@ -59,7 +60,7 @@ class Linear(nn.Module, SMTLayer):
         self.smt_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.__dict__["_banks"] = banks  # not registered: the banks' home is the root of the model
+        self.__dict__["root"] = root  # not registered: the banks' home is the root of the model
         self._shared_weight = shared_weight
         self._residency: tuple[object, bool] = (None, False)
         self._synced: tuple | None = None
@@ -71,16 +72,16 @@ class Linear(nn.Module, SMTLayer):
 
     def update_layer(self, adapter_name: str) -> None:
         """Make this layer a target of another adapter."""
-        self.smt_blocks[adapter_name] = LayerBlocks(self._banks, adapter_name)
+        self.smt_blocks[adapter_name] = LayerBlocks(self.root, adapter_name)
 
     # --- what this layer's adapters are ----------------------------------------------------------------------------
 
     def bank(self, adapter: str) -> DeltaBank:
-        return self._banks[adapter]
+        return self.root[adapter]
 
     def blocks(self, adapter: str) -> Blocks | None:
         """The layer's selected blocks of an adapter; None where it has none."""
-        if adapter not in self.smt_blocks or adapter not in self._banks:
+        if adapter not in self.smt_blocks or adapter not in self.root:
             return None
         return self.smt_blocks[adapter].on(self.device)
 
@@ -121,7 +122,7 @@ class Linear(nn.Module, SMTLayer):
                 and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3
                 and not hasattr(self.base_layer, "_hf_hook")  # accelerate may offload it
                 and not self._shared_weight
-                and not self._banks.is_sharded()  # FSDP2 shows plain tensors during forward
+                and not self.root.is_sharded()  # FSDP2 shows plain tensors during forward
             )
             if self.written and not plain:
                 raise RuntimeError(
@@ -161,7 +162,7 @@ class Linear(nn.Module, SMTLayer):
     def _sync(self) -> None:
         """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
         if not self.in_sync():
-            self._banks.sync()
+            self.root.sync()
 
     # --- forward -------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Linear(nn.Module, SMTLayer):
             return base(x)
         if torch.compiler.is_compiling():
             return self._compiled(x, base)
-        tape = self._banks.tape
+        tape = self.root.tape
         if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
             record = tape.collector.keep(tape, x)
             y = self._apply(tape.alias, base, self._active())
@@ -218,11 +219,11 @@ class Linear(nn.Module, SMTLayer):
 
     def _keep(self, x: torch.Tensor, trained: list[str]):
         """Put the nodes that bring this layer's block gradients home before its matmul."""
-        tape = self._banks.tape
+        tape = self.root.tape
         record = tape.record(x)
         if tape.alias is x and (tape.home is self or not x.requires_grad):
             for name in self.active_adapters:
-                if name in self._banks and self.bank(name).weight.requires_grad:
+                if name in self.root and self.bank(name).weight.requires_grad:
                     tape.alias = self.bank(name)(tape.alias)
         consumers, gathers = [], {}
         for name in trained:
@@ -242,7 +243,7 @@ class Linear(nn.Module, SMTLayer):
         """The forward as torch.compile sees it: functional, with each layer's part of the bank as an input."""
         shares = [self.smt_blocks[name] for name in self.active_adapters if name in self.smt_blocks]
         if any(share.delta is None for share in shares):
-            self._banks.prepare_compiled()  # once: from the next forward on it is done before the graph starts
+            self.root.prepare_compiled()  # once: from the next forward on it is done before the graph starts
         y = base(x)
         for share in shares:
             blocks = share.compiled
@@ -270,7 +271,7 @@ class Linear(nn.Module, SMTLayer):
                 f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one a row."
             )
         self._base_only = True
-        self._banks.sync_layer(self)
+        self.root.sync_layer(self)
         y = base(x)
         self._base_only = False
         for name in {name for name in adapter_names if self.blocks(name) is not None}:
@@ -312,7 +313,7 @@ class Linear(nn.Module, SMTLayer):
                 )
         if self._is_plain():
             self.merged_adapters += adapter_names
-            self._banks.sync_layer(self)
+            self.root.sync_layer(self)
             return
         if self._unmerged_weight is None:
             self._unmerged_weight = self.get_base_layer().weight
@@ -337,7 +338,7 @@ class Linear(nn.Module, SMTLayer):
             self.get_base_layer().weight = self._unmerged_weight
             self._unmerged_weight = None
         else:
-            self._banks.sync_layer(self)
+            self.root.sync_layer(self)
 
     def base_matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features], dequantised."""
@@ -348,7 +349,7 @@ class Linear(nn.Module, SMTLayer):
         """Bring back the original weight, bit for bit; the next forward writes the deltas again."""
         if self.written and not self.merged:
             self._base_only = True
-            self._banks.sync_layer(self)
+            self.root.sync_layer(self)
             self._base_only = False
 
     def _is_plain(self) -> bool:
@@ -356,16 +357,16 @@ class Linear(nn.Module, SMTLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._banks.switched(self)
+        self.root.switched(self)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._banks.switched(self)
+        self.root.switched(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._banks.switched(self)
-        self._banks.remove(adapter_name)
+        self.root.switched(self)
+        self.root.remove(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # blocks have full rank: an SVD would lose part of what was trained

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -15,71 +14,15 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_peft.bank import DeltaBank, DeltaBanks, Group, Target
-from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
+from smt_peft.bank import DeltaBank, Target
+from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
+from smt_peft.root import SMTRoot
 from smt_peft.selection import diagonal_scores, random_scores, select, sort_index
+from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
-LARGEST_AUTO_BLOCK = 256
-
-_QKV = ["q_proj", "k_proj", "v_proj"]
-TARGET_MODULES = {
-    **dict.fromkeys(
-        [
-            "llama",
-            "llama4",
-            "llama4_text",
-            "mistral",
-            "ministral",
-            "mixtral",
-            "qwen2",
-            "qwen2_moe",
-            "qwen3",
-            "qwen3_moe",
-            "gemma",
-            "gemma2",
-            "gemma3",
-            "gemma3_text",
-            "gemma4_text",
-            "olmo",
-            "olmo2",
-            "olmoe",
-            "cohere",
-            "cohere2",
-            "granite",
-            "granitemoe",
-            "starcoder2",
-            "stablelm",
-            "phi",
-            "phimoe",
-            "smollm3",
-            "exaone4",
-            "opt",
-            "bart",
-            "mbart",
-            "pegasus",
-            "gptj",
-            "gpt_neo",
-            "nemotron",
-            "deepseek_v2",
-            "hunyuan_v1_dense",
-        ],
-        _QKV,
-    ),
-    **dict.fromkeys(["phi3", "codegen", "phi4_multimodal"], ["qkv_proj"]),
-    **dict.fromkeys(["gpt_neox", "bloom", "falcon", "chatglm"], ["query_key_value"]),
-    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
-    **dict.fromkeys(["t5", "mt5", "umt5"], ["q", "k", "v"]),
-    **dict.fromkeys(
-        ["bert", "roberta", "xlm-roberta", "camembert", "electra", "layoutlm", "vit", "deit"],
-        ["query", "key", "value"],
-    ),
-    "distilbert": ["q_lin", "k_lin", "v_lin"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj"],
-    "mpt": ["Wqkv"],
-}
 
 
 class SMTModel(BaseTuner):
@@ -106,11 +49,11 @@ class SMTModel(BaseTuner):
         """
         _mirror_selections(model, self.peft_config)
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        base_parameters = _count_base_parameters(model)
+        base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
         if not hasattr(model, BANK):
-            setattr(model, BANK, DeltaBanks(model))
+            setattr(model, BANK, SMTRoot(model))
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
@@ -137,15 +80,16 @@ class SMTModel(BaseTuner):
 
     def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
         config: SMTConfig = self.peft_config[adapter]
-        banks: DeltaBanks = getattr(model, BANK)
+        banks: SMTRoot = getattr(model, BANK)
         layers = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, Linear) and adapter in module.smt_blocks
         }
-        size = config.block_size = _block_size(config, layers)
-        targets = [Target(n, layer.out_features // size, layer.in_features // size) for n, layer in layers.items()]
-        groups = _budget(config, targets, base_parameters)
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        size = config.block_size = choose_block_size(config, shapes)
+        targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
+        groups = share_budget(config, targets, base_parameters)
         bank = DeltaBank(size, targets, groups, "meta" if on_meta else next(iter(layers.values())).device)
         self._check_new_bank(config, bank)
         active = adapter in self.active_adapters and not config.inference_mode
@@ -312,9 +256,9 @@ def _add_adapter_names(module, args, kwargs, names):
     return args, {**kwargs, "adapter_names": names}
 
 
-def _find_banks(model: nn.Module) -> tuple[str, DeltaBanks]:
+def _find_banks(model: nn.Module) -> tuple[str, SMTRoot]:
     for name, module in model.named_modules():
-        if isinstance(module, DeltaBanks):
+        if isinstance(module, SMTRoot):
             return name.removeprefix("_fsdp_wrapped_module."), module
     raise ValueError("The model has no SMT adapter.")
 
@@ -326,72 +270,7 @@ def _bank_keys(model: nn.Module, adapter: str) -> list[str]:
 
 def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
     """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
-    banks = next((module for module in model.modules() if isinstance(module, DeltaBanks)), {})
+    banks = next((module for module in model.modules() if isinstance(module, SMTRoot)), {})
     for adapter, config in configs.items():
         if adapter in banks:
             config.selected_blocks = banks[adapter].selected_blocks()
-
-
-def _count_base_parameters(model: nn.Module) -> int:
-    """Parameters of the model without adapters; 4-bit weights and sharded ones counted in full."""
-    total = 0
-    for name, parameter in model.named_parameters():
-        if f"{BANK}." in name or ".modules_to_save." in name:
-            continue
-        count = getattr(parameter, "ds_numel", parameter.numel())
-        if type(parameter).__name__ == "Params4bit":
-            count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
-        total += count
-    return total
-
-
-def _block_size(config: SMTConfig, layers: dict[str, Linear]) -> int:
-    if config.block_size == "auto":
-        size = LARGEST_AUTO_BLOCK
-        while any(layer.out_features % size or layer.in_features % size for layer in layers.values()):
-            size //= 2
-        return size
-    for name, layer in layers.items():
-        if layer.out_features % config.block_size or layer.in_features % config.block_size:
-            config.block_size, given = "auto", config.block_size
-            raise ValueError(
-                f"block_size={given} does not divide {name}'s weight of shape "
-                f"{(layer.out_features, layer.in_features)}; use {_block_size(config, layers)} or block_size='auto'."
-            )
-    return config.block_size
-
-
-def _budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
-    """Who competes for how many blocks; writes the resolved `num_blocks` into the config."""
-    groups, rest = [], list(range(len(targets)))
-    for pattern, budget in config.num_blocks_pattern.items():
-        members = [i for i in rest if re.search(pattern, targets[i].name)]
-        if not members:
-            raise ValueError(
-                f"num_blocks_pattern {pattern!r} matches none of the targets ({targets[0].name}, ...) that earlier "
-                "patterns left; fix the pattern or drop it."
-            )
-        groups.append(Group(members, budget))
-        rest = [i for i in rest if i not in set(members)]
-    if config.selected_blocks is not None:
-        config.num_blocks = sum(map(len, config.selected_blocks.values())) - sum(group.budget for group in groups)
-    elif not rest:
-        if config.num_blocks or config.trainable_ratio:
-            raise ValueError("num_blocks_pattern covers every target, so the main budget would be unused; drop it.")
-        config.num_blocks = 0
-    elif config.num_blocks is None:
-        ratio = config.trainable_ratio or DEFAULT_TRAINABLE_RATIO
-        config.num_blocks = max(1, round(ratio * base_parameters / config.block_size**2))
-    config.trainable_ratio = None  # from here on the number of blocks says it
-    if config.num_blocks:
-        groups.append(Group(rest, config.num_blocks))
-    for members, budget in groups:
-        candidates = sum(targets[i].rows * targets[i].cols for i in members)
-        if budget > candidates:
-            size = config.block_size
-            raise ValueError(
-                f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
-                f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower num_blocks or "
-                f"trainable_ratio (at most {candidates * size**2 / base_parameters:.4f} here), or add target_modules."
-            )
-    return groups

@@ -37,11 +37,11 @@ class Anchor(torch.autograd.Function):
 class Keep(torch.autograd.Function):
     """Identity on x that saves pieces of it. Its backward brings them to the record of the group that reads x.
 
-    `root` only makes the output require grad where nothing else does (the warm-up trains nothing).
+    `source` only makes the output require grad where nothing else does (the warm-up trains nothing).
     """
 
     @staticmethod
-    def forward(ctx, x, root, record, position, gathers):
+    def forward(ctx, x, source, record, position, gathers):
         ctx.record, ctx.position = record, position
         ctx.save_for_backward(*[gather(x) for gather in gathers])
         return x.view_as(x)
@@ -118,12 +118,12 @@ class Record:
     def has(self, key: object) -> bool:
         return key in self._layout
 
-    def keep(self, x: torch.Tensor, root: torch.Tensor | None, gathers: dict[object, Callable]) -> torch.Tensor:
+    def keep(self, x: torch.Tensor, source: torch.Tensor | None, gathers: dict[object, Callable]) -> torch.Tensor:
         """Save pieces of x, one per key that has something new to keep; returns x behind the node that does it."""
         for place, key in enumerate(gathers):
             self._layout.setdefault(key, []).append((self.nodes, place))
         self.nodes += 1
-        return Keep.apply(x, root, self, self.nodes - 1, list(gathers.values()))
+        return Keep.apply(x, source, self, self.nodes - 1, list(gathers.values()))
 
     def catch(self, y: torch.Tensor, consumers: Sequence[tuple[object, Consume]]) -> None:
         """When y's gradient arrives, remember it for each consumer (key of its pieces, what to do with them)."""

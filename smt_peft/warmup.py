@@ -1,8 +1,8 @@
 """The warm-up: score every block by the gradient of the loss, select, and leave everything else as it was.
 
 Scores come from activations, not from `weight.grad`: each target layer keeps x and receives dY, and a custom op forms
-dW = dY^T x a row of blocks at a time, reduces it to scores and drops it. Nothing needs `requires_grad` on a base weight,
-so quantised and sharded models work, and memory is one float per block.
+dW = dY^T x a row of blocks at a time, reduces it to scores and drops it. Nothing needs `requires_grad` on a base
+weight, so quantised and sharded models work, and memory is one float per block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank, DeltaBanks
+from smt_peft.bank import DeltaBank
+from smt_peft.root import SMTRoot
 from smt_peft.selection import Selection, select
 from smt_peft.tape import Record, Tape, as_matrix
 
@@ -35,7 +36,7 @@ class ScoreCollector:
 
     def __init__(self, layers: list[nn.Module], block_size: int, score: str, accumulation: str):
         self.layers, self.block_size, self.score, self.accumulation = layers, block_size, score, accumulation
-        self.root = torch.zeros((), requires_grad=True)  # makes the graph exist: in the warm-up nothing is trained
+        self.source = torch.zeros((), requires_grad=True)  # makes the graph exist: in the warm-up nothing is trained
         self.scale = 1.0  # of the loss, for float16
         self._of = {id(layer): i for i, layer in enumerate(layers)}
         self._batch: list[torch.Tensor | None] = [None] * len(layers)
@@ -49,7 +50,7 @@ class ScoreCollector:
         """Save x once for all layers that read it."""
         record = tape.record(x)
         if not record.has("x"):
-            tape.alias = record.keep(tape.alias, self.root, {"x": as_matrix})
+            tape.alias = record.keep(tape.alias, self.source, {"x": as_matrix})
         return record
 
     def consumers(self, layer: nn.Module) -> list[tuple[str, Callable]]:
@@ -140,17 +141,17 @@ def select_blocks(
         ValueError: without such an adapter, where the dataloader is empty, where half of the batches or more are not
             finite, or where every score is zero.
     """
-    banks, bank, config = find_adapter(model, adapter_name)
+    root, bank, config = find_adapter(model, adapter_name)
     if config.selection not in ("gradient", "activation"):
         raise ValueError(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
-    layers = [layer for layer in banks.layers if adapter_name in layer.smt_blocks]
+    layers = [layer for layer in root.layers if adapter_name in layer.smt_blocks]
     collecting = ActivationCollector if config.selection == "activation" else ScoreCollector
     collector = collecting(layers, bank.block_size, config.score, config.accumulation)
     collector.scale = loss_scale
-    with _untouched(model), _collecting(banks, collector):
+    with _untouched(model), _collecting(root, collector):
         _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
     scores = collector.scores()
     index = select(scores, bank.groups, config.scope)
@@ -165,15 +166,15 @@ def select_blocks(
     )
 
 
-def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBanks, DeltaBank, object]:
-    """The model's banks, the adapter's bank and its config. Raises ValueError where there is no such adapter."""
-    banks = next((module for module in model.modules() if isinstance(module, DeltaBanks)), None)
-    if banks is None:
+def find_adapter(model: nn.Module, adapter_name: str) -> tuple[SMTRoot, DeltaBank, object]:
+    """The model's root, the adapter's bank and its config. Raises ValueError where there is no such adapter."""
+    root = next((module for module in model.modules() if isinstance(module, SMTRoot)), None)
+    if root is None:
         raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
-    if adapter_name not in banks:
-        raise ValueError(f"There is no SMT adapter {adapter_name!r}; the model has {sorted(banks)}.")
+    if adapter_name not in root:
+        raise ValueError(f"There is no SMT adapter {adapter_name!r}; the model has {sorted(root)}.")
     owner = next(m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
-    return banks, banks[adapter_name], owner.peft_config[adapter_name]
+    return root, root[adapter_name], owner.peft_config[adapter_name]
 
 
 def apply_selection(model: nn.Module, adapter_name: str, index: torch.Tensor) -> None:
@@ -231,15 +232,15 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _collecting(banks: DeltaBanks, collector: ScoreCollector) -> Iterator[None]:
+def _collecting(root: SMTRoot, collector: ScoreCollector) -> Iterator[None]:
     hooks = []
     if isinstance(collector, ActivationCollector):
         hooks = [layer.register_forward_pre_hook(collector.observe) for layer in collector.layers]
-    banks.tape.collector = collector
+    root.tape.collector = collector
     try:
         yield
     finally:
-        banks.tape.collector = None
+        root.tape.collector = None
         for hook in hooks:
             hook.remove()
 

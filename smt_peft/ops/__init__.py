@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -84,6 +85,7 @@ def _check_divisible(block_size: int, *features: int) -> None:
 
 
 @torch.library.impl(_library, "block_grad_", "CompositeExplicitAutograd")
+@torch.no_grad()
 def _block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
     block_size = grad.shape[1]
     _check_divisible(block_size, dy.shape[1], x.shape[1])
@@ -98,6 +100,7 @@ def _block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_feat
 
 
 @torch.library.impl(_library, "block_scores", "CompositeExplicitAutograd")
+@torch.no_grad()
 def _block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     if score not in SCORES:
         raise ValueError(f"Unknown score {score!r}; choose one of {', '.join(SCORES)}.")
@@ -126,6 +129,7 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, delta, rows, cols)
 
 
+@once_differentiable
 def _block_matmul_backward(ctx, dy):
     x, delta, rows, cols = ctx.saved_tensors
     dx = ddelta = None

@@ -1,0 +1,101 @@
+"""Which modules are adapted by default, how large a block is, and who competes for how many of them."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from smt_peft.bank import Group, Target
+from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
+
+LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
+
+_DEFAULTS = {
+    "q_proj k_proj v_proj": """
+        llama llama4 llama4_text mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3
+        gemma3_text gemma4_text olmo olmo2 olmoe cohere cohere2 granite granitemoe starcoder2 stablelm phi phimoe
+        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron hunyuan_v1_dense""",
+    "qkv_proj": "phi3 codegen",
+    "query_key_value": "gpt_neox bloom falcon chatglm",
+    "c_attn": "gpt2 gpt_bigcode",
+    "q k v": "t5 mt5 umt5",
+    "query key value": "bert roberta xlm-roberta camembert electra layoutlm vit deit",
+    "q_lin k_lin v_lin": "distilbert",
+    "query_proj key_proj value_proj": "deberta-v2",
+    "Wqkv": "mpt",
+}
+# model_type -> the query, key and value projections, as in the paper
+TARGET_MODULES = {
+    model_type: modules.split() for modules, model_types in _DEFAULTS.items() for model_type in model_types.split()
+}
+
+
+def count_base_parameters(model: nn.Module) -> int:
+    """Parameters of the model without adapters; 4-bit weights and sharded ones counted in full."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if "smt_bank." in name or ".modules_to_save." in name:
+            continue
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+        total += count
+    return total
+
+
+def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> int:
+    """The side of a block for targets of these names and shapes (out_features, in_features).
+
+    Raises:
+        ValueError: where the chosen size does not divide a side.
+    """
+    common = 1
+    while common < LARGEST_AUTO_BLOCK and not any(side % (2 * common) for shape in shapes.values() for side in shape):
+        common *= 2
+    if config.block_size == "auto":
+        return common
+    for name, shape in shapes.items():
+        if any(side % config.block_size for side in shape):
+            raise ValueError(
+                f"block_size={config.block_size} does not divide {name}'s weight of shape {shape}; "
+                f"use {common} or block_size='auto'."
+            )
+    return config.block_size
+
+
+def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
+    """Who competes for how many blocks; writes the resolved `num_blocks` into the config."""
+    groups, rest = [], list(range(len(targets)))
+    for pattern, budget in config.num_blocks_pattern.items():
+        members = [i for i in rest if re.search(pattern, targets[i].name)]
+        if not members:
+            raise ValueError(
+                f"num_blocks_pattern {pattern!r} matches none of the targets ({targets[0].name}, ...) that earlier "
+                "patterns left; fix the pattern or drop it."
+            )
+        groups.append(Group(members, budget))
+        rest = [i for i in rest if i not in set(members)]
+    if config.selected_blocks is not None:
+        config.num_blocks = sum(map(len, config.selected_blocks.values())) - sum(group.budget for group in groups)
+    elif not rest:
+        if config.num_blocks or config.trainable_ratio:
+            raise ValueError("num_blocks_pattern covers every target, so the main budget would be unused; drop it.")
+        config.num_blocks = 0
+    elif config.num_blocks is None:
+        ratio = config.trainable_ratio or DEFAULT_TRAINABLE_RATIO
+        config.num_blocks = max(1, round(ratio * base_parameters / config.block_size**2))
+    config.trainable_ratio = None  # from here on the number of blocks says it
+    if config.num_blocks:
+        groups.append(Group(rest, config.num_blocks))
+    for members, budget in groups:
+        candidates = sum(targets[i].rows * targets[i].cols for i in members)
+        if budget > candidates:
+            size = config.block_size
+            raise ValueError(
+                f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
+                f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower num_blocks or "
+                f"trainable_ratio (at most {candidates * size**2 / base_parameters:.4f} here), or add target_modules."
+            )
+    return groups
