@@ -243,7 +243,7 @@ class Linear(nn.Module, SMTLayer):
         """The forward as torch.compile sees it: functional, with each layer's part of the bank as an input."""
         shares = [self.smt_blocks[name] for name in self.active_adapters if name in self.smt_blocks]
         if any(share.delta is None for share in shares):
-            self.root.prepare_compiled()  # once: from the next forward on it is done before the graph starts
+            self.root.prepare_compiled()  # a part of the model was called without its root
         y = base(x)
         for share in shares:
             blocks = share.compiled

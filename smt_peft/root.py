@@ -90,12 +90,15 @@ class SMTRoot(nn.ModuleDict):
         self.__dict__["_model"] = model
         self._hook = model.register_forward_pre_hook(self._begin_forward)
 
-    @torch.compiler.disable
     def _begin_forward(self, *_: object) -> None:
+        self._begin(torch.compiler.is_compiling())
+
+    @torch.compiler.disable
+    def _begin(self, compiling: bool) -> None:
         self.tape.begin_forward(self.values())
         for bank in self.values():
             bank.forget_gathered()
-        if self._compiled:
+        if compiling or self._compiled or any(m._compiled_call_impl is not None for m in self._model.modules()):
             self.prepare_compiled()
 
     # --- resident weights --------------------------------------------------------------------------------------

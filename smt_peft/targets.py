@@ -14,14 +14,15 @@ LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the L
 
 _DEFAULTS = {
     "q_proj k_proj v_proj": """
-        llama llama4 llama4_text mistral ministral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3
+        llama llama4 llama4_text mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3
         gemma3_text gemma4_text olmo olmo2 olmoe cohere cohere2 granite granitemoe starcoder2 stablelm phi phimoe
-        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron hunyuan_v1_dense""",
+        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron""",
     "qkv_proj": "phi3 codegen",
-    "query_key_value": "gpt_neox bloom falcon chatglm",
+    "query_key_value": "gpt_neox bloom falcon",
     "c_attn": "gpt2 gpt_bigcode",
     "q k v": "t5 mt5 umt5",
-    "query key value": "bert roberta xlm-roberta camembert electra layoutlm vit deit",
+    "query key value": "bert roberta xlm-roberta camembert electra layoutlm",
+    "q_proj k_proj v_proj query key value": "vit deit",  # transformers 5 renamed them
     "q_lin k_lin v_lin": "distilbert",
     "query_proj key_proj value_proj": "deberta-v2",
     "Wqkv": "mpt",

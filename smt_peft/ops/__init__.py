@@ -11,7 +11,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -129,8 +128,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, delta, rows, cols)
 
 
-@once_differentiable
 def _block_matmul_backward(ctx, dy):
+    if torch.is_grad_enabled():  # block_grad_ keeps no graph: better no second derivative than a wrong one
+        raise NotImplementedError("block_matmul has no second derivative: do not pass create_graph=True.")
     x, delta, rows, cols = ctx.saved_tensors
     dx = ddelta = None
     if ctx.needs_input_grad[0]:
