@@ -184,23 +184,23 @@ class Linear(nn.Module, SMTLayer):
         tape = self.root.tape
         if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
             record = tape.collector.keep(tape, x)
-            y = self._apply(tape.alias, base, self._active())
+            y = self._with_deltas(tape.alias, base, self._active())
             record.catch(y, tape.collector.consumers(self))
             return y
         self._require_selection()
         active = self._active()
         trained = [name for name in active if self.bank(name).weight.requires_grad]
         if not trained:
-            return self._apply(x, base, active)
+            return self._with_deltas(x, base, active)
         tape.home = tape.home or self
         if not torch.is_grad_enabled():
-            return self._apply(x, base, active)
+            return self._with_deltas(x, base, active)
         record, consumers = self._keep(x, trained)
-        y = self._apply(tape.alias, base, active)
+        y = self._with_deltas(tape.alias, base, active)
         record.catch(y, consumers)
         return y
 
-    def _apply(self, x: torch.Tensor, base, active: tuple[str, ...]) -> torch.Tensor:
+    def _with_deltas(self, x: torch.Tensor, base, active: tuple[str, ...]) -> torch.Tensor:
         """The forward without what training needs."""
         if self.is_resident:
             self._sync()
