@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
@@ -23,6 +24,8 @@ from smt_peft.selection import diagonal_scores, random_scores, select, sort_inde
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
+# What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
+HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
 
 class SMTModel(BaseTuner):
@@ -48,7 +51,9 @@ class SMTModel(BaseTuner):
         that a user makes from the same config object.
         """
         _mirror_selections(model, self.peft_config)
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if config.task_type in HEADS:
+            config.modules_to_save = [*(config.modules_to_save or []), *HEADS[config.task_type]]
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}

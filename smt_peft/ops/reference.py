@@ -87,7 +87,7 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
         [R, C] float32.
     """
     if score == "mean_abs":
-        return scale(block_sums(dy, x, block_size).abs(), block_size, score)
+        return finish_score(block_sums(dy, x, block_size), block_size, score)
     dtype = sum_dtype(dy.dtype)
     x = x.to(dy.dtype).to(dtype)
     strip = max(1, _STRIP_ELEMENTS // (block_size * x.shape[1])) * block_size
@@ -112,17 +112,24 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
     Over the elements g of a block, ``abs_mean`` is mean |g|, ``mean_abs`` is |mean g|, ``l1`` is sum |g| and ``l2``
     is sqrt(sum g^2).
     """
-    blocks, dtype = _column_blocks(gradient, block_size).unflatten(0, (-1, block_size)), sum_dtype(gradient.dtype)
-    if score == "mean_abs":
-        sums = blocks.sum((1, 3), dtype=dtype).abs()
-    else:
-        sums = torch.linalg.vector_norm(blocks, ord=2 if score == "l2" else 1, dim=(1, 3), dtype=dtype)
-    return scale(sums, block_size, score)
+    dtype = sum_dtype(gradient.dtype)
+    if score == "l2":
+        gradient = gradient.to(dtype).square()
+    elif score != "mean_abs":
+        gradient = gradient.abs()
+    return finish_score(sum_squares(gradient, block_size, dtype), block_size, score)
 
 
-def scale(sums: Tensor, block_size: int, score: str) -> Tensor:
-    """Divide the sums of a score that is a mean by the number of elements of a block."""
-    return sums / block_size**2 if score in ("abs_mean", "mean_abs") else sums
+def sum_squares(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
+    """Sum a matrix [R * edge, C * edge] over squares: [R, C] in ``dtype``."""
+    return _column_blocks(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
+
+
+def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
+    """Turn the sums over blocks of g^2 (for l2), of g (for mean_abs) or of |g| (for the others) into the score."""
+    if score == "l2":
+        return sums.sqrt()
+    return sums if score == "l1" else sums.abs() / block_size**2
 
 
 def write_blocks(views: list[Tensor], values: Tensor) -> None:

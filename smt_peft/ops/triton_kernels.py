@@ -301,8 +301,7 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
             SQUARE=score == "l2",
             PRECISION=_precision(),
         )
-    sums = reference.reduce_blocks(sums, parts, "l1")  # they are not negative
-    return reference.scale(sums.sqrt() if score == "l2" else sums, block_size, score)
+    return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
 
 
 def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor) -> None:

@@ -1,0 +1,179 @@
+"""The paper's commonsense and arithmetic tasks in the format of LLM-Adapters: rows, prompt, answers, what is right.
+
+A row is a dictionary with `instruction`, `output` (the text to learn) and `answer` (the gold answer). The prompt and
+the rules for finding an answer in a text are those of LLM-Adapters, so that scores compare with published ones.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+RESPONSE = "### Response:"
+TOLERANCE = 0.001  # between a predicted number and the right one
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: where its rows are, how an answer is found in a text, and how long a text may be."""
+
+    name: str
+    folder: str
+    words: tuple[str, ...]  # the possible answers; empty where they are numbers
+    new_tokens: int
+    # To compare options by likelihood: the text before each, and how each is written, as in the texts to learn.
+    lead: str = "the correct answer is"
+    option: str = " {}"
+
+    def extract(self, text: str) -> str:
+        """Give the answer in a generated text, or "" where there is none.
+
+        It is the first occurrence of any of the task's words, inside other words too; for a numeric task the last
+        number. A text ends where the model starts another response.
+        """
+        text = text.split(RESPONSE)[0]
+        if self.words:
+            found = re.search("|".join(self.words), text)
+            return found[0] if found else ""
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))  # without commas: 1,234 is one number
+        return numbers[-1] if numbers else ""
+
+    def is_right(self, prediction: str, answer: str) -> bool:
+        """Tell whether a prediction, as `extract` gives it, is the gold answer; "" never is."""
+        if self.words or not prediction:
+            return prediction == answer
+        return abs(float(prediction) - float(answer)) <= TOLERANCE
+
+    def options(self, row: dict) -> dict[str, str]:
+        """Map each answer that the row offers to the text that states it after `lead`."""
+        if not self.words:
+            raise ValueError(f'{self.name}: its answers are numbers, there are no options to compare; use "generate"')
+        offered = re.search(r"Answer format: (\S+)\s*$", row["instruction"])
+        words = offered[1].split("/") if offered else self.words
+        return {word: self.option.format(word) for word in words}
+
+
+def _commonsense(name: str, *words: str) -> Task:
+    return Task(name, "commonsense", words, new_tokens=32)
+
+
+def _math(name: str, *words: str) -> Task:
+    return Task(name, "math", words, new_tokens=256, lead="The answer is", option=" ({})")
+
+
+_ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
+TASKS = {
+    task.name: task
+    for task in (
+        _commonsense("boolq", "true", "false"),
+        _commonsense("piqa", "solution1", "solution2"),
+        _commonsense("social_i_qa", *_ANSWERS),
+        _commonsense("hellaswag", "ending1", "ending2", "ending3", "ending4"),
+        _commonsense("winogrande", "option1", "option2"),
+        _commonsense("ARC-Easy", *_ANSWERS),
+        _commonsense("ARC-Challenge", *_ANSWERS),
+        _commonsense("openbookqa", *_ANSWERS),
+        _math("gsm8k"),
+        _math("SingleEq"),
+        _math("SVAMP"),
+        _math("MultiArith"),
+        _math("AddSub"),
+        _math("AQuA", *"ABCDE"),
+        _math("mawps"),
+    )
+}
+GROUPS = {
+    "commonsense": [name for name, task in TASKS.items() if task.folder == "commonsense"],
+    "math": [name for name, task in TASKS.items() if task.folder == "math" and name != "mawps"],  # the paper's six
+}
+
+
+def choose(names: str) -> list[Task]:
+    """Give the tasks named in a comma-separated list of tasks and of groups, each task once."""
+    chosen = {}
+    for name in filter(None, map(str.strip, names.split(","))):
+        for member in GROUPS.get(name, [name]):
+            if member not in TASKS:
+                raise ValueError(f"no task is called {member!r}; there are {', '.join([*GROUPS, *TASKS])}")
+            chosen[member] = TASKS[member]
+    if not chosen:
+        raise ValueError(f"no task is named in {names!r}; there are {', '.join([*GROUPS, *TASKS])}")
+    return list(chosen.values())
+
+
+def prompt(instruction: str) -> str:
+    """Give the Alpaca prompt for an instruction without input; what follows it is the response.
+
+    LLM-Adapters indents all but its first line by 16 blanks, by accident; here there are none.
+    """
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction.strip()}\n\n{RESPONSE}\n"
+    )
+
+
+def training_text(row: dict) -> str:
+    """Give the prompt and the response to learn, without an end-of-text token.
+
+    Outer white space of the response goes: a line break at its start can fuse with the prompt's last one into a token
+    that the prompt alone, as in a test, does not end with.
+    """
+    return prompt(row["instruction"]) + row["output"].strip()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the rows of a .jsonl file, or of a .json file that holds a list of them."""
+    text = path.read_text(encoding="utf-8")
+    rows = (
+        json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
+    )
+    for number, row in enumerate(rows, start=1):
+        if missing := {"instruction", "output", "answer"} - row.keys():
+            raise ValueError(f"{path}: row {number} has no {' and no '.join(sorted(missing))}; a row needs them all")
+    return rows
+
+
+def load_test_rows(task: Task, data: Path, trained_on: Iterable[str] = ()) -> tuple[list[dict], list[str]]:
+    """Give the rows to test on, without those the model was trained on, and notes that belong beside the score.
+
+    `trained_on` holds the training files, each as a path or by its name in the data folder. A test row goes if its
+    question is also in one of them, whatever the spacing and punctuation: all rows of math_data_train are test rows
+    too, and without them just those of the `*_test_not_in_math_data` files are left.
+    """
+    path = _first_file(
+        f"test rows of {task.name}",
+        data / task.folder / f"{task.name}_test.jsonl",
+        data / task.folder / f"{task.name}_test_1k.jsonl",
+        data / task.name / "test.json",  # as in LLM-Adapters' own `dataset` folder
+    )
+    rows, notes = read_rows(path), []
+    if path.stem.endswith("_1k"):
+        notes.append(f"a sample of {len(rows):,} rows, not the official test set")
+    for name in trained_on:
+        seen = {_question(row) for row in load_training_rows(name, data)}
+        kept = [row for row in rows if _question(row) not in seen]
+        if len(kept) < len(rows):
+            notes.append(f"{len(rows) - len(kept):,} of {len(rows):,} rows left out, they are in {name}")
+        rows = kept
+    if not rows:
+        raise ValueError(f"{task.name}: none of its test rows is left ({'; '.join(notes)}); leave out the task")
+    return rows, notes
+
+
+def load_training_rows(name: str, data: Path) -> list[dict]:
+    """Read a training file, given as a path or by its name in the data folder, such as math_data_train."""
+    names = [data / folder / f"{name}.jsonl" for folder in ("commonsense", "math")]
+    return read_rows(_first_file(f"training rows {name!r}", *names, Path(name)))
+
+
+def _question(row: dict) -> str:
+    """Give an instruction's letters and digits: tests and training files differ in spacing and punctuation."""
+    return re.sub(r"[\W_]+", "", row["instruction"].lower())
+
+
+def _first_file(what: str, *paths: Path) -> Path:
+    for path in paths:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no file with the {what}: there is no {', no '.join(map(str, paths))}")

@@ -1,0 +1,58 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder with models and data, which is not part of the repository."""
+    path = Path(os.environ.get("SMT_SHARED", Path(__file__).parents[2] / "shared"))
+    if not path.is_dir():
+        pytest.skip(f"no folder {path} with models and data; set SMT_SHARED to one")
+    return path
+
+
+@pytest.fixture
+def make_llama():
+    """Build a random LLaMA with grouped-query attention: in blocks of 16, q is a grid of 4 x 4, k and v of 2 x 4."""
+
+    def make(**changes) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        tokens = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **tokens, "initializer_range": 0.1, **changes}))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # transformers starts them at zero, where a lost bias goes unseen
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def llama(make_llama) -> LlamaForCausalLM:
+    return make_llama()
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Four batches of two sequences of eight tokens."""
+    tokens = torch.randint(2, 64, (4, 2, 8), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": ids, "labels": ids} for ids in tokens]
+
+
+@pytest.fixture
+def logits(batches):
+    """The logits of a model for the first batch."""
+
+    @torch.no_grad()
+    def of(model) -> torch.Tensor:
+        return model.eval()(batches[0]["input_ids"]).logits
+
+    return of
