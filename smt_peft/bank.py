@@ -8,8 +8,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smt_peft.tape import Anchor
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Target(NamedTuple):
@@ -76,13 +87,9 @@ class DeltaBank(nn.Module):
     def stamp(self) -> tuple:
         """Changes whenever the delta or the index may have changed; costs no look at the device.
 
-        DeepSpeed ZeRO-1/2 writes parameters through `.data`, which PyTorch's version counter does not see; there the
-        counter of completed backwards stands in.
+        PyTorch's version counter alone misses fused optimizers and DeepSpeed, so optimizer steps are counted too.
         """
-        writes = self.backwards if hasattr(self.weight, "_hp_mapping") else 0
-        return (id(self.weight), self.weight._version, self.weight.data_ptr(), self.generation, writes)
-
-    backwards = 0
+        return (id(self.weight), self.weight._version, self.weight.data_ptr(), self.generation, _optimizer_steps)
 
     def add_gradient(self) -> torch.Tensor:
         """The buffer [num_blocks, b, b] that the running backward adds block gradients to."""
@@ -95,7 +102,6 @@ class DeltaBank(nn.Module):
     def take_gradient(self) -> torch.Tensor | None:
         """Hand the buffer over, in `weight`'s dtype; the next backward starts a new one."""
         gradient, self.gradient = self.gradient, None
-        self.backwards += 1
         return None if gradient is None else gradient.to(self.weight.dtype)
 
     # --- the selection -----------------------------------------------------------------------------------------

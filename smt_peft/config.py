@@ -124,7 +124,8 @@ class SMTConfig(PeftConfig):
             raise ValueError(f"block_size={self.block_size!r} is neither a positive integer nor 'auto'.")
         if self.num_blocks is not None and not _is_int(self.num_blocks, at_least=0 if self.num_blocks_pattern else 1):
             raise ValueError(f"num_blocks={self.num_blocks!r} is not a positive integer.")
-        if self.trainable_ratio is not None and not 0 < self.trainable_ratio <= 1:
+        ratio = self.trainable_ratio
+        if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
             raise ValueError(
                 f"trainable_ratio={self.trainable_ratio!r} is not in (0, 1]: it is a share, so 0.86 % is 0.0086."
             )

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
+from smt_peft.quantized import Original, dequantized
 from smt_peft.root import Blocks, LayerBlocks, SMTRoot
 
 
@@ -66,7 +67,7 @@ class Linear(nn.Module, SMTLayer):
         self._synced: tuple | None = None
         self._base_only = False  # while a weight must be the original one for a moment
         self.written: list = []  # what stands in the weight, see resident.py
-        self._unmerged_weight: nn.Parameter | None = None
+        self._original: Original | None = None  # a quantised weight while a merged one stands in for it
         self.register_load_state_dict_pre_hook(_restore_before)
         self.register_state_dict_pre_hook(_restore_before)
 
@@ -192,7 +193,8 @@ class Linear(nn.Module, SMTLayer):
         trained = [name for name in active if self.bank(name).weight.requires_grad]
         if not trained:
             return self._with_deltas(x, base, active)
-        tape.home = tape.home or self
+        for name in trained:
+            tape.settle(name, self)
         if not torch.is_grad_enabled():
             return self._with_deltas(x, base, active)
         record, consumers = self._keep(x, trained)
@@ -221,10 +223,10 @@ class Linear(nn.Module, SMTLayer):
         """Put the nodes that bring this layer's block gradients home before its matmul."""
         tape = self.root.tape
         record = tape.record(x)
-        if tape.alias is x and (tape.home is self or not x.requires_grad):
-            for name in self.active_adapters:
-                if name in self.root and self.bank(name).weight.requires_grad:
-                    tape.alias = self.bank(name)(tape.alias)
+        for name in trained:
+            if name not in record.anchored and (tape.homes[name] is self or not x.requires_grad):
+                record.anchored.add(name)
+                tape.alias = self.bank(name)(tape.alias)
         consumers, gathers = [], {}
         for name in trained:
             bank, blocks = self.bank(name), self.blocks(name)
@@ -305,23 +307,21 @@ class Linear(nn.Module, SMTLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
                 "base model instead."
             )
-        for name in adapter_names:
-            if safe_merge and not torch.isfinite(self.get_base_weight() + self._delta_for_merge(name)).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or the "
-                    "base weight is not finite."
-                )
+        weight = self._base_weight()
+        if safe_merge:
+            for name in adapter_names:
+                if not torch.isfinite(weight + self._delta_for_merge(name).to(weight.device)).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or "
+                        "the base weight is not finite."
+                    )
+        self.merged_adapters += adapter_names
         if self._is_plain():
-            self.merged_adapters += adapter_names
             self.root.sync_layer(self)
             return
-        if self._unmerged_weight is None:
-            self._unmerged_weight = self.get_base_layer().weight
-        weight = self.get_base_weight().clone()
-        for name in adapter_names:
-            weight += self._delta_for_merge(name).to(weight)
-        self.set_base_weight(weight)
-        self.merged_adapters += adapter_names
+        if self._original is None:
+            self._original = Original(self.base_layer)
+        self.set_base_weight(sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight))
 
     def _delta_for_merge(self, adapter: str) -> torch.Tensor:
         """The dense delta, or zero where the weight holds it already."""
@@ -334,16 +334,19 @@ class Linear(nn.Module, SMTLayer):
             warnings.warn("Already unmerged. Nothing to do.")
             return
         self.merged_adapters.clear()
-        if self._unmerged_weight is not None:
-            self.get_base_layer().weight = self._unmerged_weight
-            self._unmerged_weight = None
+        if self._original is not None:
+            self.base_layer = self._original.put_back()
+            self._original = None
         else:
             self.root.sync_layer(self)
 
     def base_matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features], dequantised."""
-        weight = self.get_base_weight()
+        weight = self._base_weight()
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def _base_weight(self) -> torch.Tensor:
+        return self.get_base_weight() if self.quantization_backend is None else dequantized(self)
 
     def restore(self) -> None:
         """Bring back the original weight, bit for bit; the next forward writes the deltas again."""

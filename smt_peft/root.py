@@ -88,6 +88,7 @@ class SMTRoot(nn.ModuleDict):
         self._paused = False
         self._compiled = False
         self.__dict__["_model"] = model
+        self._embedding_hook = None
         self._hook = model.register_forward_pre_hook(self._begin_forward)
 
     def _begin_forward(self, *_: object) -> None:
@@ -98,8 +99,26 @@ class SMTRoot(nn.ModuleDict):
         self.tape.begin_forward(self.values())
         for bank in self.values():
             bank.forget_gathered()
-        if compiling or self._compiled or any(m._compiled_call_impl is not None for m in self._model.modules()):
+        modules = list(self._model.modules())
+        if compiling or self._compiled or any(module._compiled_call_impl is not None for module in modules):
             self.prepare_compiled()
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            self._anchor_on_embedding()
+
+    def _anchor_on_embedding(self) -> None:
+        """Under gradient checkpointing the anchor must lie outside of every checkpointed segment."""
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
+        embedding = self._model.get_input_embeddings()
+        self._embedding_hook = embedding.register_forward_hook(self._anchor)
+
+    def _anchor(self, embedding: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and self.tape.collector is None:
+            for adapter in self.layers[0].active_adapters:
+                if adapter in self and self[adapter].weight.requires_grad:
+                    self.tape.settle(adapter, self)
+                    output = self[adapter](output)
+        return output
 
     # --- resident weights --------------------------------------------------------------------------------------
 
@@ -165,3 +184,5 @@ class SMTRoot(nn.ModuleDict):
             del self[adapter]
         if not len(self):
             self._hook.remove()
+            if self._embedding_hook is not None:
+                self._embedding_hook.remove()

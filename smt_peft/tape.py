@@ -6,7 +6,8 @@ that read the same tensor (q, k and v), and catches dY with a tensor hook. Autog
 their creation, so the first layer on an input runs last in backward and computes the block gradients of its group; the
 anchor, before the first layer of all, runs after every group and hands the bank its whole gradient in one piece. One
 piece, because slicing the bank per layer would cost a bank-sized zero fill per layer, and because DDP and ZeRO accept
-one gradient per parameter and backward, even when reentrant checkpointing runs many small backwards.
+one gradient per parameter and backward. Under gradient checkpointing the anchor sits on the embedding's output
+instead: the reentrant kind runs a small backward per segment, and DDP must find the bank in the graph outside of them.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Record:
 
     def __init__(self, x: torch.Tensor):
         self.x, self.version = weakref.ref(x), x._version
+        self.anchored: set[str] = set()  # the adapters whose anchor sits on this input
         self.columns: dict[object, Columns] = {}
         self.nodes = 0
         self._pieces: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -150,14 +152,15 @@ class Tape:
     """What the layers of one model share during a forward and its backward."""
 
     def __init__(self) -> None:
-        self.home: object = None  # the first layer of a forward; the anchor sits before it
+        self.homes: dict[str, object] = {}  # adapter -> what its anchor sits before: its first layer in a forward
+        self._settled: set[str] = set()  # the adapters whose home in the running forward is known
         self.plans: dict[object, Columns] = {}
         self.collector = None  # set during the warm-up
         self.alias: torch.Tensor | None = None  # the last input behind its nodes; the next layer on it reads this
         self._last: Record | None = None  # (not the record's: that would tie autograd's graph into a cycle)
 
     def begin_forward(self, banks: Iterable) -> None:
-        self.home = self._last = self.alias = None
+        self._settled, self._last, self.alias = set(), None, None
         for bank in banks:
             if bank.gradient is not None:
                 bank.gradient = None
@@ -166,6 +169,13 @@ class Tape:
                     "interrupted backward this is harmless; otherwise please report the model's architecture.",
                     RuntimeWarning,
                 )
+
+    def settle(self, adapter: str, home: object) -> None:
+        """The first to ask in a forward becomes the adapter's home. Not in a backward: there, checkpointing runs parts
+        of an earlier forward again, whose home must stay."""
+        if adapter not in self._settled and torch._C._current_graph_task_id() == -1:
+            self.homes[adapter] = home
+            self._settled.add(adapter)
 
     def record(self, x: torch.Tensor) -> Record:
         """The group of layers that read x: the running one if x is the tensor that the layer before read."""
@@ -178,4 +188,4 @@ class Tape:
         return self.plans.setdefault((width, total, device), Columns(width, total, {}))
 
     def __getstate__(self) -> dict:
-        return {"home": None, "plans": {}, "collector": None, "alias": None, "_last": None}
+        return {"homes": {}, "_settled": set(), "plans": {}, "collector": None, "alias": None, "_last": None}

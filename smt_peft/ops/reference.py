@@ -38,7 +38,7 @@ def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor
     block_size, dtype = grad.shape[1], sum_dtype(dy.dtype)
     x = x.to(dy.dtype)
     if _dense_is_faster(rows.shape[0], block_size, dy.shape[1], x.shape[1]):
-        dense = _column_blocks((dy.to(dtype).T @ x.to(dtype)), block_size).unflatten(0, (-1, block_size))
+        dense = _column_blocks(dy.to(dtype).T @ x.to(dtype), block_size).unflatten(0, (-1, block_size))
         add_at_(grad, slots, dense.transpose(1, 2)[rows, cols])
         return
     size = _chunk_size(dy.shape[0], block_size)
@@ -139,7 +139,8 @@ def write_blocks(views: list[Tensor], values: Tensor) -> None:
         views: n tensors [b, b] of one dtype and device, any strides.
         values: [n, b, b], any float dtype.
     """
-    torch._foreach_copy_(views, values.unbind())
+    if views:  # PyTorch refuses an empty list
+        torch._foreach_copy_(views, values.unbind())
 
 
 def add_at_(grad: Tensor, slots: Tensor, product: Tensor) -> None:

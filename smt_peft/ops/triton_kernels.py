@@ -135,16 +135,10 @@ def _block_matmul_kernel(
         block = tl.load(order + step // STEPS)
         col = tl.load(cols + step // STEPS).to(tl.int64)
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-        x_tile = tl.load(
-            x + token * x_token + (col * BLOCK + j)[None, :] * x_feature,
-            mask=inside & (j < BLOCK)[None, :],
-            other=0.0,
-        )
-        delta_tile = tl.load(
-            delta + block * delta_block + i * delta_row + j[:, None] * delta_col,
-            mask=(i < BLOCK) & (j < BLOCK)[:, None],
-            other=0.0,
-        )
+        x_tile = x + token * x_token + (col * BLOCK + j)[None, :] * x_feature
+        x_tile = tl.load(x_tile, mask=inside & (j < BLOCK)[None, :], other=0.0)
+        delta_tile = delta + block * delta_block + i * delta_row + j[:, None] * delta_col
+        delta_tile = tl.load(delta_tile, mask=(i < BLOCK) & (j < BLOCK)[:, None], other=0.0)
         total = _add_product(total, x_tile, delta_tile, PRECISION)
     tl.store(y + token * out_features + row * BLOCK + i, total, mask=inside & (i < BLOCK))
 
@@ -220,62 +214,35 @@ def _write_blocks_kernel(
 
 def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
     """See ``reference.block_grad_``. The products go to scratch memory first, so that tuning cannot add them twice."""
-    tokens, blocks, block_size = dy.shape[0], rows.shape[0], grad.shape[1]
+    tokens, blocks, block_size, x = dy.shape[0], rows.shape[0], grad.shape[1], x.to(dy.dtype)
     if not tokens or not blocks:
         return
     # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
     splits = min(_ENOUGH_PROGRAMS // (blocks * triton.cdiv(block_size, 128) ** 2), tokens // _SPLIT_TOKENS)
     splits = triton.next_power_of_2(max(splits, 1) + 1) // 2  # rounded down, to tune for few values
     product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
-    padded, x = triton.next_power_of_2(block_size), x.to(dy.dtype)
-
-    def grid(meta):
-        return blocks, triton.cdiv(block_size, min(meta["TILE"], padded)) ** 2, splits
-
+    args = product, dy, x, rows, cols, tokens, _bucket(tokens), *dy.stride(), *x.stride()
     with torch.cuda.device_of(dy):
-        _block_grad_kernel[grid](
-            *(product, dy, x, rows, cols, tokens, _bucket(tokens), *dy.stride(), *x.stride()),
-            BLOCK=block_size,
-            PADDED=padded,
-            SPLITS=splits,
-            PRECISION=_precision(),
+        _block_grad_kernel[lambda meta: (blocks, _tiles(block_size, meta) ** 2, splits)](
+            *args, BLOCK=block_size, PADDED=_padded(block_size), SPLITS=splits, PRECISION=_precision()
         )
     reference.add_at_(grad, slots, product[0] if splits == 1 else product.sum(0))
 
 
 def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
     """See ``reference.block_matmul``."""
-    tokens, block_size = x.shape[0], delta.shape[1]
+    tokens, block_size, delta = x.shape[0], delta.shape[1], delta.to(x.dtype)
     if not tokens or not rows.shape[0]:
         return x.new_zeros(tokens, out_features)
-    y = x.new_empty(tokens, out_features)
-    padded, delta = triton.next_power_of_2(block_size), delta.to(x.dtype)
+    block_rows = out_features // block_size
     sorted_rows, order = rows.sort(stable=True)
-    block_rows = torch.arange(out_features // block_size + 1, device=x.device, dtype=rows.dtype)
-    starts = torch.searchsorted(sorted_rows, block_rows, out_int32=True)
-
-    def grid(meta):
-        tiles = triton.cdiv(block_size, min(meta["TILE"], padded))
-        return out_features // block_size * tiles, triton.cdiv(tokens, meta["TILE"])
-
+    boundaries = torch.arange(block_rows + 1, device=x.device, dtype=rows.dtype)
+    starts = torch.searchsorted(sorted_rows, boundaries, out_int32=True)
+    y = x.new_empty(tokens, out_features)
+    args = y, x, delta, order, cols[order], starts, tokens, _bucket(tokens), out_features, *x.stride(), *delta.stride()
     with torch.cuda.device_of(x):
-        _block_matmul_kernel[grid](
-            *(
-                y,
-                x,
-                delta,
-                order,
-                cols[order],
-                starts,
-                tokens,
-                _bucket(tokens),
-                out_features,
-                *x.stride(),
-                *delta.stride(),
-            ),
-            BLOCK=block_size,
-            PADDED=padded,
-            PRECISION=_precision(),
+        _block_matmul_kernel[lambda meta: (block_rows * _tiles(block_size, meta), triton.cdiv(tokens, meta["TILE"]))](
+            *args, BLOCK=block_size, PADDED=_padded(block_size), PRECISION=_precision()
         )
     return y
 
@@ -284,40 +251,41 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     """See ``reference.block_scores``."""
     if score == "mean_abs":
         return reference.block_scores(dy, x, block_size, score)  # two small sums and a small product
-    tokens, span, x = dy.shape[0], min(_SCORE_SPAN, triton.next_power_of_2(block_size)), x.to(dy.dtype)
+    tokens, span, x = dy.shape[0], min(_SCORE_SPAN, _padded(block_size)), x.to(dy.dtype)
     parts = triton.cdiv(block_size, span)
     out_spans, in_spans = (matrix.shape[1] // block_size * parts for matrix in (dy, x))
     sums = dy.new_empty(out_spans, in_spans, dtype=torch.float32)
-
-    def grid(meta):
-        spans = meta["TILE"] // span
-        return (triton.cdiv(out_spans, spans) * triton.cdiv(in_spans, spans),)
-
+    args = sums, dy, x, tokens, _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()
     with torch.cuda.device_of(dy):
-        _block_scores_kernel[grid](
-            *(sums, dy, x, tokens, _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()),
-            BLOCK=block_size,
-            SPAN=span,
-            SQUARE=score == "l2",
-            PRECISION=_precision(),
-        )
+        _block_scores_kernel[
+            lambda meta: (triton.cdiv(out_spans * span, meta["TILE"]) * triton.cdiv(in_spans * span, meta["TILE"]),)
+        ](*args, BLOCK=block_size, SPAN=span, SQUARE=score == "l2", PRECISION=_precision())
     return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
 
 
 def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor) -> None:
     """See ``reference.write_blocks``; ``pointers`` is :func:`block_pointers` of ``views``."""
-    blocks, block_size, size = len(views), values.shape[1], 1024
-    if blocks:
-        with torch.cuda.device_of(values):
-            _write_blocks_kernel[blocks, triton.cdiv(block_size**2, size)](
-                *(pointers, views[0], values, *values.stride()), BLOCK=block_size, SIZE=size
-            )
+    if not views:
+        return
+    block_size, size = values.shape[1], 1024
+    with torch.cuda.device_of(values):
+        _write_blocks_kernel[len(views), triton.cdiv(block_size**2, size)](
+            pointers, views[0], values, *values.stride(), BLOCK=block_size, SIZE=size
+        )
 
 
 def block_pointers(views: list[Tensor]) -> Tensor:
     """Table [n, 3] int64 on the views' device: address, row stride and column stride (in elements) of each view."""
-    table = torch.tensor([(view.data_ptr(), *view.stride()) for view in views], dtype=torch.int64)
-    return table.to(views[0].device)
+    return torch.tensor([(view.data_ptr(), *view.stride()) for view in views], device=views[0].device)
+
+
+def _tiles(block_size: int, meta: dict) -> int:
+    """Tiles along one side of a block."""
+    return triton.cdiv(block_size, min(meta["TILE"], _padded(block_size)))
+
+
+def _padded(block_size: int) -> int:
+    return triton.next_power_of_2(block_size)
 
 
 def _bucket(tokens: int) -> int:
@@ -326,5 +294,5 @@ def _bucket(tokens: int) -> int:
 
 
 def _precision() -> str:
-    """How float32 is multiplied: as PyTorch's own matmul does."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How float32 is multiplied: as PyTorch's own matmul does (before torch 2.9, exactly)."""
+    return "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"

@@ -1,0 +1,39 @@
+"""What quantised base layers need beyond PEFT's back ends: to be read rightly, and to come back exactly."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def dequantized(layer: BaseTunerLayer) -> torch.Tensor:
+    """The float weight of a layer's quantised base layer.
+
+    On some CPUs bitsandbytes repacks 4-bit weights for inference, in an order that its own dequantisation reads
+    wrongly; asking for the state dict makes it unpack them.
+    """
+    base_layer = layer.get_base_layer()
+    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base_layer.state_dict()
+    return layer.get_base_weight()
+
+
+class Original:
+    """A quantised weight with what its library keeps beside it. Merging makes a new one; `put_back` undoes that."""
+
+    def __init__(self, base_layer: nn.Module):
+        self.base_layer, self.weight = base_layer, base_layer.weight
+        owners = [owner for owner in (self.weight, getattr(base_layer, "state", None)) if owner is not None]
+        self._kept = [(owner, dict(vars(owner))) for owner in owners]
+
+    def put_back(self) -> nn.Module:
+        """Restore the base layer and return it (HQQ replaces the module itself)."""
+        self.base_layer.weight = self.weight
+        for (
+            owner,
+            attributes,
+        ) in self._kept:  # bitsandbytes: flags on the weight, data and scale in `state`
+            vars(owner).clear()
+            vars(owner).update(attributes)
+        return self.base_layer
