@@ -1,12 +1,12 @@
 """Cost of a training step: SMT beside the floor, LoRA and other PEFT methods at equal trainable parameters.
 
     python scripts/bench_training.py --setting cpu-small --output docs/results/training_cpu-small.json
-    python scripts/bench_training.py --setting peft --output docs/results/training_peft.json          # one GPU
+    bash scripts/bench_gpu.sh                                                              # all settings for one GPU
 
 Weights are random in real shapes: cost does not depend on values. The floor is the same model, frozen, with gradients
-flowing down to the input of the lowest adapted layer: no method that trains inside the layers can be cheaper. Methods
-take turns within one process (rounds), so that a slow moment of the machine hits all of them; compare ratios.
-`scripts/report_benchmarks.py` turns the JSON files into docs/benchmarks.md and its picture.
+flowing down to the inputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
+Methods take turns within one process (rounds), so that a slow moment of the machine hits all of them; compare ratios.
+`scripts/report_benchmarks.py` turns the JSON files into the tables and pictures of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 from peft import LoraConfig, MissConfig, PeftModel, ShiraConfig, get_peft_model
+from report_benchmarks import training_table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,59 +36,65 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from smt_peft import SMTConfig, select_blocks
 
-SHAPES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "vocab_size")  # fmt: skip
+SHAPES = {  # in the order of SIZES
+    "tiny": (64, 128, 2, 4, 2, 64),
     "cpu-small": (512, 1408, 6, 8, 4, 4096),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256),
     "llama-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama-13b": (5120, 13824, 40, 40, 40, 32000),
 }
+METHODS = ["floor", "smt", "smt-additive", "smt-warmup", "lora", "rslora", "dora", "miss", "shira", "full"]
+UNEQUAL = 0.06  # how far a method's trainable parameters may be off: DoRA's magnitudes come on top of its rank
 
 
 @dataclass
 class Options:
     """What is measured. `--setting` gives a starting point; every option named on the command line overrides it."""
 
-    setting: str = field(default="cpu-small", metadata={"help": "cpu-small, peft, 7b, 7b-checkpointing or 7b-paper"})
+    setting: str = "cpu-small"
     output: str | None = field(default=None, metadata={"help": "JSON file to write; default: print only"})
     shape: str = "cpu-small"
-    methods: list[str] = field(
-        default_factory=lambda: [
-            "floor",
-            "smt",
-            "smt-additive",
-            "smt-warmup",
-            "lora",
-            "rslora",
-            "dora",
-            "miss",
-            "shira",
-            "full",
-        ]
-    )
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    rank: int = field(default=8, metadata={"help": "LoRA's rank; sets the budget unless trainable_ratio is given"})
-    trainable_ratio: float | None = field(default=None, metadata={"help": "budget as a share of the base model"})
+    rank: int = field(default=8, metadata={"help": "LoRA's rank; its parameters are the budget of every method"})
+    trainable_ratio: float | None = field(default=None, metadata={"help": "sets the rank: share of the base model"})
     block_size: int = 64
     batch_size: int = 2
     tokens: int = 256
     dtype: str = "float32"
     checkpointing: str = field(default="none", metadata={"help": "none, non-reentrant or reentrant"})
     steps: int = field(default=4, metadata={"help": "timed steps per method and round"})
-    rounds: int = 5
+    rounds: int = 8
+    sweep: str | None = field(default=None, metadata={"help": "option to vary: one run for each of `values`"})
+    values: list[str] = field(default_factory=list)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-PEFT_SETTING = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4, "tokens": 768}
+QKV = ["q_proj", "k_proj", "v_proj"]
+PEFT = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4, "tokens": 768, "dtype": "bfloat16"}
+GPU_SWEEP = {**PEFT, "steps": 3, "rounds": 3, "methods": ["floor", "smt", "smt-additive", "lora", "lora-bf16"]}
+SEVEN = {**GPU_SWEEP, "shape": "llama-7b", "trainable_ratio": 0.0086, "target_modules": QKV, "batch_size": 2,
+         "tokens": 1024, "methods": [*GPU_SWEEP["methods"], "smt-warmup", "dora"]}  # fmt: skip
+CPU_SWEEP = {"steps": 3, "rounds": 4, "methods": ["floor", "smt", "lora"]}
+BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "0.025", "0.05"], "target_modules": QKV}
 SETTINGS = {
     "cpu-small": {},
-    "peft": {**PEFT_SETTING, "dtype": "bfloat16", "steps": 5, "rounds": 3},
-    "7b": {"shape": "llama-7b", "block_size": 256, "tokens": 1024, "dtype": "bfloat16", "trainable_ratio": 0.0086,
-           "target_modules": ["q_proj", "k_proj", "v_proj"], "steps": 3, "rounds": 3,
-           "methods": ["floor", "smt", "smt-additive", "smt-warmup", "lora", "dora"]},
+    "cpu-budgets": {**CPU_SWEEP, **BUDGETS},
+    "cpu-blocks": {**CPU_SWEEP, "sweep": "block_size", "values": ["32", "64", "128"], "trainable_ratio": 0.0086},
+    "cpu-context": {**CPU_SWEEP, "sweep": "tokens", "values": ["64", "256", "1024"], "batch_size": 1},
+    "peft": {**PEFT, "rounds": 3, "methods": [*METHODS, "lora-bf16"]},
+    "7b": SEVEN,
+    "7b-checkpointing": {**SEVEN, "checkpointing": "non-reentrant", "batch_size": 4},
+    "7b-paper": {**SEVEN, "checkpointing": "non-reentrant", "methods": ["floor", "smt", "full"]},
+    "context": {**GPU_SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "4096", "8192"], "batch_size": 1},
+    "budgets": {**GPU_SWEEP, **BUDGETS},
+    "blocks": {**GPU_SWEEP, "sweep": "block_size", "values": ["32", "64", "128", "256"]},
+    "sizes": {**GPU_SWEEP, "sweep": "shape", "values": ["llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-13b"],
+              "trainable_ratio": 0.0086, "target_modules": QKV, "batch_size": 1},
 }  # fmt: skip
-SETTINGS["7b-checkpointing"] = {**SETTINGS["7b"], "checkpointing": "non-reentrant", "batch_size": 4}
-SETTINGS["7b-paper"] = {**SETTINGS["7b"], "methods": ["smt", "full"], "checkpointing": "non-reentrant", "rounds": 2}
 
 
 def main() -> None:
@@ -96,100 +104,113 @@ def main() -> None:
         raise SystemExit(f"--setting {setting} is not one of {', '.join(SETTINGS)}.")
     parser.set_defaults(**SETTINGS[setting])
     (options,) = parser.parse_args_into_dataclasses()
-    result = run(options)
-    print(table(result))
+    points = [options]
+    if options.sweep:
+        kind = {"trainable_ratio": float, "shape": str}.get(options.sweep, int)
+        points = [replace(options, **{options.sweep: kind(value)}) for value in options.values]
+    result = {**header(options.device), "sweep": options.sweep, "runs": [run(point) for point in points]}
+    print(training_table(result))
     if options.output:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
         Path(options.output).write_text(json.dumps(result, indent=1))
 
 
-def run(options: Options) -> dict:
-    base = random_llama(options)
-    budget = trainable_budget(base, options)
-    batch = torch.randint(0, base.config.vocab_size, (options.batch_size, options.tokens), device=options.device)
-    figures: dict[str, dict] = {method: {"step_s": []} for method in options.methods}
-    bar = tqdm(total=options.rounds * len(options.methods), desc="rounds x methods")
-    for turn in range(options.rounds):
-        for method in options.methods:
-            with adapted(base, method, budget, options) as model:
-                if turn == 0:
-                    figures[method] |= count(model, method, batch, options)
-                seconds, peak = steps(model, method, batch, options)
-                figures[method]["step_s"] += seconds
-                figures[method]["peak_bytes"] = peak
-            bar.update()
-    bar.close()
+def header(device: str) -> dict:
+    """What stands beside a number: command, machine, versions, and how busy the machine was with other things."""
+    on_gpu, threads = device == "cuda", torch.get_num_threads()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {
-        "command": "python " + " ".join(sys.argv),
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine() + " CPU",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "options": asdict(options),
-        "base_parameters": sum(p.numel() for p in base.parameters()),
-        "methods": figures,
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), threads: {threads}",
+        "load_average": None if on_gpu else round(os.getloadavg()[0], 1),
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
+def run(options: Options) -> dict:
+    """All methods, in turns, for one combination of options."""
+    base = random_llama(options)
+    batch = torch.randint(0, base.config.vocab_size, (options.batch_size, options.tokens), device=options.device)
+    figures: dict[str, dict] = {method: {"step_s": [], "trainable_parameters": 0} for method in options.methods}
+    with tqdm(total=options.rounds * len(options.methods), desc="rounds x methods") as bar:
+        for turn in range(options.rounds):
+            for method, figure in figures.items():
+                try:
+                    with adapted(base, method, options) as model:
+                        if turn == 0 and method != "smt-warmup":
+                            figure |= count(model, method, batch, options)
+                        take_steps(model, method, batch, options, figure)
+                except torch.OutOfMemoryError:
+                    figure["out_of_memory"] = True
+                bar.update()
+    check_budgets(figures, rank_of(base, options)[1])
+    base_parameters = sum(p.numel() for p in base.parameters())
+    return {"options": asdict(options), "base_parameters": base_parameters, "methods": figures}
+
+
 def random_llama(options: Options) -> LlamaForCausalLM:
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[options.shape]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=max(options.tokens, 2048),
-        tie_word_embeddings=vocabulary > 100_000, use_cache=False,
-    )  # fmt: skip
-    dtype = getattr(torch, options.dtype)
-    torch.set_default_dtype(dtype)
+    sizes = dict(zip(SIZES, SHAPES[options.shape], strict=True))
+    tied = sizes["vocab_size"] > 100_000  # as in the small LLaMA 3.2
+    config = LlamaConfig(**sizes, tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False)
+    torch.set_default_dtype(getattr(torch, options.dtype))
     with torch.device(options.device):
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
+    if options.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": options.checkpointing == "reentrant"})
+        model.enable_input_require_grads()
     return model
 
 
-def trainable_budget(base: nn.Module, options: Options) -> int:
-    """Trainable parameters that every adapter gets, as near as its granularity allows."""
-    if options.trainable_ratio is not None:
-        return round(options.trainable_ratio * sum(p.numel() for p in base.parameters()))
-    return sum(options.rank * sum(weight.shape) for weight in target_weights(base, options))
+def targets(base: nn.Module, options: Options) -> list[nn.Module]:
+    return [module for name, module in base.named_modules() if name.rpartition(".")[2] in options.target_modules]
 
 
-def target_weights(base: nn.Module, options: Options) -> list[torch.Tensor]:
-    return [m.weight for name, m in base.named_modules() if name.rpartition(".")[2] in options.target_modules]
+def rank_of(base: nn.Module, options: Options) -> tuple[int, int]:
+    """LoRA's rank, and its parameters: the budget that the other methods get, as near as they can."""
+    sides = sum(sum(module.weight.shape) for module in targets(base, options))
+    if options.trainable_ratio is None:
+        return options.rank, options.rank * sides
+    rank = max(1, round(options.trainable_ratio * sum(p.numel() for p in base.parameters()) / sides))
+    return rank, rank * sides
+
+
+def check_budgets(figures: dict[str, dict], budget: int) -> None:
+    for method, figure in figures.items():
+        trained = figure["trainable_parameters"]
+        if trained and method != "full" and abs(trained / budget - 1) > UNEQUAL:
+            message = f"{method} trains {trained:,} parameters, but the budget is {budget:,}"
+            raise ValueError(f"{message}: not comparable. Choose another rank, or smaller blocks.")
 
 
 @contextlib.contextmanager
-def adapted(base: LlamaForCausalLM, method: str, budget: int, options: Options):
+def adapted(base: LlamaForCausalLM, method: str, options: Options):
     """The base model with one method's adapter, trainable; afterwards the base model as it was."""
     base.requires_grad_(method == "full")
-    sides = sum(sum(weight.shape) for weight in target_weights(base, options))
-    outs = sum(len(weight) for weight in target_weights(base, options))
+    rank, budget = rank_of(base, options)
     common = {"target_modules": options.target_modules}
-    lora = LoraConfig(r=max(1, round(budget / sides)), **common)
-    smt = SMTConfig(
-        block_size=options.block_size, num_blocks=max(1, round(budget / options.block_size**2)), selection="random",
-        warmup_steps=options.steps + 1, **common,
-    )  # fmt: skip
+    lora = LoraConfig(r=rank, **common)
+    smt = SMTConfig(block_size=options.block_size, num_blocks=max(1, round(budget / options.block_size**2)),
+                    selection="random", warmup_steps=options.steps + 2, **common)  # fmt: skip
+    outs = sum(len(module.weight) for module in targets(base, options))
     configs = {
         "smt": smt,
         "smt-additive": smt,
         "smt-warmup": replace(smt, selection="gradient"),
         "lora": lora,
+        "lora-bf16": lora,
         "rslora": replace(lora, use_rslora=True),
         "dora": replace(lora, use_dora=True),
         "miss": MissConfig(r=max(1, round(budget / outs)), **common),
-        "shira": ShiraConfig(r=max(1, round(budget / sides)), **common),
+        "shira": ShiraConfig(r=rank, **common),
     }
-    hooks = []
-    model = get_peft_model(base, configs[method]) if method in configs else base
-    if method == "smt-additive":
-        for layer in model.base_model.model.smt_bank.layers:
-            layer._shared_weight = True  # what a weight that two modules share is treated as
+    model, hooks = base, []
+    if method in configs:  # PEFT's default holds the adapters of 16-bit models in float32
+        model = get_peft_model(base, configs[method], autocast_adapter_dtype=method != "lora-bf16")
+    for layer in base.smt_bank.layers if method == "smt-additive" else ():
+        layer._shared_weight = True  # treated as a weight that two modules share
     if method == "floor":
-        lowest = next(m for name, m in base.named_modules() if name.rpartition(".")[2] in options.target_modules)
-        hooks.append(lowest.register_forward_pre_hook(require_input_gradient))
-    if options.checkpointing != "none":
-        kwargs = {"use_reentrant": options.checkpointing == "reentrant"}
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        base.enable_input_require_grads()
+        hooks = [module.register_forward_pre_hook(require_input_gradient) for module in targets(base, options)]
     model.train()
     try:
         yield model
@@ -198,8 +219,7 @@ def adapted(base: LlamaForCausalLM, method: str, budget: int, options: Options):
             hook.remove()
         if isinstance(model, PeftModel):
             model.unload()
-        for parameter in base.parameters():
-            parameter.grad = None
+        base.zero_grad()
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
@@ -209,20 +229,18 @@ def require_input_gradient(module: nn.Module, args: tuple):
     return args if args[0].requires_grad else (args[0].detach().requires_grad_(),)
 
 
-def steps(model, method: str, batch: torch.Tensor, options: Options) -> tuple[list[float], int | None]:
-    """Seconds of each timed step after one untimed, and the peak of allocated GPU memory over all of them."""
+def take_steps(model, method: str, batch: torch.Tensor, options: Options, figure: dict) -> None:
+    """Time training steps, after one untimed; on a GPU also the peak of allocated memory."""
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
     if method == "smt-warmup":
-        data = [{"input_ids": batch, "labels": batch}] * (options.steps + 1)
         marks = []
-        select_blocks(model, data, loss_function=lambda m, b: marks.append(clock(options)) or m(**b).loss,
-                      progress_bar=False)  # fmt: skip
-        seconds = [after - before for before, after in zip(marks[1:], marks[2:] + [clock(options)], strict=True)]
+        select_blocks(model, [{"input_ids": batch, "labels": batch}] * (options.steps + 2), progress_bar=False,
+                      loss_function=lambda m, b: marks.append(clock(options)) or m(**b).loss)  # fmt: skip
+        figure["step_s"] += [after - before for before, after in pairwise(marks[1:])]
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=True) if trained else None
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None  # as the Trainer's
         for step in range(options.steps + 1):
             start = clock(options)
             model(input_ids=batch, labels=batch).loss.backward()
@@ -230,8 +248,11 @@ def steps(model, method: str, batch: torch.Tensor, options: Options) -> tuple[li
                 optimizer.step()
                 optimizer.zero_grad()
             if step:
-                seconds.append(clock(options) - start)
-    return seconds, torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+                figure["step_s"].append(clock(options) - start)
+        state = [t for s in optimizer.state.values() for t in s.values()] if optimizer is not None else []
+        figure["optimizer_bytes"] = sum(t.nbytes for t in state if t.dim())
+    if options.device == "cuda":
+        figure["peak_bytes"] = torch.cuda.max_memory_allocated()
 
 
 def clock(options: Options) -> float:
@@ -240,86 +261,71 @@ def clock(options: Options) -> float:
     return time.perf_counter()
 
 
-class CountOps(TorchDispatchMode):
-    """Counts dispatched operators: on a GPU, roughly the kernels launched."""
+class CountLaunches(TorchDispatchMode):
+    """Counts operators that do more than make a view: what would be a kernel launch."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
+        self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
 def count(model, method: str, batch: torch.Tensor, options: Options) -> dict:
-    """What does not depend on the machine: parameters, bytes, FLOPs, operators; and the adapter's life on disk."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    figures = {"trainable_parameters": trained, "optimizer_bytes": 8 * trained}
-    if method == "smt-warmup":
-        return {**figures, "trainable_parameters": 0, "optimizer_bytes": 0}
-    model(input_ids=batch, labels=batch).loss.backward()  # once, so that lazy set-up is not counted
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, int] = {}
+    """What does not depend on the machine: parameters, bytes, FLOPs, launches; and the adapter's life on disk."""
+
+    def step() -> None:
+        model(input_ids=batch, labels=batch).loss.backward()
+
+    step()  # once, so that lazy set-up is not counted
+    with FlopCounterMode(display=False) as flops:
+        step()
+    if options.device == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+            clock(options)
+        launches = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profiler.events())
+    else:
+        with CountLaunches() as counter:
+            step()
+        launches = counter.count
+    model.zero_grad()
+    return {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "saved_bytes": saved_bytes(model, batch),
+        "flops": flops.get_total_flops(),
+        "launches": launches,
+        **(on_disk(model, options) if isinstance(model, PeftModel) else {}),
+    }
+
+
+def saved_bytes(model, batch: torch.Tensor) -> int:
+    """Bytes of the distinct storages, other than weights, that a forward saves for its backward."""
+    saved = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = (tensor.coalesce().values() if tensor.is_sparse else tensor).untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage  # held, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(input_ids=batch, labels=batch).loss
-    figures["saved_bytes"] = sum(saved.values())
-    loss.backward()
-    with FlopCounterMode(display=False) as flops:
-        model(input_ids=batch, labels=batch).loss.backward()
-    with CountOps() as ops:
-        model(input_ids=batch, labels=batch).loss.backward()
-    figures |= {"flops": flops.get_total_flops(), "operators": ops.count}
-    model.zero_grad()
-    return {**figures, **on_disk(model)} if isinstance(model, PeftModel) else figures
+        model(input_ids=batch, labels=batch)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
 
 
-def on_disk(model: PeftModel) -> dict:
+def on_disk(model: PeftModel, options: Options) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        marks = [clock(options)]
         model.save_pretrained(folder)
-        save = time.perf_counter() - start
-        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-        start = time.perf_counter()
+        marks.append(clock(options))
         model.load_adapter(folder, adapter_name="default")
-        load = time.perf_counter() - start
-    start = time.perf_counter()
+        marks.append(clock(options))
+        size = (Path(folder) / "adapter_model.safetensors").stat().st_size
     model.merge_adapter()
-    merge = time.perf_counter() - start
+    merge = clock(options) - marks[-1]
     model.unmerge_adapter()
-    return {"adapter_bytes": size, "save_s": save, "load_s": load, "merge_s": merge}
-
-
-def table(result: dict) -> str:
-    """The figures as Markdown; time and memory also as a ratio to LoRA's."""
-    lines = [
-        "| method | trainable | step, ms (p20 - p80) | x floor | x LoRA | tokens/s | peak, GiB | saved, MiB | GFLOP "
-        "| operators | adapter, MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    medians = {name: statistics.median(figures["step_s"]) for name, figures in result["methods"].items()}
-    tokens = result["options"]["batch_size"] * result["options"]["tokens"]
-
-    def ratio(name: str, to: str) -> str:
-        return f"{medians[name] / medians[to]:.3f}" if to in medians else "-"
-
-    def scaled(value: float | None, unit: float, digits: int = 2) -> str:
-        return "-" if value is None else f"{value / unit:.{digits}f}"
-
-    for name, f in result["methods"].items():
-        low, *_, high = statistics.quantiles(f["step_s"], n=5)
-        lines.append(
-            f"| {name} | {f['trainable_parameters']:,} | {1e3 * medians[name]:.1f} ({1e3 * low:.1f} - {1e3 * high:.1f}) "
-            f"| {ratio(name, 'floor')} | {ratio(name, 'lora')} | {tokens / medians[name]:,.0f} "
-            f"| {scaled(f.get('peak_bytes'), 2**30)} | {scaled(f.get('saved_bytes'), 2**20)} "
-            f"| {scaled(f.get('flops'), 1e9)} | {f.get('operators', '-')} | {scaled(f.get('adapter_bytes'), 2**20)} |"
-        )
-    return "\n".join(lines)
+    return {"adapter_bytes": size, "save_s": marks[1] - marks[0], "load_s": marks[2] - marks[1], "merge_s": merge}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -41,16 +44,38 @@ class SMTWarmupCallback(TrainerCallback):
             scaler = getattr(trainer.accelerator, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             train_dataloader = _RawBatches(trainer, train_dataloader)
-        self.selection = select_blocks(
-            model,
-            train_dataloader,
-            self.adapter_name,
-            loss_function=loss_function,
-            loss_scale=scale,
-            progress_bar=not args.disable_tqdm and state.is_local_process_zero,
-        )
+        with _without_trace(trainer):
+            self.selection = select_blocks(
+                model,
+                train_dataloader,
+                self.adapter_name,
+                loss_function=loss_function,
+                loss_scale=scale,
+                progress_bar=not args.disable_tqdm and state.is_local_process_zero,
+            )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
+
+
+# What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).
+_COUNTED = ("_metrics", "_logs", "_total_train_tokens", "_pending_metrics", "_pending_extra_logs")
+_ACCUMULATION = "current_gradient_accumulation_steps"
+
+
+@contextlib.contextmanager
+def _without_trace(trainer: Trainer | None) -> Iterator[None]:
+    """Keep warm-up batches out of what the Trainer logs; each counts as a step of its own, without accumulation."""
+    if trainer is None:
+        yield
+        return
+    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in (*_COUNTED, _ACCUMULATION) if name in vars(trainer)}
+    tokens = trainer.state.num_input_tokens_seen
+    setattr(trainer, _ACCUMULATION, 1)
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+        trainer.state.num_input_tokens_seen = tokens
 
 
 class _RawBatches:

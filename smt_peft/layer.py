@@ -6,7 +6,7 @@ import warnings
 from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -50,7 +50,7 @@ class Linear(nn.Module, SMTLayer):
     coordinates are those of the matrix [out_features, in_features], also where Conv1D stores its transpose.
     """
 
-    def __init__(self, base_layer: nn.Module, root: SMTRoot, shared_weight: bool, quantization: dict):
+    def __init__(self, base_layer: nn.Module, root: SMTRoot, parent: str, shared_weight: bool, quantization: dict):
         super().__init__()
         self.base_layer = base_layer
         if isinstance(base_layer, Conv1D):
@@ -62,6 +62,7 @@ class Linear(nn.Module, SMTLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self.__dict__["root"] = root  # not registered: the banks' home is the root of the model
+        self.parent = parent  # name of the module that holds this one: its other children may read the same input
         self._shared_weight = shared_weight
         self._residency: tuple[object, bool] = (None, False)
         self._synced: tuple | None = None
@@ -172,7 +173,8 @@ class Linear(nn.Module, SMTLayer):
         base = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with onload_layer(self):  # an offloaded weight comes in for this
+                    self.unmerge()
             if self.written:
                 self._sync()
             return base(x)
@@ -184,7 +186,7 @@ class Linear(nn.Module, SMTLayer):
             return self._compiled(x, base)
         tape = self.root.tape
         if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
-            record = tape.collector.keep(tape, x)
+            record = tape.collector.keep(tape, x, self)
             y = self._with_deltas(tape.alias, base, self._active())
             record.catch(y, tape.collector.consumers(self))
             return y
@@ -222,7 +224,7 @@ class Linear(nn.Module, SMTLayer):
     def _keep(self, x: torch.Tensor, trained: list[str]):
         """Put the nodes that bring this layer's block gradients home before its matmul."""
         tape = self.root.tape
-        record = tape.record(x)
+        record = tape.record(x, self)
         for name in trained:
             if name not in record.anchored and (tape.homes[name] is self or not x.requires_grad):
                 record.anchored.add(name)
@@ -266,11 +268,12 @@ class Linear(nn.Module, SMTLayer):
         """Each sample of the batch with its own adapter (inference): the plain base output plus each one's delta."""
         if self.merged:
             raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters; call unmerge_adapter() first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         if len(adapter_names) != len(x):
             raise ValueError(
-                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}; give one a row."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively; give one name per row."
             )
         self._base_only = True
         self.root.sync_layer(self)
@@ -307,6 +310,7 @@ class Linear(nn.Module, SMTLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
                 "base model instead."
             )
+        original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
         weight = self._base_weight()
         if safe_merge:
             for name in adapter_names:
@@ -319,8 +323,7 @@ class Linear(nn.Module, SMTLayer):
         if self._is_plain():
             self.root.sync_layer(self)
             return
-        if self._original is None:
-            self._original = Original(self.base_layer)
+        self._original = original
         self.set_base_weight(sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight))
 
     def _delta_for_merge(self, adapter: str) -> torch.Tensor:
@@ -338,6 +341,7 @@ class Linear(nn.Module, SMTLayer):
             self.base_layer = self._original.put_back()
             self._original = None
         else:
+            self.restore()  # also where accelerate brought the weight in for this call alone
             self.root.sync_layer(self)
 
     def base_matrix(self) -> torch.Tensor:

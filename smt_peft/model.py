@@ -79,7 +79,8 @@ class SMTModel(BaseTuner):
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
                 "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
             )
-        layer = Linear(target, getattr(self.model, BANK), id(target.weight) in self._shared, quantization)
+        parent_name, shared = current_key.rpartition(".")[0], id(target.weight) in self._shared
+        layer = Linear(target, getattr(self.model, BANK), parent_name, shared, quantization)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -186,8 +187,7 @@ class SMTModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         layers: list[Linear] = getattr(self.model, BANK).layers
         for layer in layers:
-            if not merge:
-                layer.restore()
+            layer.restore()  # also when merging: a layer may hold an active adapter that is not to be merged
         model = super()._unload_and_optionally_merge(merge=merge, **options)
         for layer in layers:
             layer.written = []  # the weight is the base model's from now on
@@ -231,7 +231,8 @@ class SMTModel(BaseTuner):
             return
         if self.training:
             raise ValueError(
-                "adapter_names is for inference; call model.eval() first, or train one adapter at a time."
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first, or train "
+                "one adapter at a time."
             )
         unknown = set(names) - {"__base__"} - set(getattr(self.model, BANK))
         if unknown:

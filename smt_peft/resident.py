@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from smt_peft.ops import write_blocks
+from smt_peft.ops import block_pointers, write_blocks
 
 
 class Written:
@@ -39,6 +39,7 @@ class Written:
             start = len(self.views)
             self.views += layer.block_views(blocks, self.bank.block_size)
             self.ranges[id(layer)] = slice(start, len(self.views))
+        self.pointers = block_pointers(self.views)
 
     def is_current(self) -> bool:
         """Whether the selection still is the one that was written."""
@@ -54,20 +55,20 @@ class Written:
 
     def write(self) -> None:
         self._locate()
-        write_blocks(self.views, self.sums())
+        write_blocks(self.views, self.sums(), self.pointers)
 
     def restore(self, layers: Sequence) -> None:
         self._locate()
         self.originals = self.originals.to(self.views[0])
         if len(layers) == len(self.layers):
-            write_blocks(self.views, self.originals)
+            write_blocks(self.views, self.originals, self.pointers)
             return
         for layer in layers:
             place = self.ranges[id(layer)]
             write_blocks(self.views[place], self.originals[place])
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "views": None}
+        return {**self.__dict__, "views": None, "pointers": None}
 
 
 class Resident:

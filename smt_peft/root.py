@@ -129,6 +129,7 @@ class SMTRoot(nn.ModuleDict):
 
     def sync_layer(self, layer) -> None:
         """Bring one layer's weight up to date."""
+        self._live = True
         self._resident.sync([layer])
 
     def switched(self, layer) -> None:

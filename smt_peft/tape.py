@@ -105,8 +105,9 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 class Record:
     """The layers that read one input tensor, from their forward until their gradients are computed."""
 
-    def __init__(self, x: torch.Tensor):
-        self.x, self.version = weakref.ref(x), x._version
+    def __init__(self, x: torch.Tensor, parent: str):
+        self.x, self.version, self.parent = weakref.ref(x), x._version, parent
+        self.readers: set[int] = set()  # ids of the layers
         self.anchored: set[str] = set()  # the adapters whose anchor sits on this input
         self.columns: dict[object, Columns] = {}
         self.nodes = 0
@@ -114,8 +115,9 @@ class Record:
         self._layout: dict[object, list[tuple[int, int]]] = {}  # key -> (node, which of its saved tensors)
         self._gradients: list[tuple[object, Consume, torch.Tensor]] = []
 
-    def is_of(self, x: torch.Tensor) -> bool:
-        return self.x() is x and self.version == x._version
+    def admits(self, x: torch.Tensor, reader) -> bool:
+        same = self.x() is x and self.version == x._version
+        return same and self.parent == reader.parent and id(reader) not in self.readers
 
     def has(self, key: object) -> bool:
         return key in self._layout
@@ -177,10 +179,15 @@ class Tape:
             self.homes[adapter] = home
             self._settled.add(adapter)
 
-    def record(self, x: torch.Tensor) -> Record:
-        """The group of layers that read x: the running one if x is the tensor that the layer before read."""
-        if self._last is None or not self._last.is_of(x):
-            self._last, self.alias = Record(x), x
+    def record(self, x: torch.Tensor, reader) -> Record:
+        """The group of layers that read x: the running one if x is what the layer before read, too.
+
+        Only siblings share a group, and each joins it once, so that a group never crosses the border of a checkpointed
+        segment, and a recomputation saves again exactly what the first pass saved.
+        """
+        if self._last is None or not self._last.admits(x, reader):
+            self._last, self.alias = Record(x, reader.parent), x
+        self._last.readers.add(id(reader))
         return self._last
 
     def columns(self, width: int, total: int, device: torch.device) -> Columns:

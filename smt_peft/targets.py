@@ -25,6 +25,7 @@ _DEFAULTS = {
     "q_proj k_proj v_proj query key value": "vit deit",  # transformers 5 renamed them
     "q_lin k_lin v_lin": "distilbert",
     "query_proj key_proj value_proj": "deberta-v2",
+    "in_proj": "deberta",
     "Wqkv": "mpt",
 }
 # model_type -> the query, key and value projections, as in the paper

@@ -46,9 +46,9 @@ class ScoreCollector:
     def wants(self, layer: nn.Module) -> bool:
         return id(layer) in self._of
 
-    def keep(self, tape: Tape, x: torch.Tensor) -> Record:
+    def keep(self, tape: Tape, x: torch.Tensor, layer: nn.Module) -> Record:
         """Save x once for all layers that read it."""
-        record = tape.record(x)
+        record = tape.record(x, layer)
         if not record.has("x"):
             tape.alias = record.keep(tape.alias, self.source, {"x": as_matrix})
         return record
@@ -227,6 +227,8 @@ def _endless(dataloader: Iterable, steps: int) -> Iterator:
 
 def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     device = next(model.parameters()).device
+    if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
+        return model(**batch).loss
     moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
     return model(**moved).loss
 

@@ -1,9 +1,9 @@
 """Operations on selected b x b blocks of weight matrices, and the one place that chooses how they are computed.
 
-``reference.py`` defines them in plain PyTorch; ``triton_kernels.py`` has the same functions for CUDA tensors, where
-Triton can be imported. ``block_grad_``, ``block_matmul`` and ``block_scores`` are operators of ``torch.library``
-(``torch.ops.smt.*``): opaque to torch.compile and counted by ``torch.utils.flop_counter``. Their arguments are
-documented once, in ``reference.py``.
+`reference.py` defines them in plain PyTorch; `triton_kernels.py` has the same functions for CUDA tensors, where
+Triton can be imported. `block_grad_`, `block_matmul` and `block_scores` are operators of `torch.library`
+(`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.utils.flop_counter`. Their arguments are
+documented once, in `reference.py`.
 """
 
 from functools import cache
@@ -42,12 +42,12 @@ block_scores = torch.ops.smt.block_scores.default
 
 
 def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor | None = None) -> None:
-    """Copy ``values[i]`` into ``views[i]`` in one batched call, rounding to the dtype of the views.
+    """Copy `values[i]` into `views[i]` in one batched call, rounding to the dtype of the views.
 
     Args:
         views: n tensors [b, b] of one dtype and device, any strides, without overlap.
         values: [n, b, b], any float dtype, on the device of the views.
-        pointers: :func:`block_pointers` of ``views``, to be kept by a caller that writes to the same places often.
+        pointers: `block_pointers` of `views`, to be kept by a caller that writes to the same places often.
     """
     triton_kernels = _triton_kernels() if values.is_cuda or interpret else None
     if triton_kernels is None:
@@ -57,7 +57,7 @@ def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor | None = 
 
 
 def block_pointers(views: list[Tensor]) -> Tensor | None:
-    """What :func:`write_blocks` needs to know of ``views``, for as long as their storage stays; None if nothing."""
+    """What `write_blocks` needs to know of `views`, for as long as their storage stays; None if nothing."""
     triton_kernels = _triton_kernels() if views and (views[0].is_cuda or interpret) else None
     return None if triton_kernels is None else triton_kernels.block_pointers(views)
 

@@ -1,8 +1,8 @@
 """Plain PyTorch definitions of the block operations: the CPU path, the oracle of the tests and the documentation.
 
 Notation: T tokens, block size b, a weight [out, in] of R = out / b by C = in / b blocks, n listed blocks. Block i
-stands at block row ``rows[i]`` and block column ``cols[i]``; index tensors are int32 or int64, of shape [n]. Matrices
-may have any strides. Sums run in float32, or in float64 for float64 operands (:func:`sum_dtype`).
+stands at block row `rows[i]` and block column `cols[i]`; index tensors are int32 or int64, of shape [n]. Matrices
+may have any strides. Sums run in float32, or in float64 for float64 operands (`sum_dtype`).
 """
 
 import torch
@@ -19,21 +19,21 @@ _GATHER_COST = 128
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which products of ``dtype`` operands are summed."""
+    """Dtype in which products of `dtype` operands are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """Add the gradient of the listed blocks: ``grad[slots[i]] += dy_i^T @ x_i``.
+    """Add the gradient of the listed blocks: `grad[slots[i]] += dy_i^T @ x_i`.
 
     Args:
         grad: [N, b, b], any float dtype; changed in place. The sum is rounded to its dtype once per call.
-        dy: [T, out], gradient of the layer's output; dy_i is its columns ``rows[i] * b`` to ``(rows[i] + 1) * b``.
-        x: [T, K], (kept block columns of) the layer's input, rounded to the dtype of ``dy`` if it has another;
-            x_i is its columns ``cols[i] * b`` to ``(cols[i] + 1) * b``.
-        slots: [n], where in ``grad`` block i goes; no slot may appear twice in one call.
-        rows: [n], block columns of ``dy``.
-        cols: [n], block columns of ``x``.
+        dy: [T, out], gradient of the layer's output; dy_i is its columns `rows[i] * b` to `(rows[i] + 1) * b`.
+        x: [T, K], (kept block columns of) the layer's input, rounded to the dtype of `dy` if it has another;
+            x_i is its columns `cols[i] * b` to `(cols[i] + 1) * b`.
+        slots: [n], where in `grad` block i goes; no slot may appear twice in one call.
+        rows: [n], block columns of `dy`.
+        cols: [n], block columns of `x`.
     """
     block_size, dtype = grad.shape[1], sum_dtype(dy.dtype)
     x = x.to(dy.dtype)
@@ -48,17 +48,17 @@ def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor
 
 
 def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
-    """Multiply by a block-sparse matrix: ``x @ D^T``, D [out, in] being zero outside the blocks ``delta``.
+    """Multiply by a block-sparse matrix: `x @ D^T`, D [out, in] being zero outside the blocks `delta`.
 
     Args:
         x: [T, in].
-        delta: [n, b, b], any strides, rounded to the dtype of ``x`` if it has another.
+        delta: [n, b, b], any strides, rounded to the dtype of `x` if it has another.
         rows: [n], block rows of D; blocks may share a row or a column, and blocks at one place add up.
         cols: [n], block columns of D.
         out_features: rows of D.
 
     Returns:
-        [T, out_features] in the dtype of ``x``.
+        [T, out_features] in the dtype of `x`.
     """
     block_size, dtype = delta.shape[1], sum_dtype(x.dtype)
     delta = delta.to(x.dtype).to(dtype)
@@ -75,13 +75,13 @@ def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_featu
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
-    """Score every block of ``dW = dy^T @ x`` without holding dW; see :func:`reduce_blocks` for the scores.
+    """Score every block of `dW = dy^T @ x` without holding dW; see `reduce_blocks` for the scores.
 
     Args:
         dy: [T, out].
-        x: [T, in], rounded to the dtype of ``dy`` if it has another.
+        x: [T, in], rounded to the dtype of `dy` if it has another.
         block_size: b.
-        score: one of :data:`SCORES`.
+        score: one of `SCORES`.
 
     Returns:
         [R, C] float32.
@@ -96,7 +96,7 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
 
 
 def block_sums(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
-    """Signed sum over every block of ``dW = dy^T @ x``: [R, C] float32, from dy [T, out] and x [T, in].
+    """Signed sum over every block of `dW = dy^T @ x`: [R, C] float32, from dy [T, out] and x [T, in].
 
     The sum over a block of outer products is the product of the sums, so both factors shrink b times before they
     meet and dW is never formed.
@@ -107,9 +107,9 @@ def block_sums(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
 
 
 def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
-    """Score every block of a dense ``gradient`` [out, in]: [R, C] in float32, or float64 for a float64 gradient.
+    """Score every block of a dense `gradient` [out, in]: [R, C] in float32, or float64 for a float64 gradient.
 
-    Over the elements g of a block, ``abs_mean`` is mean |g|, ``mean_abs`` is |mean g|, ``l1`` is sum |g| and ``l2``
+    Over the elements g of a block, `abs_mean` is mean |g|, `mean_abs` is |mean g|, `l1` is sum |g| and `l2`
     is sqrt(sum g^2).
     """
     dtype = sum_dtype(gradient.dtype)
@@ -121,7 +121,7 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
 
 
 def sum_squares(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
-    """Sum a matrix [R * edge, C * edge] over squares: [R, C] in ``dtype``."""
+    """Sum a matrix [R * edge, C * edge] over squares: [R, C] in `dtype`."""
     return _column_blocks(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
 
 
@@ -133,7 +133,7 @@ def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
 
 
 def write_blocks(views: list[Tensor], values: Tensor) -> None:
-    """Copy ``values[i]`` into ``views[i]``.
+    """Copy `values[i]` into `views[i]`.
 
     Args:
         views: n tensors [b, b] of one dtype and device, any strides.
@@ -144,7 +144,7 @@ def write_blocks(views: list[Tensor], values: Tensor) -> None:
 
 
 def add_at_(grad: Tensor, slots: Tensor, product: Tensor) -> None:
-    """``grad[slots] += product`` for distinct ``slots``, added in the wider dtype of the two and rounded once."""
+    """`grad[slots] += product` for distinct `slots`, added in the wider dtype of the two and rounded once."""
     if grad.dtype == product.dtype:
         grad.index_add_(0, slots, product)
     else:
@@ -157,7 +157,7 @@ def _column_blocks(matrix: Tensor, block_size: int) -> Tensor:
 
 
 def _gather(matrix: Tensor, index: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Copy the column blocks ``index`` of a matrix [T, k * b] to a batch [n, T, b]."""
+    """Copy the column blocks `index` of a matrix [T, k * b] to a batch [n, T, b]."""
     return _column_blocks(matrix, block_size).index_select(1, index).transpose(0, 1).to(dtype)
 
 
@@ -167,7 +167,7 @@ def _chunk_size(tokens: int, block_size: int) -> int:
 
 
 def _dense_is_faster(blocks: int, block_size: int, out_features: int, in_features: int) -> bool:
-    """Whether one dense product costs less than ``blocks`` small ones with the copies they need.
+    """Whether one dense product costs less than `blocks` small ones with the copies they need.
 
     Small blocks do little arithmetic for each gathered element, so for them this happens at a few per cent.
     """

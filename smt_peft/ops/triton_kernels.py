@@ -1,4 +1,4 @@
-"""The operations of ``reference.py`` as Triton kernels, for CUDA tensors of 16 or 32 bit and b a multiple of 16.
+"""The operations of `reference.py` as Triton kernels, for CUDA tensors of 16 or 32 bit and b a multiple of 16.
 
 Every program owns its output tile and walks what adds up to it, so nothing is atomic and results are repeatable.
 Nothing waits for the device: shapes alone decide the launch. Strides, and so layouts, are free.
@@ -24,13 +24,11 @@ _SCORE_SPAN = 64
 _ENOUGH_PROGRAMS = 256
 # Fewest tokens worth a program of their own.
 _SPLIT_TOKENS = 1024
-
-
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def _tuned(*key: str):
-    """Choose TILE and STEP by timing, once per ``key``. The interpreter has nothing to time: it takes the first."""
+    """Choose TILE and STEP by timing, once per `key`. The interpreter has nothing to time: it takes the first."""
     configs = [triton.Config({"TILE": c[0], "STEP": c[1]}, num_warps=c[2], num_stages=c[3]) for c in _CONFIGS]
     return triton.autotune(configs[:1] if _INTERPRETED else configs, key=list(key))
 
@@ -47,7 +45,7 @@ def _add_product(total, a, b, PRECISION: tl.constexpr):
 def _sum_over_tokens(
     dy, x, dy_mask, x_mask, first, last, dy_step, x_step, STEP: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Sum of dy[t]^T x[t] for first <= t < last; ``dy`` and ``x`` point at token 0 of the tile's columns."""
+    """Sum of dy[t]^T x[t] for first <= t < last; `dy` and `x` point at token 0 of the tile's columns."""
     total = tl.zeros([dy.shape[0], x.shape[0]], dtype=tl.float32)
     for start in range(first, last, STEP):
         token = start + tl.arange(0, STEP)[:, None]
@@ -104,7 +102,7 @@ def _block_matmul_kernel(
     delta,
     order,  # the blocks, sorted by row
     cols,  # in this order
-    starts,  # [R + 1], where in ``order`` the blocks of each row start
+    starts,  # [R + 1], where in `order` the blocks of each row start
     tokens,
     bucket,  # only a key for the tuner
     out_features,  # strides
@@ -213,7 +211,7 @@ def _write_blocks_kernel(
 
 
 def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """See ``reference.block_grad_``. The products go to scratch memory first, so that tuning cannot add them twice."""
+    """See `reference.block_grad_`. The products go to scratch memory first, so that tuning cannot add them twice."""
     tokens, blocks, block_size, x = dy.shape[0], rows.shape[0], grad.shape[1], x.to(dy.dtype)
     if not tokens or not blocks:
         return
@@ -230,7 +228,7 @@ def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor
 
 
 def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
-    """See ``reference.block_matmul``."""
+    """See `reference.block_matmul`."""
     tokens, block_size, delta = x.shape[0], delta.shape[1], delta.to(x.dtype)
     if not tokens or not rows.shape[0]:
         return x.new_zeros(tokens, out_features)
@@ -248,7 +246,7 @@ def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_featu
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
-    """See ``reference.block_scores``."""
+    """See `reference.block_scores`."""
     if score == "mean_abs":
         return reference.block_scores(dy, x, block_size, score)  # two small sums and a small product
     tokens, span, x = dy.shape[0], min(_SCORE_SPAN, _padded(block_size)), x.to(dy.dtype)
@@ -264,7 +262,7 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
 
 
 def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor) -> None:
-    """See ``reference.write_blocks``; ``pointers`` is :func:`block_pointers` of ``views``."""
+    """See `reference.write_blocks`; `pointers` is `block_pointers` of `views`."""
     if not views:
         return
     block_size, size = values.shape[1], 1024

@@ -1,0 +1,201 @@
+"""Fine-tune a language model with Sparse Matrix Tuning, from the warm-up to a checked adapter; beside it, LoRA.
+
+    python scripts/finetune.py --config configs/quickstart.yaml [--key value ...]
+
+Options are those of `Options` below and of TrainingArguments, in the YAML file or after it; `--smt.num_blocks 40` sets
+one entry of a mapping. For several processes: `accelerate launch scripts/finetune.py ...`. The adapters and the
+numbers go to `output_dir`; `scripts/merge.py` makes a plain model of an adapter.
+"""
+
+import copy
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from stdlib_text import documentation, source_code
+from tasks import prompt
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+
+from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft.plotting import plot_selection
+
+STDLIB = {"stdlib-source": source_code, "stdlib-documentation": documentation}
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(metadata={"help": text}, **default)
+
+
+@dataclass
+class Options:
+    """What to train, and on what; how to train is in TrainingArguments."""
+
+    model: str = _help("model: a folder or a name on the Hugging Face hub")
+    data: str = _help(
+        "what to learn: stdlib-source, stdlib-documentation, a .jsonl file or a dataset on the hub. A row has `text`, "
+        "or `instruction`, perhaps `input`, and `output`, and then just the output is learnt"
+    )
+    old_data: str | None = _help("what not to forget: like data, but only evaluated", default=None)
+    methods: str = _help("smt, lora, or one after the other: smt,lora", default="smt")
+    smt: str = _help("options of SMTConfig, a mapping", default="{}")
+    lora: str = _help("options of LoraConfig, a mapping", default="{}")
+    lora_learning_rate: float | None = _help("learning_rate for LoRA, if another", default=None)
+    max_length: int = _help("tokens per row", default=512)
+    eval_rows: int = _help("rows of each domain that are held out, to evaluate on", default=128)
+    prompt: str = _help("text to continue, before and after", default="def ")
+    dtype: str = _help('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
+
+    def __post_init__(self) -> None:
+        self.smt, self.lora = yaml.safe_load(self.smt), yaml.safe_load(self.lora)
+        if set(self.methods.split(",")) - {"smt", "lora"}:
+            raise SystemExit(f"methods is {self.methods!r}; it can be smt, lora or smt,lora")
+
+
+def parse(argv: list[str]) -> tuple[Options, TrainingArguments]:
+    """Read the YAML file, if the command line starts with --config, and then the rest of the command line."""
+    values, given, words = {}, [], iter(argv)
+    if argv[:1] == ["--config"]:
+        values = yaml.safe_load(Path(argv[1]).read_text(encoding="utf-8"))
+        words = iter(argv[2:])
+    for word in words:
+        if word.startswith(("--smt.", "--lora.")):
+            mapping, key = word[2:].split(".", 1)
+            values.setdefault(mapping, {})[key] = yaml.safe_load(next(words, ""))
+        else:
+            given.append(word)
+    from_file = [(f"--{key}", json.dumps(v) if isinstance(v, dict) else str(v)) for key, v in values.items()]
+    parser = HfArgumentParser((Options, TrainingArguments), allow_abbrev=False)
+    return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
+
+
+def load_rows(name: str, eval_rows: int) -> tuple[Dataset, Dataset]:
+    """Give a domain's rows to train on, and those that are held out."""
+    if name in STDLIB:  # divided by module
+        return tuple(Dataset.from_dict({"text": list(STDLIB[name](split))}) for split in ("train", "test"))
+    is_file = name.endswith((".jsonl", ".json"))
+    rows = load_dataset("json", data_files=name, split="train") if is_file else load_dataset(name, split="train")
+    parts = rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0)
+    return parts["train"], parts["test"]
+
+
+def encode(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
+    """Turn rows into tokens and labels: plain text joined and cut to `length`, or an instruction and its answer."""
+
+    def pack(batch: dict) -> dict:
+        texts = tokenizer(batch["text"], verbose=False)["input_ids"]
+        tokens = [token for text in texts for token in (*text, tokenizer.eos_token_id)]
+        cut = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+        return {"input_ids": cut, "labels": cut}
+
+    def answer(row: dict) -> dict:
+        question = prompt("\n\n".join(filter(None, [row["instruction"], row.get("input")])))
+        start = len(tokenizer(question)["input_ids"])
+        tokens = [*tokenizer(question + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
+        return {"input_ids": tokens[:length], "labels": ([-100] * start + tokens[start:])[:length]}
+
+    if "text" in rows.column_names:
+        rows = rows.map(pack, batched=True, remove_columns=rows.column_names)
+    elif {"instruction", "output"} <= set(rows.column_names):
+        rows = rows.map(answer, remove_columns=rows.column_names)
+    else:
+        raise SystemExit(f"the data has the columns {rows.column_names}; it needs text, or instruction and output")
+    if not len(rows):
+        raise SystemExit(f"a part of the data has fewer than max_length={length} tokens, too few for one row")
+    return rows
+
+
+def load_model(options: Options) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+
+
+def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict) -> dict:
+    """Train one adapter, save it, check it, and give its numbers."""
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir, method))
+    transformers.set_seed(args.seed)
+    warmup = SMTWarmupCallback()
+    if method == "smt":
+        config, callbacks = SMTConfig(task_type="CAUSAL_LM", **options.smt), [warmup]
+    else:
+        config, callbacks = LoraConfig(task_type="CAUSAL_LM", **options.lora), []
+        args.learning_rate = options.lora_learning_rate or args.learning_rate
+    model = get_peft_model(load_model(options), config)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=test,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    before = trainer.evaluate()
+    run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    after = trainer.evaluate()
+    trainer.save_model()
+    if warmup.selection and trainer.is_world_process_zero():
+        plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
+    trainer.accelerator.wait_for_everyone()
+    numbers = {"parameters": model.get_nb_trainable_parameters()[0], "seconds": run["train_runtime"]}
+    numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return numbers | check(trained, options, args.output_dir, tokenizer)
+
+
+@torch.no_grad()
+def check(trained: PeftModel, options: Options, adapter: str, tokenizer: Any) -> dict:
+    """Compare the trained model with the saved adapter, loaded and then merged; write text before and after."""
+    inputs = dict(tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(trained.device))
+    logits = trained.eval()(**inputs).logits
+    reloaded = PeftModel.from_pretrained(load_model(options), adapter).to(trained.device)
+    errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
+    errors["merged"] = (reloaded.merge_and_unload()(**inputs).logits - logits).abs().max().item()
+    if max(errors.values()) > torch.finfo(trained.dtype).eps ** 0.5 * logits.abs().max():
+        raise RuntimeError(f"the logits of {adapter} are off those of the trained model by {errors}")
+    inputs |= {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    with trained.disable_adapter():
+        before = trained.generate(**inputs)
+    texts = tokenizer.batch_decode([before[0], trained.generate(**inputs)[0]], skip_special_tokens=True)
+    return {"logits_off_by": errors, "text_before": texts[0], "text_after": texts[1]}
+
+
+def report(results: dict) -> str:
+    """Lay out the results: the texts, the checks, and a table of the losses."""
+    domains = list(next(iter(results.values()))["losses"])
+    table = [f"{'':6}{'parameters':>12}{'seconds':>9}" + "".join(f"{f'loss, {Path(d).stem}':>30}" for d in domains)]
+    lines = []
+    for method, one in results.items():
+        losses = "".join(f"{f'{before:.3f} -> {after:.3f}':>30}" for before, after in one["losses"].values())
+        table.append(f"{method:6}{one['parameters']:>12,}{one['seconds']:>9.1f}{losses}")
+        lines += [f"--- before {method}", one["text_before"], f"--- after {method}", one["text_after"]]
+        lines += [f"--- logits differ from the trained model's by {one['logits_off_by']}", ""]
+    return "\n".join(lines + table)
+
+
+def main(argv: list[str]) -> dict:
+    options, args = parse(argv)
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
+    with args.main_process_first():
+        parts = {name: load_rows(name, options.eval_rows) for name in filter(None, [options.data, options.old_data])}
+        train = encode(parts[options.data][0], tokenizer, options.max_length)
+        test = {name: encode(rows, tokenizer, options.max_length).shuffle(0) for name, (_, rows) in parts.items()}
+    test = {name: rows.take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
+    results = {m: fine_tune(m, options, args, tokenizer, train, test) for m in options.methods.split(",")}
+    if args.process_index == 0:
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        print(report(results))
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Merge an adapter into its base model, and write a model that plain transformers loads, without smt_peft.
+
+python scripts/merge.py --adapter runs/quickstart/smt --output runs/quickstart/merged
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import smt_peft  # noqa: F401  registers SMT with PEFT
+
+
+@dataclass
+class Options:
+    adapter: str = field(metadata={"help": "adapter: a folder or a name on the Hugging Face hub"})
+    output: str = field(metadata={"help": "folder to write; must not exist or be empty"})
+    base: str | None = field(default=None, metadata={"help": "base model, if not the one that the adapter names"})
+    dtype: str = field(default="auto", metadata={"help": 'data type of the weights; "auto" for the base model\'s'})
+
+
+@torch.no_grad()
+def merge(options: Options) -> float:
+    """Write the merged model, and give the largest difference of its logits from the adapter's."""
+    output = Path(options.output)
+    if output.exists() and any(output.iterdir()):
+        raise SystemExit(f"{output} is not empty; name another folder, or empty it")
+    is_folder = Path(options.adapter).is_dir()
+    if is_folder and not Path(options.adapter, "adapter_config.json").is_file():
+        raise SystemExit(f"{options.adapter} is no adapter: it has no adapter_config.json")
+    if not is_folder and options.adapter.count("/") != 1:
+        raise SystemExit(f"there is no folder {options.adapter}, and a name on the hub looks like user/name")
+    base = options.base or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+    if not base:
+        raise SystemExit(f"{options.adapter} does not say what its base model is; give it with --base")
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=options.dtype)
+    model = PeftModel.from_pretrained(model, options.adapter).eval()
+    tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=tokens).logits
+    model.merge_and_unload(safe_merge=True).save_pretrained(output)
+    own_tokenizer = Path(options.adapter, "tokenizer_config.json").is_file()
+    AutoTokenizer.from_pretrained(options.adapter if own_tokenizer else base).save_pretrained(output)
+
+    del model  # so that there is one model in memory at a time
+    written = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    difference = (written(input_ids=tokens).logits - expected).abs().max().item()
+    if not difference <= torch.finfo(written.dtype).eps ** 0.5 * expected.abs().max():
+        raise RuntimeError(f"the logits of {output} are off those of the adapter by {difference:.2g}; do not use it")
+    return difference
+
+
+if __name__ == "__main__":
+    [options] = HfArgumentParser(Options).parse_args_into_dataclasses(sys.argv[1:])
+    difference = merge(options)
+    print(f"{options.output}: merged; its logits are off those of the adapter by {difference:.2g} at most")

@@ -1,0 +1,198 @@
+"""Turns docs/results/*.json into the tables of docs/benchmarks.md and the pictures beside the JSON files.
+
+    python scripts/report_benchmarks.py
+
+A table goes between the markers `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the JSON file; a file without
+markers is an error, markers without a file stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median, quantiles
+
+DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
+# Okabe and Ito's colours, which colour-blind people can tell apart; the marker says the same once more.
+STYLES = {
+    "floor": ("#000000", "_"),
+    "smt": ("#0072B2", "o"),
+    "smt-additive": ("#56B4E9", "s"),
+    "lora": ("#D55E00", "^"),
+    "lora-bf16": ("#E69F00", "v"),
+}
+
+
+def main() -> None:
+    page = (DOCS / "benchmarks.md").read_text()
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        table = ops_table(result) if "ops" in result else training_table(result)
+        start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
+        if not (start in page and end in page):
+            raise SystemExit(f"docs/benchmarks.md has no place for {path.name}: add {start} and {end}.")
+        before, after = page.partition(start)[0], page.partition(end)[2]
+        page = f"{before}{start}\n{provenance(result)}{table}\n{end}{after}"
+        if "ops" not in result:
+            (draw_sweep if result["sweep"] else draw_methods)(result, path.with_suffix(".png"))
+        print(path.stem)
+    (DOCS / "benchmarks.md").write_text(page)
+
+
+def provenance(result: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    load = result["load_average"]
+    load = "" if load is None else f", load average before the run {load}"
+    return f"`{result['command']}`\n\n{result['machine']}{load}; {versions}\n\n"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def training_table(result: dict) -> str:
+    """One row per method, and per value of what is swept; time also as a ratio to the floor's and to LoRA's."""
+    sweep = result["sweep"]
+    head = [*([sweep] if sweep else []), "method", "trained", "step, ms (p20 - p80)", "x floor", "x LoRA", "tokens/s",
+            "peak, GiB", "saved, MiB", "GFLOP", "launches", "optimizer, MiB"]  # fmt: skip
+    head += [] if sweep else ["adapter, MiB", "save / load / merge, ms"]
+    rows = [head, ["---"] * len(head)]
+    for run in result["runs"]:
+        first = [_value(run["options"][sweep])] if sweep else []
+        rows += [[*first, *_row(run, method)][: len(head)] for method in run["methods"]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(run: dict, method: str) -> list[str]:
+    figure = run["methods"][method]
+    seconds = step_seconds(run, method)
+    if seconds is None:
+        return [method, "out of memory", *["-"] * 11]
+    low, *_, high = quantiles(figure["step_s"], n=5, method="inclusive")
+    tokens = run["options"]["batch_size"] * run["options"]["tokens"]
+    life = [_scaled(figure.get(key), 1e-3, 0) for key in ("save_s", "load_s", "merge_s")]
+    return [
+        method,
+        f"{figure['trainable_parameters']:,}",
+        f"{1e3 * seconds:.1f} ({1e3 * low:.1f} - {1e3 * high:.1f})",
+        _ratio(seconds, step_seconds(run, "floor")),
+        _ratio(seconds, step_seconds(run, "lora")),
+        f"{tokens / seconds:,.0f}",
+        _scaled(figure.get("peak_bytes"), 2**30),
+        _scaled(figure.get("saved_bytes"), 2**20),
+        _scaled(figure.get("flops"), 1e9),
+        str(figure.get("launches", "-")),
+        _scaled(figure.get("optimizer_bytes"), 2**20),
+        _scaled(figure.get("adapter_bytes"), 2**20),
+        " / ".join(life) if "save_s" in figure else "-",
+    ]
+
+
+def ops_table(result: dict) -> str:
+    """One row per op and size: its time beside what its bytes and its FLOPs would take at the machine's own rates."""
+    lines = [
+        f"The machine copies {result['bytes_per_s'] / 1e9:,.1f} GB/s and multiplies "
+        + ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {dtype}" for dtype, rate in result["flops_per_s"].items())
+        + ".\n",
+        "| op | dtype | size | error | time, ms | bytes take, ms | FLOPs take, ms | x what is allowed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for op in result["ops"]:
+        cells = [op["op"], op["dtype"], op["size"], f"{op['error']:.0e}"]
+        cells += [f"{1e3 * op[key]:.3f}" for key in ("seconds", "bytes_s", "flops_s")]
+        lines.append(f"| {' | '.join(cells)} | {op['seconds'] / max(op['bytes_s'], op['flops_s']):.2f} |")
+    lines.append(f"\nSelecting 1 % of a million blocks takes {result['selection_of_a_million_blocks_s']:.2f} s.")
+    return "\n".join(lines)
+
+
+def step_seconds(run: dict, method: str) -> float | None:
+    seconds = run["methods"].get(method, {}).get("step_s")
+    return median(seconds) if seconds else None
+
+
+def _ratio(seconds: float, other: float | None) -> str:
+    return "-" if other is None else f"{seconds / other:.3f}"
+
+
+def _scaled(value: float | None, unit: float, digits: int = 2) -> str:
+    return "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def _value(value: object) -> str:
+    return f"{100 * value:g} %" if isinstance(value, float) else str(value)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw_methods(result: dict, path: Path) -> None:
+    """A row per method, in turn: time of a step beside the floor's, and memory (the peak where there is one)."""
+    import matplotlib.pyplot as plt
+
+    run = result["runs"][0]
+    methods = [method for method in run["methods"] if step_seconds(run, method) is not None][::-1]
+    floor = step_seconds(run, "floor") or step_seconds(run, methods[-1])
+    memory, label = ("peak_bytes", "peak memory, GiB"), 2**30
+    if not any("peak_bytes" in run["methods"][method] for method in methods):
+        memory, label = ("saved_bytes", "saved for backward, MiB"), 2**20
+    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(9, 0.35 * len(methods) + 1.3), sharey=True)
+    for row, method in enumerate(methods):
+        colour, _ = STYLES.get(method, ("#999999", "D"))
+        low, *_, high = quantiles(run["methods"][method]["step_s"], n=5, method="inclusive")
+        times.plot([low / floor, high / floor], [row, row], color=colour, linewidth=3, alpha=0.5)
+        times.plot(step_seconds(run, method) / floor, row, "o", color=colour)
+        value = run["methods"][method].get(memory[0])
+        if value is not None:
+            bytes_.barh(row, value / label, color=colour)
+            bytes_.text(value / label, row, f" {value / label:,.1f}", va="center", fontsize=8)
+    times.axvline(1, color="black", linewidth=0.8)
+    times.set_yticks(range(len(methods)), methods)
+    times.set_xlabel("step time / floor (median, p20 to p80)")
+    times.set_xlim(left=0)
+    bytes_.set_xlabel(memory[1])
+    bytes_.margins(x=0.15)
+    _finish(figure, result, path)
+
+
+def draw_sweep(result: dict, path: Path) -> None:
+    """Against what is swept: time of a step beside the floor's, and the work that each method adds to the floor's."""
+    import matplotlib.pyplot as plt
+
+    runs, sweep = result["runs"], result["sweep"]
+    values = [run["options"][sweep] for run in runs]
+    by_name = isinstance(values[0], str)
+    places = range(len(values)) if by_name else values
+    figure, (times, work) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for method in runs[0]["methods"]:
+        colour, marker = STYLES.get(method, ("#999999", "D"))
+        points = [(x, run) for x, run in zip(places, runs, strict=True) if step_seconds(run, method) is not None]
+        ratios = [step_seconds(run, method) / step_seconds(run, "floor") for _, run in points]
+        times.plot([x for x, _ in points], ratios, marker=marker, color=colour, label=method)
+        if method != "floor":
+            more = [run["methods"][method]["flops"] - run["methods"]["floor"]["flops"] for _, run in points]
+            work.plot([x for x, _ in points], [flops / 1e9 for flops in more], marker=marker, color=colour)
+    times.set_ylabel("step time / floor")
+    times.set_ylim(bottom=0)
+    work.set_ylabel("GFLOP of a step more than the floor's")
+    for axes in (times, work):
+        axes.set_xlabel(sweep)
+        if not by_name:
+            axes.set_xscale("log")
+        axes.set_xticks(places, [_value(value) for value in values])
+        axes.minorticks_off()
+    times.legend(frameon=False)
+    _finish(figure, result, path)
+
+
+def _finish(figure, result: dict, path: Path) -> None:
+    options = result["runs"][0]["options"]
+    shape = "" if result["sweep"] == "shape" else f"{options['shape']}, "
+    figure.suptitle(f"{options['setting']}: {shape}{options['dtype']}, {result['machine']}", fontsize=10)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What a user loses on a bad day: nothing that was saved, and never silently."""
+
+import random
+import shutil
+
+import pytest
+import torch
+from distributed_worker import STEPS, Cell, bank_of, launch, make_base, make_trainer
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from smt_peft import SMTConfig, SMTWarmupCallback
+
+DROPOUT = {"dropout": 0.1, "save_steps": 1, "resume": False}  # dropout: the random state must come back too
+
+
+def launch_cell(backend, folder, **fields):
+    return [rank.get("cell") for rank in launch(backend, {"cell": DROPOUT | fields}, folder)]
+
+
+@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp2", "zero2", "zero3"])
+def test_a_killed_training_resumes_to_the_weights_of_an_uninterrupted_one(backend, tmp_path):
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
+    step = random.SystemRandom().randint(2, STEPS)
+    whole = launch_cell(backend, tmp_path / "whole")
+    killed = launch_cell(backend, tmp_path / "killed", die_at=step, die_on=0)
+    assert killed[0] is None, "it survived"
+    resumed = launch_cell(backend, tmp_path / "killed", continue_last=True)
+    for expected, rank in zip(whole, resumed, strict=True):
+        assert "error" not in rank, rank["error"]
+        assert torch.equal(rank["delta"], expected["delta"]), f"killed in step {step}"
+        assert rank["losses"] == expected["losses"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_while_saving_leaves_nothing_that_resume_would_take(rank, tmp_path):
+    launch_cell("ddp", tmp_path, die_at=4, die_on=rank, die_where="save")
+    whole = launch_cell("ddp", tmp_path / "whole")
+    broken = tmp_path / "cell" / "checkpoint-4"
+    assert broken.exists()
+    for resumed in launch_cell("ddp", tmp_path, continue_last=True):
+        assert "trainer_state.json" in resumed.get("error", "") or torch.equal(resumed["delta"], whole[0]["delta"])
+    shutil.rmtree(broken)  # what is left is complete
+    for resumed in launch_cell("ddp", tmp_path, continue_last=True):
+        assert torch.equal(resumed["delta"], whole[0]["delta"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Give a folder with `base` and a checkpoint of a finished training."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_base(folder / "base")
+    make_trainer("single", folder / "base", Cell(), folder / "out").train()
+    return folder
+
+
+def resume(checkpoint, tmp_path, *, base=None, config=None):
+    """Resume with another base model or adapter; returns the bank as it was before and after."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=STEPS, report_to="none", disable_tqdm=True)
+    base = base or LlamaForCausalLM.from_pretrained(checkpoint / "base")
+    model = get_peft_model(base, config or smt())
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 64)
+    trainer.add_callback(SMTWarmupCallback())
+    taken = []
+    trainer.training_step = lambda *args, **kwargs: taken.append(1)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint / "out" / f"checkpoint-{STEPS // 2}"))
+    finally:
+        assert not taken, "a step was taken"
+
+
+def smt(**changes):
+    return SMTConfig(**{"num_blocks": 17, "block_size": 16, "warmup_steps": 2} | changes)
+
+
+def other_base(**changes):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**shape | {"num_key_value_heads": 2, "vocab_size": 128} | changes))
+
+
+def test_a_checkpoint_with_another_budget_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"17 blocks.*(\n.*)*18 blocks"):
+        resume(checkpoint, tmp_path, config=smt(num_blocks=18))
+
+
+def test_a_checkpoint_with_another_block_size_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"16 x 16.*8 x 8"):
+        resume(checkpoint, tmp_path, config=smt(block_size=8))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 4}, {"num_key_value_heads": 4}, {"hidden_size": 128, "intermediate_size": 64}]
+)
+def test_a_checkpoint_of_a_base_model_of_another_shape_is_refused(checkpoint, tmp_path, changes):
+    with pytest.raises(ValueError, match="other target modules"):
+        resume(checkpoint, tmp_path, base=other_base(**changes))
+
+
+def test_a_checkpoint_with_other_target_modules_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="other target modules"):
+        resume(checkpoint, tmp_path, config=smt(target_modules=["v_proj", "o_proj", "up_proj"]))
+
+
+def test_a_lora_checkpoint_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "lora" / "out" / f"checkpoint-{STEPS // 2}"
+    shutil.copytree(checkpoint / "out" / f"checkpoint-{STEPS // 2}", folder)
+    lora = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint / "base"), LoraConfig(target_modules=["v_proj"]))
+    lora.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"LoRA|LORA|no SMT adapter"):
+        resume(tmp_path / "lora", tmp_path, base=LlamaForCausalLM.from_pretrained(checkpoint / "base"))
+
+
+def test_a_truncated_adapter_file_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    file = tmp_path / "copy" / "out" / f"checkpoint-{STEPS // 2}" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|header|safetensor"):
+        resume(tmp_path / "copy", tmp_path)
+
+
+def test_resuming_the_right_checkpoint_takes_steps(checkpoint, tmp_path):
+    with pytest.raises(AssertionError, match="a step was taken"):
+        resume(checkpoint, tmp_path)
+
+
+def test_training_without_a_warmup_is_refused_with_the_way_out(checkpoint, tmp_path):
+    trainer = make_trainer("single", checkpoint / "base", Cell(), tmp_path)
+    trainer.remove_callback(SMTWarmupCallback)
+    with pytest.raises(RuntimeError, match="SMTWarmupCallback"):
+        trainer.train()
+
+
+def test_an_adapter_without_its_selection_is_refused(checkpoint):
+    trainer = make_trainer("single", checkpoint / "base", Cell(), checkpoint / "unselected")
+    bank = bank_of(trainer)
+    state = {"weight": torch.ones_like(bank.weight)}
+    with pytest.raises(ValueError, match="index"):
+        bank.load_state_dict(state, strict=False)

@@ -1,0 +1,198 @@
+"""An adapter on disk: what is written comes back as the same function, and what does not fit is refused."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smt_peft import SMTConfig, select_blocks
+from smt_peft.layer import Linear
+
+
+def config(**options) -> SMTConfig:
+    """An adapter that changes the model from the start, without a warm-up."""
+    defaults = {"block_size": 16, "num_blocks": 20, "selection": "random", "init_weights": False}
+    return SMTConfig(**{**defaults, **options})
+
+
+def wrap(base, **options) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(base, config(**options))
+
+
+@pytest.fixture
+def base(llama):
+    """What the model was before it was wrapped."""
+    return deepcopy(llama)
+
+
+@pytest.mark.parametrize("load", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}], ids=str)
+def test_a_saved_adapter_loads_as_the_same_function(llama, base, logits, tmp_path, load):
+    model = wrap(llama)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, **load)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.get_nb_trainable_parameters()[0] == (20 * 256 if "is_trainable" in load else 0)
+    assert all(p.device.type == "cpu" for p in loaded.parameters())
+
+
+def test_a_loaded_adapter_trains_on_without_a_selection(llama, base, batches, tmp_path):
+    model = get_peft_model(llama, config(selection="gradient", warmup_steps=4, init_weights=True))
+    select_blocks(model, batches, progress_bar=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True).train()
+    loaded(**batches[0]).loss.backward()
+    model.train()(**batches[0]).loss.backward()
+    banks = [m.base_model.model.smt_bank["default"] for m in (model, loaded)]
+    assert torch.equal(banks[0].weight.grad, banks[1].weight.grad) and banks[0].weight.grad.any()
+
+
+def test_auto_classes_load_base_and_adapter(llama, logits, tmp_path):
+    llama.save_pretrained(tmp_path / "base")
+    model = wrap(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_the_file_holds_the_values_and_hardly_anything_else(make_llama, tmp_path, block_size):
+    big = make_llama(hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
+    wrap(big, block_size=block_size, num_blocks=20).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size - header <= 1.01 * 4 * 20 * block_size**2 and header < 1024
+
+
+@pytest.mark.parametrize("bias", ["smt_only", "all"])
+def test_trained_biases_and_saved_modules_come_back(make_llama, batches, logits, tmp_path, bias):
+    llama = make_llama(attention_bias=True)
+    base = deepcopy(llama)
+    model = wrap(llama, bias=bias, modules_to_save=["lm_head"]).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**batches[0]).loss.backward()
+    optimizer.step()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and p.grad.any()}
+    assert len([name for name in trained if "bias" in name]) >= 4 and any("modules_to_save" in n for n in trained)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_base_keeps_a_float32_delta(llama, logits, tmp_path, dtype):
+    llama.to(dtype)
+    base = deepcopy(llama)
+    model = wrap(llama)
+    bank = model.base_model.model.smt_bank["default"]
+    assert bank.weight.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    assert torch.equal(loaded.base_model.model.smt_bank["default"].weight, bank.weight)
+    merged = loaded.merge_and_unload()
+    assert torch.equal(logits(merged), logits(model))
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, Linear):
+            exact = (base.get_submodule(name).weight.float() + layer.get_delta_weight("default")).to(dtype)
+            assert torch.equal(merged.get_submodule(name).weight, exact)
+
+
+# --- files that must not load -----------------------------------------------------------------------------------
+
+
+def rewritten(change):
+    """Damage the tensors of a saved adapter."""
+
+    def damage(folder):
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        change(tensors, next(key for key in tensors if key.endswith("index")))
+        save_file(tensors, file)
+
+    return damage
+
+
+def truncated(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_block_size(folder):
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"block_size": 16', '"block_size": 8'))
+
+
+def other_budget(folder):
+    saved = SMTConfig.from_pretrained(folder)
+    saved.selected_blocks, saved.num_blocks = None, 19
+    saved.save_pretrained(folder)
+
+
+def lora_weights(folder):
+    rank_2 = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 64)}
+    save_file(rank_2, folder / "adapter_model.safetensors")
+
+
+BROKEN = {
+    "truncated": (truncated, "(?i)incomplete|invalid|header"),
+    "index out of range": (rewritten(lambda t, i: t[i].__setitem__((0, 1), 99)), "does not exist among the 6 targets"),
+    "unknown target": (rewritten(lambda t, i: t[i].__setitem__((19, 0), 6)), "does not exist among the 6 targets"),
+    "half of an index": (rewritten(lambda t, i: t[i].__setitem__(0, -1)), "does not exist among the 6 targets"),
+    "duplicate block": (rewritten(lambda t, i: t[i].__setitem__(1, t[i][0])), "a block twice"),
+    "no index": (rewritten(lambda t, i: t.pop(i)), "without their index"),
+    "other block size": (other_block_size, "20 blocks of 16 x 16.*configured for|does not exist"),
+    "other budget": (other_budget, "holds 20 blocks.*19|configured for 19 blocks"),
+    "a LoRA checkpoint": (lora_weights, "holds no SMT adapter"),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["real", "meta"])
+@pytest.mark.parametrize("damage, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_refused(llama, base, tmp_path, damage, message, low_cpu_mem_usage):
+    wrap(llama).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(Exception, match=message):
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 3}, {"num_key_value_heads": 4}], ids=str)
+def test_an_adapter_of_another_model_is_refused(llama, make_llama, tmp_path, changes):
+    wrap(llama).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other target modules than this adapter's"):
+        PeftModel.from_pretrained(make_llama(**changes), tmp_path)
+
+
+# --- transformers' own doors ------------------------------------------------------------------------------------
+
+
+def test_an_injected_adapter_trains_and_has_short_keys(llama, base, batches):
+    inject_adapter_in_model(config(), llama)
+    assert "smt_bank.default.weight" in llama.state_dict()
+    llama.train()(**batches[0]).loss.backward()
+    wrapped = get_peft_model(base, config()).train()
+    bank, other = llama.smt_bank["default"], wrapped.base_model.model.smt_bank["default"]
+    assert torch.equal(bank.index, other.index) and bank.weight.grad.any()
+
+
+def test_the_adapter_of_a_plain_transformers_model_saves_loads_and_switches(llama, base, logits, tmp_path):
+    plain = logits(base)
+    base.save_pretrained(tmp_path / "base")
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    llama.add_adapter(config(), "mine")
+    expected = logits(llama)
+    llama.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), expected)
+    base.load_adapter(str(tmp_path / "adapter"), "loaded")
+    assert torch.equal(logits(base), expected)
+    base.disable_adapters()
+    assert torch.equal(logits(base), plain)
+    base.enable_adapters()
+    base.load_adapter(str(tmp_path / "adapter"), "again")
+    base.set_adapter("again")
+    base.delete_adapter("loaded")
+    assert torch.equal(logits(base), expected)
+    base.delete_adapter("again")
+    assert torch.equal(logits(base), plain)

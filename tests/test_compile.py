@@ -1,0 +1,132 @@
+"""torch.compile sees through the SMT layer: no graph break, and the same losses and deltas as eager."""
+
+import pytest
+import torch
+from distributed_worker import Samples, make_base
+from peft import get_peft_model
+from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+from smt_peft import SMTConfig, SMTWarmupCallback
+
+IDS = Samples().ids[:4]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    make_base(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def adapted(base, selection="random", dtype=torch.float32):
+    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+    return get_peft_model(model, SMTConfig(num_blocks=17, block_size=16, warmup_steps=2, selection=selection)).train()
+
+
+def compiled_layers(model, backend):
+    for layer in model.base_model.model.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    return model
+
+
+def steps(model, caller=None, count=4):
+    """A few steps of AdamW; returns losses and the final delta."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss = (model if caller is None else caller)(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model.base_model.model.smt_bank["default"].weight.detach().clone()
+
+
+def assert_equal(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert expected[1].norm() > 0.5  # else the comparison would say nothing
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend):
+    if backend == "inductor":
+        pytest.importorskip("triton")
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception:
+            pytest.skip("inductor needs a C++ compiler")
+    expected = steps(adapted(base))
+    found = steps(compiled_layers(adapted(base), backend))  # fullgraph=True raises at a graph break
+    assert_equal(found, expected)
+
+
+def test_a_compiled_model_trains_as_eager(base):
+    model = adapted(base)
+    assert_equal(steps(model, torch.compile(model, backend="aot_eager")), steps(adapted(base)))
+
+
+def test_the_compiled_model_has_no_graph_break_in_the_smt_layer(base):
+    model = adapted(base)
+    torch.compile(model, backend="aot_eager")(input_ids=IDS, labels=IDS).loss.backward()
+    breaks = "\n".join(str(reason) for reason in counters["graph_break"])
+    assert "layer.py" not in breaks and "BlockGradients" not in breaks, breaks
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_with_torch_compile_equals_trainer_without(base, tmp_path, checkpointing):
+    results = []
+    for compiled in (False, True):
+        arguments = TrainingArguments(
+            str(tmp_path), use_cpu=True, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
+            torch_compile=compiled, torch_compile_backend="aot_eager" if compiled else None, logging_steps=1,
+            gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
+            save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        model, callback = adapted(base, selection="gradient"), SMTWarmupCallback()
+        trainer = Trainer(model, arguments, train_dataset=Samples(), callbacks=[callback])
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((losses, model.base_model.model.smt_bank["default"].weight.detach(), callback.selection))
+    eager, compiled = results
+    assert torch.equal(compiled[2].index, eager[2].index)
+    assert_equal(compiled[:2], eager[:2])
+
+
+def test_compiled_inference_follows_the_trained_delta(base):
+    model = compiled_layers(adapted(base), "aot_eager")
+    steps(model)
+    model.eval()
+    with torch.no_grad():
+        found = model(input_ids=IDS).logits
+        for layer in model.base_model.model.model.layers:
+            layer._compiled_call_impl = None
+        expected = model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_disabled_adapter_computes_the_base_model_when_compiled(base):
+    model = compiled_layers(adapted(base), "aot_eager")
+    steps(model)
+    model.eval()
+    plain = LlamaForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad(), model.disable_adapter():
+        found = model(input_ids=IDS).logits
+    torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_layer_does_not_recompile_at_every_step(base):
+    model = compiled_layers(adapted(base), "aot_eager")
+    steps(model, count=2)
+    before = counters["stats"]["unique_graphs"]
+    steps(model, count=4)
+    assert counters["stats"]["unique_graphs"] == before

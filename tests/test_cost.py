@@ -1,0 +1,316 @@
+"""What a training step costs beside the floor: FLOPs, bytes saved for backward, operators, writes, host syncs.
+
+The floor is the same model, frozen, with gradients flowing down to the input of the lowest trained layer: no method
+that trains inside the layers can be cheaper. All figures here are counted, not timed, so they are the same anywhere.
+"""
+
+import contextlib
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from smt_peft import SMTConfig, resident, select_blocks
+from smt_peft.layer import Linear
+
+BLOCK = 16
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+
+
+def adapt(llama, num_blocks=20, block_size=BLOCK, **config):
+    """Train `num_blocks` random blocks of a LLaMA, or the `selected_blocks`."""
+    if "selected_blocks" not in config:
+        config = {"num_blocks": num_blocks, "selection": "random", **config}
+    return get_peft_model(llama, SMTConfig(block_size=block_size, **config)).train()
+
+
+def chosen(model) -> dict[str, list[list[int]]]:
+    return model.base_model.model.smt_bank["default"].selected_blocks()
+
+
+@contextlib.contextmanager
+def floor_of(model, trained=None):
+    """The floor of an adapted model: adapters taken off, gradients down to the inputs of the trained layers."""
+    trained = trained or chosen(model)
+    base = model.unload().requires_grad_(False).train()
+    layers = [module for name, module in base.named_modules() if name in trained]
+    hooks = [layer.register_forward_pre_hook(_require_input_gradient) for layer in layers]
+    yield base
+    for hook in hooks:
+        hook.remove()
+
+
+def _require_input_gradient(module, args):
+    return args if args[0].requires_grad else (args[0].detach().requires_grad_(),)
+
+
+def loss_of(model, batch):
+    return model(**batch, use_cache=False).loss
+
+
+def flops(model, batch) -> int:
+    loss_of(model, batch).backward()  # once, so that only what every step does is counted
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, batch).backward()
+    return counter.get_total_flops()
+
+
+def saved_bytes(model, batch, loss=loss_of) -> int:
+    """Bytes of the distinct storages, other than parameters, that the graph of a forward keeps alive."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address is used twice
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(model, batch)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
+
+
+def column_bytes(blocks, tokens, itemsize, block_size=BLOCK) -> int:
+    """Bytes of the input columns that the blocks read; q, k and v of a layer read the same input."""
+    columns = {(name.rpartition(".")[0], column) for name, places in blocks.items() for _, column in places}
+    return len(columns) * block_size * tokens * itemsize
+
+
+class Operators(TorchDispatchMode):
+    """Lists what is launched: the operators that do more than make a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.launched.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(function, *args) -> list[str]:
+    with Operators() as seen:
+        function(*args)
+    return seen.launched
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("ratio", [0.001, 0.0086, 0.05])
+def test_a_step_costs_the_floor_plus_the_gradients_of_the_selected_blocks(make_llama, batches, ratio, block_size):
+    llama = make_llama(**WIDE)
+    num_blocks = max(1, round(ratio * sum(p.numel() for p in llama.parameters()) / block_size**2))
+    model = adapt(llama, num_blocks, block_size)
+    measured = flops(model, batches[0])
+    tokens = batches[0]["input_ids"].numel()
+    with floor_of(model) as floor:
+        exact = flops(floor, batches[0]) + 2 * tokens * num_blocks * block_size**2
+    assert measured == pytest.approx(exact, rel=1e-3)
+
+
+def equal_budget():
+    """LoRA of rank 8 on q and v of the two layers, and as many parameters in blocks."""
+    smt = SMTConfig(block_size=BLOCK, num_blocks=14, selection="random", target_modules=["q_proj", "v_proj"])
+    return {"lora": LoraConfig(r=8, target_modules=["q_proj", "v_proj"]), "smt": smt}
+
+
+def test_an_equal_budget_is_equal(make_llama):
+    models = [get_peft_model(make_llama(), config) for config in equal_budget().values()]
+    lora, smt = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models)
+    assert lora == smt
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5, 20, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_the_selected_columns_once_and_in_the_models_dtype(make_llama, batches, dtype, num_blocks):
+    model = adapt(make_llama(dtype=dtype).to(dtype), num_blocks)
+    blocks, tokens = chosen(model), batches[0]["input_ids"].numel()
+    measured = saved_bytes(model, batches[0])
+    with floor_of(model) as floor:
+        assert measured <= saved_bytes(floor, batches[0]) + column_bytes(blocks, tokens, dtype.itemsize)
+
+
+def test_autocast_keeps_the_selected_columns_in_its_own_dtype(llama, batches):
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, batch)
+
+    model = adapt(llama)
+    blocks, tokens = chosen(model), batches[0]["input_ids"].numel()
+    measured = saved_bytes(model, batches[0], loss)
+    with floor_of(model) as floor:
+        assert measured <= saved_bytes(floor, batches[0], loss) + column_bytes(blocks, tokens, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_no_more_than_loras_at_equal_parameters(make_llama, batches, dtype):
+    measured = {}
+    for name, config in equal_budget().items():
+        model = get_peft_model(make_llama().to(dtype), config, autocast_adapter_dtype=False).train()
+        measured[name] = saved_bytes(model, batches[0])
+    assert measured["smt"] <= measured["lora"]
+
+
+def test_layers_without_blocks_keep_nothing(llama, batches):
+    """One block in the last layer: neither the layers below nor q and k beside it cost a byte."""
+    model = adapt(llama, selected_blocks={"model.layers.1.self_attn.v_proj": [[0, 0]]}, target_modules=TARGETS)
+    measured = saved_bytes(model, batches[0])
+    with floor_of(model) as floor:
+        assert measured == saved_bytes(floor, batches[0]) + batches[0]["input_ids"].numel() * BLOCK * 4
+
+
+def test_q_k_and_v_share_what_they_keep_of_their_input(make_llama, batches):
+    def cost(*names):
+        blocks = {f"model.layers.0.self_attn.{name}": [[0, 1], [1, 2]] for name in names}
+        model = adapt(make_llama(), selected_blocks=blocks, target_modules=TARGETS)
+        measured = saved_bytes(model, batches[0])
+        with floor_of(model) as floor:
+            return measured - saved_bytes(floor, batches[0])
+
+    assert cost("q_proj", "k_proj", "v_proj") == cost("q_proj") > 0
+
+
+def test_warmup_keeps_each_input_once(llama, batches):
+    config = SMTConfig(block_size=BLOCK, num_blocks=4, warmup_steps=1, target_modules=TARGETS)
+    model, measured = get_peft_model(llama, config), []
+
+    def loss(model, batch):
+        measured.append(saved_bytes(model, batch))
+        return loss_of(model, batch)
+
+    select_blocks(model, batches, loss_function=loss, progress_bar=False)
+    targets = [name for name, module in llama.named_modules() if isinstance(module, Linear)]
+    inputs = llama.config.num_hidden_layers * batches[0]["input_ids"].numel() * llama.config.hidden_size * 4
+    with floor_of(model, targets) as floor:
+        assert measured[0] <= saved_bytes(floor, batches[0]) + inputs
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+def test_forward_without_gradients_launches_what_the_base_model_does(llama, batches):
+    model = adapt(llama)
+    with torch.no_grad():
+        loss_of(model, batches[0])  # writes the blocks
+        adapted = operators(loss_of, model, batches[0])
+        assert adapted == operators(loss_of, model.unload(), batches[0])
+
+
+def test_forward_in_training_launches_one_gather_per_input_more(llama, batches):
+    """One per layer for the blocks of q; v, which reads the same columns of the same input, adds none."""
+    blocks = {f"model.layers.{layer}.self_attn.{name}": [[0, 1]] for layer in (0, 1) for name in ("q_proj", "v_proj")}
+    model = adapt(llama, selected_blocks=blocks, target_modules=TARGETS)
+    loss_of(model, batches[0]).backward()
+    adapted = Counter(operators(loss_of, model, batches[0]))
+    with floor_of(model) as floor:
+        more = adapted - Counter(operators(loss_of, floor, batches[0]))
+    assert more == {"aten.index_select.default": 2}
+
+
+class Synchronisations(TorchFunctionMode):
+    """Lists the Python calls that make the host wait for a GPU: values read back, or sent over in between."""
+
+    NAMES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "tensor")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES or (name == "to" and any(isinstance(a, str) for a in args)):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def synchronisations(model, batches, optimizer=None) -> list[str]:
+    """Those of the second and later steps: the first one plans. (transformers has some of its own.)"""
+    with contextlib.ExitStack() as watch:
+        for number, batch in enumerate(batches):
+            if number == 1:
+                waits, launched = watch.enter_context(Synchronisations()), watch.enter_context(Operators())
+            loss_of(model, batch).backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+    reads = ("aten._local_scalar_dense", "aten.nonzero")  # what is behind such calls, also in C++
+    return waits.seen + [name for name in launched.launched if name.startswith(reads)]
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "additive"])
+def test_a_step_waits_for_the_device_no_more_than_the_floor_does(llama, batches, resident):
+    model = adapt(llama)
+    for layer in model.base_model.model.smt_bank.layers:
+        layer._shared_weight = not resident
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    adapted = synchronisations(model, batches, optimizer)
+    with floor_of(model) as floor:
+        assert adapted == synchronisations(floor, batches)
+
+
+def test_where_blocks_are_written_is_worked_out_once(llama, batches, monkeypatch):
+    """On a GPU the addresses of the blocks are a tensor: made anew, it would be sent over in every step."""
+    given, write = [], resident.write_blocks
+
+    def watched(views, values, *addresses):
+        given.append(addresses)
+        write(views, values)
+
+    monkeypatch.setattr(resident, "block_pointers", lambda views: len(views), raising=False)
+    monkeypatch.setattr(resident, "write_blocks", watched)
+    model = adapt(llama)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for batch in batches:
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert given == [(20,)] * len(batches)
+
+
+# --- writing the blocks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writes(monkeypatch) -> list[int]:
+    """The number of blocks of each batched write."""
+    calls, write = [], resident.write_blocks
+
+    def counted(views, *args):
+        calls.append(len(views))
+        write(views, *args)
+
+    monkeypatch.setattr(resident, "write_blocks", counted)
+    return calls
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "foreach"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_blocks_are_written_once_per_optimizer_step(llama, batches, writes, accumulation, optimizer):
+    model = adapt(llama, num_blocks=20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **{optimizer: True})
+    for _ in range(3):
+        for batch in batches[:accumulation]:
+            loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert writes == [20, 20, 20]
+
+
+def test_blocks_are_not_written_while_the_bank_stays(llama, batches, writes):
+    model = adapt(llama)
+    for mode in (True, False, True):
+        model.train(mode)
+        with torch.set_grad_enabled(mode):
+            for batch in batches:
+                loss_of(model, batch)
+    assert len(writes) == 1

@@ -1,0 +1,143 @@
+"""Every backend trains the adapter that one process trains: DDP, FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes.
+
+One process sees the same batches of two as two processes together (twice the accumulation, twice the warm-up), so that
+scores, selection and delta must agree up to the order of summation.
+"""
+
+import pytest
+import torch
+from distributed_worker import STEPS, Samples, launch, make_base, probe
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+CHECKPOINTING = ("none", "non-reentrant", "reentrant")
+MATRIX = {f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in CHECKPOINTING for n in (1, 2)}
+CELLS = {
+    **MATRIX,
+    "uneven": {"uneven_labels": True, "selection": "random", "accumulation": 2, "resume": False},
+    "bf16": {"bf16": True},
+}
+SHARDED = {"sharded": {"sharded_checkpoints": True}}
+BACKENDS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("ddp", "fsdp2", "zero2", "zero3")]
+EVERY = [pytest.param("single", marks=pytest.mark.xdist_group("single")), *BACKENDS]
+
+
+@pytest.fixture(scope="session")
+def ran(tmp_path_factory):
+    """Give what the cells of a backend ended with, one dict per rank; launched once."""
+    done = {}
+
+    def run(backend: str) -> list[dict]:
+        if backend.startswith("zero"):
+            pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
+        if backend not in done:
+            folder = tmp_path_factory.mktemp(backend)
+            done[backend] = folder, launch(backend, CELLS | (SHARDED if backend == "fsdp2" else {}), folder)
+        return done[backend]
+
+    return run
+
+
+def outcomes(ran, backend: str, cell: str) -> list[dict]:
+    folder, ranks = ran(backend)
+    for rank in ranks:
+        assert cell in rank, f"a rank died; see {folder / 'log.txt'}"
+        assert "error" not in rank[cell], rank[cell]["error"]
+    return [rank[cell] for rank in ranks]
+
+
+@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_selection_is_that_of_one_process_on_every_rank(ran, backend, cell):
+    (single,) = outcomes(ran, "single", cell)
+    for rank in outcomes(ran, backend, cell):
+        assert torch.equal(rank["index"], single["index"])
+        for score, expected in zip(rank["scores"], single["scores"], strict=True):
+            torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", [*MATRIX, "uneven"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_final_delta_is_that_of_one_process_on_every_rank(ran, backend, cell):
+    (single,) = outcomes(ran, "single", cell)
+    first, second = outcomes(ran, backend, cell)
+    assert torch.equal(first["delta"], second["delta"])
+    torch.testing.assert_close(first["delta"], single["delta"], rtol=1e-3, atol=2e-5)
+    assert single["delta"].norm() > 1  # else the comparison would say nothing
+
+
+@pytest.mark.parametrize("cell", [*MATRIX, "uneven"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_reported_losses_are_those_of_one_process(ran, backend, cell):
+    (single,) = outcomes(ran, "single", cell)
+    assert len(single["losses"]) == STEPS
+    assert outcomes(ran, backend, cell)[0]["losses"] == pytest.approx(single["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize("cell", [*MATRIX, "bf16"])
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(ran, backend, cell):
+    for rank in outcomes(ran, backend, cell):
+        assert torch.equal(rank["resumed"]["delta"], rank["delta"])
+        assert torch.equal(rank["resumed"]["index"], rank["index"])
+        assert rank["resumed"]["losses"] == rank["losses"]
+
+
+def test_a_training_resumes_from_sharded_fsdp_checkpoints(ran):
+    for rank in outcomes(ran, "fsdp2", "sharded"):
+        assert torch.equal(rank["resumed"]["delta"], rank["delta"])
+
+
+@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("backend", EVERY)
+def test_gradient_checkpointing_changes_nothing(ran, backend, cell):
+    plain = outcomes(ran, backend, f"none-{cell[-1]}")[0]
+    torch.testing.assert_close(outcomes(ran, backend, cell)[0]["delta"], plain["delta"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("backend", EVERY)
+def test_the_saved_adapter_loads_and_computes_what_was_trained(ran, backend, cell):
+    rank = outcomes(ran, backend, cell)[0]
+    folder = ran(backend)[0]
+    saved = load_file(folder / cell / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.smt_bank.weight"], rank["delta"])
+    base = LlamaForCausalLM.from_pretrained(folder / "base", attn_implementation="eager")
+    loaded = PeftModel.from_pretrained(base, folder / cell / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=probe()).logits, rank["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backend_is_the_one_that_was_asked_for(ran, backend):
+    types = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    for rank in outcomes(ran, backend, "none-1"):
+        assert rank["distributed_type"] == types[backend]
+        share = rank["local_base_elements"] / rank["base_elements"]
+        assert share == pytest.approx(0.5 if backend in ("fsdp2", "zero3") else 1, abs=0.01)
+
+
+@pytest.mark.parametrize("backend", ["single", *BACKENDS[:2]])
+def test_under_bf16_autocast_delta_and_optimizer_state_stay_float32(ran, backend):
+    for rank in outcomes(ran, backend, "bf16"):
+        assert rank["delta_dtype"] == torch.float32
+        assert rank["optimizer_dtypes"] == {torch.float32}
+
+
+def test_the_trainers_scores_are_those_of_the_dense_gradient(ran, tmp_path):
+    (single,) = outcomes(ran, "single", "none-1")
+    make_base(tmp_path / "base")
+    dense = LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=2, seed=7, report_to="none")
+    batches = iter(Trainer(dense, arguments, train_dataset=Samples()).get_train_dataloader())
+    modules = {n: m for n, m in dense.named_modules() if n.endswith(("q_proj", "k_proj", "v_proj"))}
+    expected = dict.fromkeys(modules, 0)
+    for _ in range(4):
+        dense.zero_grad()
+        dense(**next(batches)).loss.backward()
+        for name, module in modules.items():
+            blocks = module.weight.grad.unflatten(1, (-1, 16)).unflatten(0, (-1, 16))
+            expected[name] = expected[name] + blocks.abs().mean((1, 3)) / 4
+    for score, wanted in zip(single["scores"], expected.values(), strict=True):
+        torch.testing.assert_close(score, wanted, rtol=1e-4, atol=1e-9)

@@ -1,0 +1,238 @@
+"""Where a model lives: hooks and offloading of accelerate, tied weights. Results equal those of a plain model."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from smt_peft import SMTConfig, select_blocks
+
+NUM_BLOCKS, SIZE = 6, 8
+CPU = torch.device("cpu")
+TOKENS = torch.randint(3, 64, (2, 6), generator=torch.Generator().manual_seed(1))
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
+
+
+def tiny_model(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config)
+
+
+def config(**changes) -> SMTConfig:
+    return SMTConfig(**{"num_blocks": NUM_BLOCKS, "block_size": SIZE, "warmup_steps": 1} | changes)
+
+
+def on_cpu_and_disk() -> dict[str, str]:
+    """Everything in memory but the second layer."""
+    names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    return {name: "disk" if name == "model.layers.1" else "cpu" for name in names}
+
+
+def in_memory(model: LlamaForCausalLM, folder: Path):
+    cpu_offload(model, execution_device=CPU)
+    return model
+
+
+def on_disk(model: LlamaForCausalLM, folder: Path):
+    disk_offload(model, folder, execution_device=CPU)
+    return model
+
+
+def dispatched(model: LlamaForCausalLM, folder: Path):
+    return dispatch_model(model, on_cpu_and_disk(), main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+def loaded_with_a_device_map(model: LlamaForCausalLM, folder: Path):
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=on_cpu_and_disk(), offload_folder=folder / "off")
+
+
+@pytest.fixture(params=[in_memory, on_disk, dispatched, loaded_with_a_device_map], ids=lambda place: place.__name__)
+def place(request, tmp_path_factory):
+    """A function that puts a model under hooks."""
+    return partial(request.param, folder=tmp_path_factory.mktemp("offload"))
+
+
+def bank_of(model):
+    return model.base_model.model.smt_bank["default"]
+
+
+def train(model, steps: int = 2):
+    """The warm-up and some steps, a weight decay included."""
+    select_blocks(model, [BATCH], progress_bar=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    for _ in range(steps):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(TOKENS).logits
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def plain():
+    """The reference: the same training without hooks."""
+    return train(get_peft_model(tiny_model(), config()))
+
+
+@pytest.fixture
+def placed(place):
+    return train(get_peft_model(place(tiny_model()), config()))
+
+
+# --- offloading ------------------------------------------------------------------------------------------------------
+
+
+def test_layers_under_hooks_keep_their_weights_as_they_are(placed):
+    assert not any(layer.is_resident for layer in placed.modules() if isinstance(layer, BaseTunerLayer))
+
+
+def test_an_offloaded_model_selects_the_blocks_of_a_plain_one(placed, plain):
+    assert torch.equal(bank_of(placed).index, bank_of(plain).index)
+
+
+def test_an_offloaded_model_trains_the_deltas_of_a_plain_one(placed, plain):
+    assert_same(bank_of(placed).weight, bank_of(plain).weight)
+
+
+def test_an_offloaded_model_has_the_logits_of_a_plain_one(placed, plain):
+    assert_same(logits(placed), logits(plain))
+
+
+def test_an_adapter_trained_offloaded_loads_into_a_plain_model(placed, plain, tmp_path):
+    placed.save_pretrained(tmp_path)
+    assert_same(logits(PeftModel.from_pretrained(tiny_model(), tmp_path)), logits(plain))
+
+
+# Not with `hf_device_map`: there PEFT dispatches anew, which accelerate can do only where there is a GPU.
+@pytest.mark.parametrize("place", [in_memory, on_disk, dispatched], indirect=True)
+def test_an_adapter_loads_into_an_offloaded_model(place, plain, tmp_path):
+    plain.save_pretrained(tmp_path)
+    assert_same(logits(PeftModel.from_pretrained(place(tiny_model()), tmp_path)), logits(plain))
+
+
+def test_a_disabled_adapter_gives_the_base_models_logits(placed):
+    with placed.disable_adapter():
+        assert_same(logits(placed), logits(tiny_model()))
+
+
+def test_merging_an_offloaded_model_keeps_its_logits(placed, plain):
+    placed.merge_adapter()
+    assert_same(logits(placed), logits(plain))
+
+
+def test_unmerging_an_offloaded_model_gives_back_base_and_adapter(placed, plain):
+    placed.merge_adapter()
+    placed.unmerge_adapter()
+    assert_same(logits(placed), logits(plain))
+    with placed.disable_adapter():
+        assert_same(logits(placed), logits(tiny_model()))
+
+
+def test_disabling_a_merged_adapter_of_an_offloaded_model_gives_the_base_models_logits(placed):
+    placed.merge_adapter()
+    with placed.disable_adapter():
+        assert_same(logits(placed), logits(tiny_model()))
+
+
+def test_merge_and_unload_of_an_offloaded_model_keeps_its_logits(placed, plain):
+    assert_same(logits(placed.merge_and_unload()), logits(plain))
+
+
+def test_unloading_an_offloaded_model_gives_the_base_models_logits(placed):
+    assert_same(logits(placed.unload()), logits(tiny_model()))
+
+
+def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain):
+    expected = logits(plain)
+    cpu_offload(plain, execution_device=CPU)
+    assert_same(logits(plain), expected)
+
+
+# --- tied weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tied():
+    """The output projection is a target and shares its weight with the embedding."""
+    return train(get_peft_model(tiny_model(tied=True), config(target_modules=["lm_head"])))
+
+
+def with_delta_in_the_head_only(model) -> LlamaForCausalLM:
+    """A dense model with untied weights: what an adapter of the output projection means."""
+    dense = tiny_model(tied=True)
+    dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
+    dense.lm_head.weight.data += model.base_model.model.lm_head.get_delta_weight("default")
+    return dense
+
+
+def test_a_tied_target_changes_only_the_module_that_was_named(tied):
+    assert_same(logits(tied), logits(with_delta_in_the_head_only(tied)))
+
+
+def test_a_tied_target_leaves_the_shared_weight_alone(tied):
+    assert torch.equal(tied.base_model.model.model.embed_tokens.weight, tiny_model(tied=True).lm_head.weight)
+
+
+def test_the_gradient_of_a_tied_target_is_the_one_of_its_own_use(tied):
+    dense = with_delta_in_the_head_only(tied)
+    dense(**BATCH).loss.backward()
+    tied.train()(**BATCH).loss.backward()
+    blocks = dense.lm_head.weight.grad.unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE)
+    _, rows, cols = bank_of(tied).index.long().unbind(1)
+    assert_same(bank_of(tied).weight.grad, blocks[rows, cols])
+
+
+def test_merging_a_tied_target_does_not_reach_the_other_module(tied):
+    expected = logits(tied)
+    tied.merge_adapter()
+    assert_same(logits(tied), expected)
+
+
+def test_unmerging_a_tied_target_ties_it_again(tied):
+    expected = logits(tied)
+    tied.merge_adapter()
+    tied.unmerge_adapter()
+    assert_same(logits(tied), expected)
+    assert tied.base_model.model.lm_head.weight is tied.base_model.model.model.embed_tokens.weight
+
+
+def test_merge_and_unload_of_a_tied_target_keeps_the_logits(tied):
+    expected = logits(tied)
+    assert_same(logits(tied.merge_and_unload()), expected)
+
+
+def test_two_targets_that_share_one_weight_keep_their_own_deltas():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight = layer.self_attn.q_proj.weight
+    untied = copy.deepcopy(model)
+    for layer in untied.model.layers:
+        layer.self_attn.k_proj.weight = torch.nn.Parameter(layer.self_attn.k_proj.weight.detach().clone())
+    trained, expected = (train(get_peft_model(each, config())) for each in (model, untied))
+    assert_same(bank_of(trained).weight, bank_of(expected).weight)
+    assert_same(logits(trained), logits(expected))

@@ -1,0 +1,242 @@
+"""Quantised base models through PEFT's quantisation back ends: warm-up, training, files and merging."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
+
+NUM_BLOCKS, SIZE = 6, 16
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def nf4_twice() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def int8() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_int8() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+LIBRARY = {nf4: "bitsandbytes", nf4_twice: "bitsandbytes", int8: "bitsandbytes", torchao_int8: "torchao"}
+# Half the widest gap between two levels, as a share of the largest |weight|: 0.30 / 2 for NF4, 1 / 127 / 2 for 8 bits.
+ROUNDING = {nf4: 0.16, nf4_twice: 0.17, int8: 0.005, torchao_int8: 0.005}
+# bitsandbytes' 8-bit matmul rounds the activations to 8 bits too; the others compute with the dequantised weight.
+GRADIENT_ERROR = {nf4: 1e-4, nf4_twice: 1e-4, int8: 0.05, torchao_int8: 1e-4}
+
+
+@pytest.fixture(scope="module")
+def float_model(tmp_path_factory):
+    """The folder of a tiny random model in float32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    folder = tmp_path_factory.mktemp("float_model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=LIBRARY, ids=lambda method: method.__name__)
+def method(request, float_model):
+    """A way to quantise that works on this machine."""
+    if importlib.util.find_spec(LIBRARY[request.param]) is None:
+        pytest.skip(f"{LIBRARY[request.param]} is not installed")
+    try:
+        with torch.no_grad():
+            quantized(float_model, request.param)(**batch())
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"{LIBRARY[request.param]} cannot do this here: {error}")
+    return request.param
+
+
+def quantized(folder, method) -> LlamaForCausalLM:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=method(), device_map="cpu", dtype=torch.float32
+        )
+
+
+def config() -> SMTConfig:
+    return SMTConfig(num_blocks=NUM_BLOCKS, block_size=SIZE, warmup_steps=1, task_type="CAUSAL_LM")
+
+
+def batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(3, 64, (2, 8), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def smt_layers(model) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if name.endswith(PROJECTIONS)}
+
+
+def dequantized_weights(model) -> dict[str, torch.Tensor]:
+    return {name: layer.get_base_weight().detach().clone() for name, layer in smt_layers(model).items()}
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**batch()).logits
+
+
+@pytest.fixture
+def selected(float_model, method):
+    """A quantised model with a selected, untrained adapter."""
+    model = get_peft_model(quantized(float_model, method), config())
+    select_blocks(model, [batch()], progress_bar=False)
+    return model
+
+
+@pytest.fixture
+def trained(selected):
+    optimizer = torch.optim.AdamW([p for p in selected.parameters() if p.requires_grad], lr=0.01)
+    selected.train()
+    for _ in range(3):
+        selected(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return selected
+
+
+def dense_gradients(folder, method) -> dict[str, torch.Tensor]:
+    """Plain autograd on a float model that has the dequantised weights."""
+    dense = LlamaForCausalLM.from_pretrained(folder)
+    every_linear = SMTConfig(target_modules="all-linear", block_size=SIZE, num_blocks=1, selection="random")
+    for name, layer in get_peft_model(quantized(folder, method), every_linear).base_model.model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            dense.get_submodule(name).weight.data = layer.base_matrix().float()
+    dense(**batch()).loss.backward()
+    return {name: module.weight.grad for name, module in dense.named_modules() if name.endswith(PROJECTIONS)}
+
+
+def test_block_gradients_equal_the_dense_gradient_of_the_dequantised_weight(selected, method, float_model):
+    dense = dense_gradients(float_model, method)
+    selected.train()(**batch()).loss.backward()
+    bank = selected.base_model.model.smt_bank["default"]
+    expected = torch.stack(
+        [
+            dense[bank.targets[target].name][row * SIZE : (row + 1) * SIZE, col * SIZE : (col + 1) * SIZE]
+            for target, row, col in bank.index.tolist()
+        ]
+    )
+    assert (bank.weight.grad - expected).norm() <= GRADIENT_ERROR[method] * expected.norm()
+
+
+def test_the_warm_up_selects_blocks_with_large_dense_gradients(selected, method, float_model):
+    dense = dense_gradients(float_model, method)
+    bank = selected.base_model.model.smt_bank["default"]
+    grids = [dense[t.name].unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE).abs().mean((2, 3)) for t in bank.targets]
+    best = torch.cat([grid.flatten() for grid in grids]).topk(NUM_BLOCKS).values
+    chosen = torch.stack([grids[target][row, col] for target, row, col in bank.index.tolist()])
+    torch.testing.assert_close(chosen.sum(), best.sum(), rtol=GRADIENT_ERROR[method], atol=0)
+
+
+def test_the_delta_is_trained_in_float32_and_the_base_stays_as_it_was(trained, method, float_model):
+    bank = trained.base_model.model.smt_bank["default"]
+    assert bank.weight.dtype == torch.float32 and bank.weight.count_nonzero()
+    before = dequantized_weights(get_peft_model(quantized(float_model, method), config()))
+    after = dequantized_weights(trained)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_a_loaded_adapter_gives_the_trained_logits(trained, method, float_model, tmp_path):
+    trained.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantized(float_model, method), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(trained), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("evaluated", [False, True], ids=["after training", "after an evaluation"])
+def test_merging_requantises_the_weight_plus_the_delta(trained, method, evaluated):
+    before = dequantized_weights(trained)
+    deltas = {name: layer.get_delta_weight("default") for name, layer in smt_layers(trained).items()}
+    if evaluated:  # bitsandbytes packs 4-bit weights for inference on some CPUs
+        logits(trained)
+    trained.merge_adapter()
+    for name, merged in dequantized_weights(trained).items():
+        wanted = before[name] + deltas[name]
+        assert (merged - wanted).abs().max() <= ROUNDING[method] * wanted.abs().max(), name
+
+
+def test_unmerging_gives_back_the_logits_bit_for_bit(trained):
+    before = logits(trained)
+    trained.merge_adapter()
+    logits(trained)
+    trained.unmerge_adapter()
+    assert torch.equal(logits(trained), before)
+
+
+def test_an_unmerged_model_can_be_moved(trained):
+    before = logits(trained)
+    trained.merge_adapter()
+    trained.unmerge_adapter()
+    assert torch.equal(logits(trained.to("cpu")), before)
+
+
+def test_merge_and_unload_leaves_a_plain_quantised_model(trained, method, float_model):
+    merged = trained.merge_and_unload()
+    reference = quantized(float_model, method)
+    types = {name: type(parameter) for name, parameter in merged.named_parameters()}
+    assert types == {name: type(parameter) for name, parameter in reference.named_parameters()}
+
+
+def test_unloading_gives_the_base_models_logits(trained, method, float_model):
+    assert torch.equal(logits(trained.unload()), logits(quantized(float_model, method)))
+
+
+def test_a_disabled_adapter_gives_the_base_models_logits(trained, method, float_model):
+    with trained.disable_adapter():
+        assert torch.equal(logits(trained), logits(quantized(float_model, method)))
+
+
+def test_the_recipe_for_quantised_models_trains_with_checkpointing_in_a_trainer(method, float_model, tmp_path):
+    model = prepare_model_for_kbit_training(quantized(float_model, method))
+    model = get_peft_model(model, config())
+    data = [{key: value[0] for key, value in batch().items()} for _ in range(8)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=3,
+        learning_rate=0.01,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[SMTWarmupCallback()])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]

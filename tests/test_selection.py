@@ -1,0 +1,87 @@
+"""Which blocks win: the rules, the budgets, the ties."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from smt_peft import SMTConfig, select_blocks
+from smt_peft.selection import apportion, select
+
+
+def selected(base, batches=None, **options) -> dict[str, list[list[int]]]:
+    options = {"block_size": 16, "num_blocks": 12, "warmup_steps": 4, **options}
+    model = get_peft_model(deepcopy(base), SMTConfig(**options))
+    if batches is not None:
+        select_blocks(model, batches, progress_bar=False)
+    return model.peft_config["default"].selected_blocks
+
+
+@pytest.mark.parametrize("rule", ["gradient", "activation", "magnitude", "random", "diagonal"])
+def test_the_same_seed_gives_the_same_selection(llama, batches, rule):
+    data = batches if rule in ("gradient", "activation") else None
+    first, again = (selected(llama, data, selection=rule, seed=3) for _ in range(2))
+    assert first == again and sum(map(len, first.values())) == 12
+
+
+def test_another_seed_gives_other_random_blocks(llama):
+    assert selected(llama, selection="random", seed=0) != selected(llama, selection="random", seed=1)
+
+
+def test_magnitude_selects_the_largest_weights(llama):
+    layer = llama.model.layers[1].self_attn.k_proj
+    layer.weight.data[16:, 32:48] *= 10
+    assert selected(llama, selection="magnitude", num_blocks=1) == {"model.layers.1.self_attn.k_proj": [[1, 2]]}
+
+
+def test_diagonal_selects_the_block_diagonals(llama):
+    blocks = selected(llama, selection="diagonal", target_modules=["q_proj"], num_blocks=8)
+    assert list(blocks.values()) == [[[i, i] for i in range(4)]] * 2
+
+
+def test_activation_selects_the_columns_with_the_largest_inputs(llama, batches):
+    llama.model.layers[0].input_layernorm.weight.data[16:32] *= 100
+    blocks = selected(llama, batches, selection="activation", target_modules=["q_proj"], num_blocks=4)
+    assert blocks == {"model.layers.0.self_attn.q_proj": [[row, 1] for row in range(4)]}
+
+
+def test_scope_module_gives_each_matrix_its_share(llama, batches):
+    blocks = selected(llama, batches, scope="module", num_blocks=16)
+    assert [len(b) for b in blocks.values()] == [4, 2, 2, 4, 2, 2]
+
+
+def test_a_pattern_gives_its_group_a_budget_of_its_own(llama, batches):
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "num_blocks": 5}
+    blocks = selected(llama, batches, num_blocks_pattern={"mlp": 3, r"layers\.0.*v_proj": 2}, **options)
+    counts = {"mlp": 0, "first v": 0, "rest": 0}
+    for name, of_module in blocks.items():
+        group = "mlp" if "mlp" in name else "first v" if "layers.0.self_attn.v" in name else "rest"
+        counts[group] += len(of_module)
+    assert counts == {"mlp": 3, "first v": 2, "rest": 5}
+
+
+def test_ties_go_to_the_earlier_block():
+    index = select([torch.ones(2, 2), torch.ones(2, 2)], [([0, 1], 5)], "model")
+    assert index.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0]]
+
+
+def test_selecting_among_a_million_blocks_finds_the_best():
+    scores = [torch.randperm(250_000).view(500, 500).float() + 1 for _ in range(4)]
+    index = select(scores, [(range(4), 1000)], "model").long()
+    chosen = torch.stack(scores)[tuple(index.T)]
+    assert chosen.sum() == torch.stack(scores).flatten().topk(1000).values.sum()
+    assert len(index.unique(dim=0)) == 1000
+
+
+def test_scores_that_are_not_finite_cannot_be_ranked():
+    with pytest.raises(ValueError, match=r"1 of 4 block scores are not finite"):
+        select([torch.tensor([[1.0, float("inf")], [2.0, 3.0]])], [([0], 1)], "model")
+
+
+@pytest.mark.parametrize(
+    "total, sizes, shares",
+    [(10, [5, 5], [5, 5]), (3, [1, 1], [2, 1]), (7, [16, 8, 8], [3, 2, 2]), (5, [1, 1, 8], [1, 0, 4])],
+)
+def test_apportion_gives_whole_shares_in_proportion(total, sizes, shares):
+    assert apportion(total, sizes) == shares

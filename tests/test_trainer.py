@@ -1,0 +1,230 @@
+"""SMT inside transformers' Trainer: the warm-up callback, and resuming bit for bit."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+
+from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft.layer import Linear
+
+STEPS, WARMUP_STEPS = 6, 3
+
+
+class Sentences(Dataset):
+    """Random tokens; counts what is read, and can fail at one reading as a machine would."""
+
+    def __init__(self):
+        self.tokens = torch.randint(2, 64, (16, 8), generator=torch.Generator().manual_seed(1))
+        self.read: list[int] = []
+        self.fail_at: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        self.read.append(i)
+        if len(self.read) == self.fail_at:
+            raise KeyboardInterrupt
+        return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
+
+
+class Recorder(TrainerCallback):
+    """Remembers what the bank held after every step, and can stop the run as an interruption would."""
+
+    def __init__(self, stop_after: int | None = None):
+        self.banks, self.stop_after = [], stop_after
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.banks.append(model.base_model.model.smt_bank["default"].weight.detach().clone())
+        if state.global_step == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def base(make_llama):
+    """With dropout, so that a run depends on the random state."""
+    return make_llama(attention_dropout=0.2)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make(model, *callbacks, data=None, eval_dataset=None, warm_up=True, **options) -> Trainer:
+        if not hasattr(model, "peft_config"):
+            model = get_peft_model(model, SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS))
+        defaults = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+        quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "save_steps": 2}
+        args = TrainingArguments(str(tmp_path / "run"), **{**defaults, **quiet, **options})
+        callbacks = [*callbacks, *([SMTWarmupCallback()] if warm_up else [])]
+        return Trainer(model, args, None, data or Sentences(), eval_dataset, callbacks=callbacks)
+
+    return make
+
+
+def bank(trainer):
+    return trainer.model.base_model.model.smt_bank["default"]
+
+
+def selection_of(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, SMTWarmupCallback)).selection
+
+
+def assert_same_result(trainer, other):
+    assert torch.equal(bank(trainer).index, bank(other).index)
+    assert torch.equal(bank(trainer).weight, bank(other).weight)
+
+
+def test_the_callback_selects_and_the_trainer_trains_the_selected_blocks(base, make_trainer):
+    before = deepcopy(base).state_dict()
+    trainer = make_trainer(base)
+    trainer.train()
+    selection = selection_of(trainer)
+    assert selection.batches == WARMUP_STEPS and torch.equal(selection.index, bank(trainer).index)
+    assert (bank(trainer).weight.abs().amax((1, 2)) > 0).all(), "every selected block has moved"
+    unloaded = trainer.model.unload().state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in unloaded.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.2}], ids=["plain loss", "label smoothing"])
+def test_scores_are_those_of_the_trainers_loss(make_llama, make_trainer, options):
+    base, data = make_llama(), Sentences()
+    dense = deepcopy(base).train()
+    trainer = make_trainer(base, data=data, **options)
+    trainer.train()
+    selection, expected = selection_of(trainer), {}
+    smooth = LabelSmoother(options.get("label_smoothing_factor", 0.0))
+    for batch in torch.tensor(data.read[: 2 * WARMUP_STEPS]).view(-1, 2):
+        tokens = data.tokens[batch]
+        dense.zero_grad()
+        smooth({"logits": dense(tokens).logits}, tokens, shift_labels=True).backward()
+        for name in selection.names:
+            blocks = dense.get_submodule(name).weight.grad.abs().unflatten(1, (-1, 16)).unflatten(0, (-1, 16))
+            expected[name] = expected.get(name, 0) + blocks.mean((1, 3)) / WARMUP_STEPS
+    for name, scores in zip(selection.names, selection.scores, strict=True):
+        torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"max_steps": 9}], ids=str)
+def test_training_after_a_warm_up_is_training_without_one(base, make_trainer, options):
+    """Same batches in the same order, same dropout: only the blocks come from the warm-up. An epoch has 8 steps."""
+    first = make_trainer(deepcopy(base), **options)
+    first.train()
+    given = first.model.peft_config["default"].selected_blocks
+    model = get_peft_model(base, SMTConfig(block_size=16, selected_blocks=given))
+    data = Sentences()
+    second = make_trainer(model, data=data, warm_up=False, **options)
+    second.train()
+    skipped = len(first.train_dataset.read) - len(data.read)
+    assert first.train_dataset.read[skipped:] == data.read and skipped >= 2 * WARMUP_STEPS
+    assert_same_result(first, second)
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_changes_nothing(base, make_trainer, mode):
+    plain = make_trainer(deepcopy(base))
+    plain.train()
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": mode}}
+    saving = make_trainer(base, **options)
+    saving.train()
+    assert torch.equal(bank(plain).index, bank(saving).index)
+    torch.testing.assert_close(bank(plain).weight, bank(saving).weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_interrupted_after_some_steps_resumes_bit_for_bit(base, make_trainer):
+    whole = make_trainer(deepcopy(base), whole_run := Recorder())
+    whole.train()
+    interrupted = make_trainer(deepcopy(base), Recorder(stop_after=3), save_strategy="steps")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    resumed = make_trainer(base, resumed_run := Recorder())
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
+    assert selection_of(resumed) is None, "the checkpoint has its blocks: no second warm-up"
+    assert_same_result(whole, resumed)
+    assert all(torch.equal(a, b) for a, b in zip(whole_run.banks[2:], resumed_run.banks, strict=True))
+
+
+def test_a_run_interrupted_in_the_warm_up_can_simply_start_again(base, make_trainer):
+    whole = make_trainer(deepcopy(base))
+    whole.train()
+    data = Sentences()
+    data.fail_at = 2 * WARMUP_STEPS
+    interrupted = make_trainer(base, data=data)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train()
+    assert not bank(interrupted).is_selected
+    again = make_trainer(interrupted.model)
+    again.train()
+    assert_same_result(whole, again)
+
+
+def test_the_best_model_is_loaded_at_the_end(base, make_trainer):
+    recorder = Recorder()
+    early = {"load_best_model_at_end": True, "greater_is_better": True}  # the loss falls, so this prefers early steps
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    trainer = make_trainer(base, recorder, eval_dataset=Sentences(), **early, **steps)
+    trainer.train()
+    best = trainer.state.best_global_step
+    assert best == 2
+    assert torch.equal(bank(trainer).weight, recorder.banks[best - 1])
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_a_loaded_adapter_skips_the_warm_up(base, make_trainer, tmp_path):
+    first = make_trainer(deepcopy(base))
+    first.train()
+    first.model.save_pretrained(tmp_path / "adapter")
+    again = make_trainer(PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True))
+    again.train()
+    assert selection_of(again) is None and len(again.train_dataset.read) <= 2 * (STEPS + 1)
+    assert torch.equal(bank(first).index, bank(again).index)
+    assert not torch.equal(bank(first).weight, bank(again).weight)
+
+
+def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):
+    with pytest.raises(RuntimeError, match=r"no blocks yet.*SMTWarmupCallback"):
+        make_trainer(base, warm_up=False).train()
+
+
+def test_the_summary_is_printed_once(base, make_trainer, capsys):
+    make_trainer(base).train()
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("SMT selected 12 blocks of 16 x 16") == 1
+
+
+def test_a_second_adapter_gets_its_own_warm_up(base, make_trainer):
+    first = make_trainer(base)
+    first.train()
+    model = first.model
+    trained = bank(first).weight.detach().clone()
+    model.add_adapter("second", SMTConfig(block_size=8, num_blocks=5, warmup_steps=WARMUP_STEPS))
+    model.set_adapter("second")
+    callback = SMTWarmupCallback("second")
+    make_trainer(model, callback, warm_up=False).train()
+    assert len(callback.selection.index) == 5
+    assert torch.equal(bank(first).weight, trained), "the adapter that was not active stays as it was"
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    assert sum(int(layer.get_delta_weight("second").any()) for layer in layers) == len(callback.selection.blocks())
+
+
+class PastTheVersionCounter(torch.optim.Optimizer):
+    """Writes through `.data`, which autograd's version counter does not see, as bitsandbytes' optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(parameter.grad)
+
+
+def test_a_step_that_autograd_does_not_see_still_reaches_the_weight(base, batches, logits):
+    model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=30, selection="random"))
+    weight = model.base_model.model.smt_bank["default"].weight
+    model.train()(**batches[0]).loss.backward()
+    PastTheVersionCounter([weight]).step()
+    stepped = logits(model)
+    assert weight.any() and torch.equal(stepped, logits(model.merge_and_unload()))

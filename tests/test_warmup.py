@@ -1,0 +1,242 @@
+"""The warm-up scores what dense gradients say, selects the best, and leaves everything else as it was."""
+
+import random
+from copy import deepcopy
+
+import numpy
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+
+from smt_peft import SMTConfig, select_blocks
+from smt_peft.config import Accumulation, Score
+from smt_peft.layer import Linear
+
+SIZE = 16
+SCORES = {
+    "abs_mean": lambda g: g.abs().mean((1, 3)),
+    "mean_abs": lambda g: g.mean((1, 3)).abs(),
+    "l1": lambda g: g.abs().sum((1, 3)),
+    "l2": lambda g: g.square().sum((1, 3)).sqrt(),
+}
+
+
+def wrap(base, **options):
+    return get_peft_model(base, SMTConfig(**{"block_size": SIZE, "num_blocks": 12, "warmup_steps": 4, **options}))
+
+
+def warm_up(model, batches, **options):
+    return select_blocks(model, batches, progress_bar=False, **options)
+
+
+def target_names(model) -> list[str]:
+    return [name for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
+
+
+def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
+    """Per batch, the gradient of each target's full weight."""
+    dense, found = deepcopy(base).train().requires_grad_(), []
+    for batch in batches:
+        dense.zero_grad()
+        dense(**batch).loss.backward()
+        found.append({name: dense.get_submodule(name).weight.grad for name in names})
+    return found
+
+
+def expected_scores(gradients, name, score, accumulation) -> torch.Tensor:
+    grids = [g[name].unflatten(1, (-1, SIZE)).unflatten(0, (-1, SIZE)) for g in gradients]
+    if accumulation == "signed":
+        return SCORES[score](torch.stack(grids).mean(0))
+    return torch.stack([SCORES[score](grid) for grid in grids]).mean(0)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["no checkpointing", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("accumulation", Accumulation.__args__)
+@pytest.mark.parametrize("score", Score.__args__)
+def test_scores_equal_those_of_dense_gradients(llama, batches, score, accumulation, checkpointing):
+    base = deepcopy(llama)
+    model = wrap(llama, score=score, accumulation=accumulation)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    selection = warm_up(model, batches)
+    gradients = dense_gradients(base, target_names(model), batches)
+    assert len(selection.names) == 6
+    for name, scores in zip(selection.names, selection.scores, strict=True):
+        torch.testing.assert_close(scores, expected_scores(gradients, name, score, accumulation), rtol=1e-4, atol=1e-9)
+
+
+def test_the_selection_is_the_best_blocks_of_the_whole_model(llama, batches):
+    base = deepcopy(llama)
+    model = wrap(llama, num_blocks=7)
+    warm_up(model, batches)
+    gradients = dense_gradients(base, target_names(model), batches)
+    ranked = []
+    for name in target_names(model):
+        scores = expected_scores(gradients, name, "abs_mean", "absolute")
+        ranked += [(float(s), name, i // scores.shape[1], i % scores.shape[1]) for i, s in enumerate(scores.flatten())]
+    best = {(name, row, col) for _, name, row, col in sorted(ranked, reverse=True)[:7]}
+    selected = model.peft_config["default"].selected_blocks
+    assert {(name, row, col) for name, blocks in selected.items() for row, col in blocks} == best
+
+
+def test_the_loss_scale_leaves_the_scores_alone(llama, batches):
+    plain = warm_up(wrap(deepcopy(llama)), batches)
+    scaled = warm_up(wrap(llama), batches, loss_scale=1024.0)
+    for one, other in zip(plain.scores, scaled.scores, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_warm_up_beside_a_trained_adapter_scores_the_function_that_runs(llama, batches):
+    """Blocks for a second adapter, while the first one, active too, changes what the model computes."""
+    model = wrap(llama, selection="random", init_weights=False)
+    dense = deepcopy(model).merge_and_unload()
+    model.add_adapter("second", SMTConfig(block_size=SIZE, num_blocks=5, warmup_steps=4))
+    model.base_model.set_adapter(["default", "second"])
+    selection = warm_up(model, batches, adapter_name="second")
+    gradients = dense_gradients(dense, target_names(model), batches)
+    for name, scores in zip(selection.names, selection.scores, strict=True):
+        expected = expected_scores(gradients, name, "abs_mean", "absolute")
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
+
+
+# --- what it leaves alone --------------------------------------------------------------------------------------
+
+
+def state_of(model) -> dict:
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items() if "smt_bank" not in k},
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
+        "training": {name: module.training for name, module in model.named_modules()},
+        "random": (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
+    }
+
+
+def test_weights_flags_modes_and_random_states_are_untouched(make_llama, batches):
+    model = wrap(make_llama(attention_dropout=0.3), modules_to_save=["lm_head"]).eval()
+    model.base_model.model.model.layers[1].train()
+    before = state_of(model)
+    warm_up(model, DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=1, shuffle=True))
+    after = state_of(model)
+    assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
+    for kind in ("trainable", "training", "random"):
+        assert before[kind] == after[kind]
+
+
+def test_gradients_that_were_there_stay_and_none_is_left_behind(llama, batches):
+    model = wrap(llama, modules_to_save=["lm_head"])
+    parameters = dict(model.named_parameters())
+    marked = next(p for n, p in parameters.items() if "modules_to_save" in n)
+    marked.grad = torch.ones_like(marked)
+    warm_up(model, batches)
+    assert torch.equal(marked.grad, torch.ones_like(marked))
+    assert all(p.grad is None for p in parameters.values() if p is not marked)
+
+
+def test_a_loss_that_fails_leaves_the_model_as_it_was(llama, batches, logits):
+    model = wrap(llama)
+    before, expected = state_of(model), logits(model)
+
+    def failing(model, batch):
+        raise KeyError("no labels")
+
+    with pytest.raises(KeyError, match="no labels"):
+        warm_up(model, batches, loss_function=failing)
+    assert state_of(model)["trainable"] == before["trainable"]
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(RuntimeError, match="no blocks yet"):
+        model.train()(**batches[0])
+
+
+# --- data that is too little or broken --------------------------------------------------------------------------
+
+
+def with_broken(model, batch):
+    loss = model(**{k: v for k, v in batch.items() if k != "broken"}).loss
+    return loss * float("nan") if "broken" in batch else loss
+
+
+def test_batches_that_are_not_finite_are_skipped_and_counted(llama, batches):
+    clean = warm_up(wrap(deepcopy(llama), warmup_steps=3), batches[1:])
+    selection = warm_up(wrap(llama), [{**batches[0], "broken": True}, *batches[1:]], loss_function=with_broken)
+    assert (selection.batches, selection.skipped) == (4, 1) and "1 of them skipped" in selection.summary()
+    assert all(torch.equal(a, b) for a, b in zip(clean.scores, selection.scores, strict=True))
+
+
+def test_a_loss_scale_that_overflows_is_halved_until_it_does_not(llama, batches):
+    clean = warm_up(wrap(deepcopy(llama), warmup_steps=3), batches[2:] + batches[:1])
+
+    def overflowing(model, batch):
+        loss = model(**batch).loss
+        loss.register_hook(lambda scale: scale if scale <= 256 else scale * float("inf"))
+        return loss
+
+    selection = warm_up(
+        wrap(llama, warmup_steps=5), batches + batches[:1], loss_function=overflowing, loss_scale=1024.0
+    )
+    assert selection.skipped == 2
+    for one, other in zip(clean.scores, selection.scores, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_too_many_batches_that_are_not_finite_are_an_error(llama, batches):
+    broken = [{**batch, "broken": True} for batch in batches[:2]]
+    with pytest.raises(ValueError, match=r"2 of 4 warm-up batches.*lower the loss scale or use bfloat16"):
+        warm_up(wrap(llama), broken + batches[2:], loss_function=with_broken)
+
+
+def test_scores_that_are_all_zero_are_an_error(llama, batches):
+    with pytest.raises(ValueError, match=r"Every block scores zero.*Check that the labels"):
+        warm_up(wrap(llama), batches, loss_function=lambda model, batch: model(**batch).loss * 0)
+
+
+def test_a_loss_without_a_graph_is_an_error_that_says_so(llama, batches):
+    with pytest.raises((ValueError, RuntimeError), match=r"grad"):
+        warm_up(wrap(llama), batches, loss_function=lambda model, batch: torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("empty", [[], iter(())], ids=["no batches", "an iterator at its end"])
+def test_an_empty_dataloader_is_an_error(llama, empty):
+    with pytest.raises(ValueError, match=r"got no batch.*Give it data"):
+        warm_up(wrap(llama), empty)
+
+
+def test_few_batches_are_gone_through_again_with_a_warning(llama, batches):
+    with pytest.warns(UserWarning, match=r"2 batches, fewer than warmup_steps=4"):
+        selection = warm_up(wrap(llama), batches[:2])
+    assert selection.batches == 4
+
+
+def test_a_model_without_the_adapter_is_an_error(llama, batches):
+    with pytest.raises(ValueError, match=r"no SMT adapter; wrap it first"):
+        warm_up(llama, batches)
+    with pytest.raises(ValueError, match=r"no SMT adapter 'other'; the model has \['default'\]"):
+        warm_up(wrap(llama), batches, adapter_name="other")
+
+
+def test_a_rule_without_data_needs_no_warm_up(llama, batches):
+    with pytest.raises(ValueError, match=r"selection='random' needs no data"):
+        warm_up(wrap(llama, selection="random"), batches)
+
+
+def test_training_before_a_selection_names_the_way_out(llama, batches):
+    model = wrap(llama)
+    with pytest.raises(RuntimeError, match=r"'default' has no blocks yet.*SMTWarmupCallback.*select_blocks"):
+        model.train()(**batches[0])
+    with torch.no_grad():
+        assert torch.isfinite(model(**batches[0]).loss), "evaluation needs no selection"
+
+
+def test_the_summary_says_where_the_blocks_are(llama, batches):
+    selection = warm_up(wrap(llama), batches)
+    assert sum(selection.counts_by_type().values()) == sum(selection.counts_by_layer().values()) == 12
+    assert "12 blocks of 16 x 16 (3,072 parameters)" in selection.summary()
+    assert "from 4 batches" in selection.summary()
+
+
+def test_the_selection_fills_bank_and_config(llama, batches):
+    model = wrap(llama)
+    selection = warm_up(model, batches)
+    assert model.peft_config["default"].selected_blocks == selection.blocks()
+    assert torch.equal(model.base_model.model.smt_bank["default"].index, selection.index)
