@@ -1,23 +1,26 @@
 """Quality per trained parameter: methods x budgets x learning rates x seeds on small real models.
 
-    python scripts/bench_quality.py configs/study/probe.yaml --shared ../shared --output docs/results/quality_probe.jsonl
-    python scripts/bench_quality.py configs/study/probe.yaml --output docs/results/quality_probe.jsonl --report
+    python scripts/bench_quality.py configs/study/probe.yaml --output docs/results/quality_probe.jsonl [--report]
 
-A study is a YAML file: testbeds, targets, budgets (trained parameters), seeds, and methods with their learning rates.
-Every run is one line of the output; runs that are there already are skipped, so an interrupted study goes on where it
-was. Each method's learning rate is the one with the best mean validation loss; what is reported is the test loss of
-those runs, never used to choose anything. `--report` prints the tables without running.
+A study is a YAML file: testbeds, targets with their budgets (trained parameters), seeds, and methods with their
+learning rates. Every run is one line of the output; runs that are there already are skipped, so an interrupted study
+goes on where it was. Each method's learning rate is the one with the best mean validation loss; what is reported is
+the test loss of those runs, never used to choose anything. `--report` runs nothing: it draws the picture beside the
+output, prints the tables, and with `--page` puts them into a page between the markers `<!-- NAME -->` and
+`<!-- /NAME -->`, NAME being the output's.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +41,12 @@ TESTBEDS = {
     "babyllama-lowercase": ("models/babyllama-973K-tok361", "tinystories/train_v1_lowercase", "tinystories/valid"),
     "babyllama-gpt4": ("models/babyllama-973K-tok361", "tinystories/train_v2_gpt4", "tinystories/valid"),
 }
+RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}
+# Options of a method that are this script's; the others are those of the method's config.
+OWN = ("type", "warmup_testbed", "optimizer")
+HEAD = "| method | trained | learning rate | of | validation | test | old domain | seeds | CPU min | blocks |"
+# Okabe and Ito's colours, which colour-blind people can tell apart
+COLOURS = ["#D55E00", "#0072B2", "#56B4E9", "#999999", "#009E73", "#CC79A7", "#E69F00", "#000000"]
 
 
 @dataclass
@@ -45,7 +54,8 @@ class Options:
     study: str = field(metadata={"help": "YAML file that says what to run"})
     output: str = field(metadata={"help": "JSON lines, one per run; appended to"})
     shared: str = field(default="../shared", metadata={"help": "folder with models/ and data/"})
-    report: bool = field(default=False, metadata={"help": "only print the tables of what has run"})
+    report: bool = field(default=False, metadata={"help": "run nothing; tables and picture of what has run"})
+    page: str | None = field(default=None, metadata={"help": "page to put the report into"})
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,7 @@ class Run:
 
     testbed: str
     target: str
+    modules: str  # the target's modules as JSON
     budget: int
     method: str
     learning_rate: float
@@ -61,56 +72,59 @@ class Run:
     steps: int
     batch_size: int
     tokens: int
-    settings: str  # the method's own options as JSON
+    settings: str  # the method's options as JSON
 
     @property
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def main() -> None:
-    parser = HfArgumentParser(Options)
-    positional = [] if sys.argv[1:2] and sys.argv[1].startswith("-") else ["--study"]
-    (options,) = parser.parse_args_into_dataclasses(positional + sys.argv[1:])
-    study = yaml.safe_load(Path(options.study).read_text())
+def main(argv: list[str]) -> None:
+    positional = [] if argv[0].startswith("-") else ["--study"]
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(positional + argv)
+    runs = planned(yaml.safe_load(Path(options.study).read_text()))
     output = Path(options.output)
     done = {line["key"]: line for line in map(json.loads, output.read_text().splitlines())} if output.exists() else {}
-    runs = planned(study)
     if not options.report:
         output.parent.mkdir(parents=True, exist_ok=True)
-        testbeds: dict[str, Testbed] = {}
         for run in tqdm([run for run in runs if run.key not in done], desc="runs"):
-            if run.testbed not in testbeds:
-                testbeds = {run.testbed: Testbed(run.testbed, Path(options.shared), run.tokens)}
-            line = {"key": run.key, **asdict(run), **train(run, testbeds[run.testbed], study["targets"][run.target])}
+            done[run.key] = {"key": run.key, **asdict(run), **train(run, Path(options.shared))}
             with output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            done[run.key] = line
-    print(report([done[run.key] for run in runs if run.key in done]))
+                file.write(json.dumps(done[run.key]) + "\n")
+    lines = [done[run.key] for run in runs if run.key in done]
+    text = f"{len(lines)} of {len(runs)} runs of {options.study}.\n{tables(lines)}"
+    print(text)
+    if options.report and lines:
+        draw(lines, output.with_suffix(".png"))
+    if options.page:
+        put_into(Path(options.page), output.stem, text)
 
 
 def planned(study: dict) -> list[Run]:
-    """Every run of a study; the methods of one setting stand together, so that a partial study can be compared."""
+    """Every run of a study. The methods of one setting stand together, so that a partial study can be compared."""
     runs = []
-    for testbed, target, budget, seed in itertools.product(
-        study["testbeds"], study["targets"], study["budgets"], study["seeds"]
-    ):
-        for name, method in study["methods"].items():
-            own = {key: value for key, value in method.items() if key not in ("learning_rates", "targets")}
-            if target not in method.get("targets", [target]):
-                continue
-            for rate in method["learning_rates"]:
-                runs.append(
-                    Run(testbed, target, 0 if own["type"] == "full" else budget, name, float(rate), seed,
-                        study["steps"], study["batch_size"], study["tokens"], json.dumps(own, sort_keys=True))
-                )  # fmt: skip
-    return list(dict.fromkeys(runs))  # full fine-tuning is the same run at every budget
+    for seed, testbed, target in itertools.product(study["seeds"], study["testbeds"], study["targets"]):
+        modules = json.dumps(study["targets"][target])
+        for budget, (name, method) in itertools.product(study["budgets"][target], study["methods"].items()):
+            settings = {key: value for key, value in method.items() if key != "learning_rates"}
+            if method["type"] not in ("smt", "full", *RANKED):
+                raise SystemExit(f"{name}: type {method['type']} is not one of smt, full, {', '.join(RANKED)}.")
+            # Full fine-tuning is the same run at every budget.
+            place = ("", "", 0) if method["type"] == "full" else (target, modules, budget)
+            runs += [
+                Run(testbed, *place, name, float(rate), seed, study["steps"], study["batch_size"], study["tokens"],
+                    json.dumps(settings, sort_keys=True))
+                for rate in method["learning_rates"]
+            ]  # fmt: skip
+    return list(dict.fromkeys(runs))
 
 
 class Testbed:
     """A model and texts cut into rows of tokens: train, validation and test of the new domain, and the old domain."""
 
     def __init__(self, name: str, shared: Path, tokens: int):
+        if name not in TESTBEDS:
+            raise SystemExit(f"There is no testbed {name}; there are {', '.join(TESTBEDS)}.")
         model, new, old = TESTBEDS[name]
         if not (shared / model).is_dir():
             raise SystemExit(f"There is no {shared / model}; give the folder with models/ and data/ as --shared.")
@@ -120,31 +134,40 @@ class Testbed:
         held_out = min(len(rows) // 10, 96)
         self.test, self.validation, self.train = rows[:held_out], rows[held_out : 2 * held_out], rows[2 * held_out :]
         self.old = self._rows(shared / "data" / f"{old}.jsonl", tokens)[:held_out]
+        self.base = {"test_loss": loss(self.model, self.test), "old_loss": loss(self.model, self.old)}
 
     def _rows(self, path: Path, tokens: int) -> torch.Tensor:
         texts = [json.loads(line) for line in path.read_text().splitlines()]
         texts = [row.get("text") or f"{row['instruction']}\n{row['output']}" for row in texts]
-        ids = [
-            token
-            for text in texts
-            for token in [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-        ]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [token for text in encoded for token in (self.tokenizer.bos_token_id, *text)]
         return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
-    @torch.no_grad()
-    def loss(self, model: nn.Module, rows: torch.Tensor) -> float:
-        model.eval()
-        return statistics.fmean(model(input_ids=part, labels=part).loss.item() for part in rows.split(32))
+
+load_testbed = functools.cache(Testbed)
 
 
-def train(run: Run, testbed: Testbed, target_modules: list[str] | str) -> dict:
+@torch.no_grad()
+def loss(model: nn.Module, rows: torch.Tensor) -> float:
+    model.eval()
+    return sum(len(part) * model(input_ids=part, labels=part).loss.item() for part in rows.split(32)) / len(rows)
+
+
+def train(run: Run, shared: Path) -> dict:
     """Fine-tune once and measure. The order of the data depends on the seed alone, so that methods see the same."""
+    testbed = load_testbed(run.testbed, shared, run.tokens)
     torch.manual_seed(run.seed)
-    started = time.perf_counter()
+    started, started_cpu = time.perf_counter(), time.process_time()
     settings = json.loads(run.settings)
-    model, selection = adapted(run, settings, copy.deepcopy(testbed.model), target_modules, testbed)
+    model = adapted(run, settings, copy.deepcopy(testbed.model))
+    selection = None
+    if settings["type"] == "smt" and settings.get("selection", "gradient") in ("gradient", "activation"):
+        source = load_testbed(settings.get("warmup_testbed", run.testbed), shared, run.tokens)
+        data = [{"input_ids": rows, "labels": rows} for rows in batches(run, source, settings["warmup_steps"])]
+        selection = select_blocks(model, data, progress_bar=False).counts_by_type()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    how = {"betas": (0.9, 0.95), "weight_decay": 0.0, **settings.get("optimizer", {})}
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, **how)
     schedule = get_linear_schedule_with_warmup(optimizer, run.steps // 20, run.steps)
     for rows in batches(run, testbed, run.steps):
         model.train()
@@ -155,84 +178,122 @@ def train(run: Run, testbed: Testbed, target_modules: list[str] | str) -> dict:
         optimizer.zero_grad()
     return {
         "trained_parameters": sum(p.numel() for p in trained),
-        "validation_loss": testbed.loss(model, testbed.validation),
-        "test_loss": testbed.loss(model, testbed.test),
-        "old_loss": testbed.loss(model, testbed.old),
+        **{f"{rows}_loss": loss(model, getattr(testbed, rows)) for rows in ("validation", "test", "old")},
         "blocks_by_type": selection,
+        "base": testbed.base,
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time() - started_cpu, 1),
+        "torch": torch.__version__,
     }
 
 
-def batches(run: Run, testbed: Testbed, count: int):
+def batches(run: Run, testbed: Testbed, count: int) -> Iterator[torch.Tensor]:
+    """The first batches of a seed, epoch after epoch."""
     generator = torch.Generator().manual_seed(run.seed)
-    order = torch.cat(
-        [
-            torch.randperm(len(testbed.train), generator=generator)
-            for _ in range(1 + count * run.batch_size // len(testbed.train))
-        ]
-    )
-    for step in range(count):
-        yield testbed.train[order[step * run.batch_size : (step + 1) * run.batch_size]]
+    epochs = 1 + count * run.batch_size // len(testbed.train)
+    order = torch.cat([torch.randperm(len(testbed.train), generator=generator) for _ in range(epochs)])
+    for places in order[: count * run.batch_size].split(run.batch_size):
+        yield testbed.train[places]
 
 
-def adapted(run: Run, settings: dict, model: nn.Module, target_modules, testbed: Testbed):
-    """The model with the run's adapter, and where its blocks are."""
-    method = settings.pop("type")
+def adapted(run: Run, settings: dict, model: nn.Module) -> nn.Module:
+    """The model with the run's adapter, the rank being the one whose number of parameters is nearest to the budget."""
+    method = settings["type"]
     if method == "full":
-        return model, None
+        return model
+    target_modules = json.loads(run.modules)
     weights = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
         and (target_modules == "all-linear" or name.rpartition(".")[2] in target_modules)
     ]  # fmt: skip
-    rank = max(1, round(run.budget / sum(sum(weight.shape) for weight in weights)))
-    common = {"target_modules": target_modules, **settings}
+    per_rank = sum(len(weight) if method == "miss" else sum(weight.shape) for weight in weights)
+    rank = max(1, round(run.budget / per_rank))
+    common = {"target_modules": target_modules, **{key: settings[key] for key in settings if key not in OWN}}
     if method == "smt":
-        config = SMTConfig(num_blocks=max(1, round(run.budget / settings["block_size"] ** 2)), seed=run.seed, **common)
-        model = get_peft_model(model, config)
-        selection = None
-        if config.selection in ("gradient", "activation"):
-            data = [{"input_ids": rows, "labels": rows} for rows in batches(run, testbed, config.warmup_steps)]
-            selection = select_blocks(model, data, progress_bar=False).counts_by_type()
-        return model, selection
+        blocks = max(1, round(run.budget / settings["block_size"] ** 2))
+        return get_peft_model(model, SMTConfig(num_blocks=blocks, seed=run.seed, **common))
     if method == "lora":
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, **common)), None
-    if method == "shira":
-        return get_peft_model(model, ShiraConfig(r=rank, **common)), None
-    if method == "miss":
-        rank = max(1, round(run.budget / sum(len(weight) for weight in weights)))
-        return get_peft_model(model, MissConfig(r=rank, **common)), None
-    raise SystemExit(f"type: {method} is not one of smt, lora, shira, miss, full.")
+        common = {"lora_alpha": 2 * rank, **common}
+    return get_peft_model(model, RANKED[method](r=rank, **common))
 
 
-def report(lines: list[dict]) -> str:
-    """A table per testbed, target and budget: each method at its best learning rate, test loss with its spread."""
-    groups: dict[tuple, dict[str, dict[float, list[dict]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def best_runs(lines: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """(testbed, target, budget) -> method -> its runs (one per seed) at the learning rate of the best validation."""
+    rates: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
-        groups[line["testbed"], line["target"], line["budget"]][line["method"]][line["learning_rate"]].append(line)
+        rates[line["testbed"], line["target"], line["budget"]][line["method"]][line["learning_rate"]].append(line)
+    return {
+        place: {method: min(of.values(), key=lambda runs: mean(runs, "validation_loss")) for method, of in one.items()}
+        for place, one in rates.items()
+    }
+
+
+def mean(runs: list[dict], value: str) -> float:
+    return statistics.fmean(run[value] for run in runs)
+
+
+def tables(lines: list[dict]) -> str:
+    """A table per testbed, target and budget, best method first."""
+    tried = defaultdict(set)
+    for line in lines:
+        tried[line["testbed"], line["target"], line["budget"], line["method"]].add(line["learning_rate"])
     text = []
-    for (testbed, target, budget), methods in groups.items():
-        text += [f"\n**{testbed}, {target}, {budget:,} trained parameters**\n" if budget else f"\n**{testbed}, full fine-tuning**\n",
-                 "| method | trained | learning rate | validation | test | old domain | seeds | blocks |",
-                 "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-        rows = []
-        for method, rates in methods.items():
-            best = min(rates, key=lambda rate: statistics.fmean(run["validation_loss"] for run in rates[rate]))
-            edge = " (edge of the grid)" if best in (min(rates), max(rates)) and len(rates) > 1 else ""
-            runs = rates[best]
-            means = [
-                statistics.fmean(run[loss] for run in runs) for loss in ("validation_loss", "test_loss", "old_loss")
-            ]
+    for (testbed, target, budget), methods in best_runs(lines).items():
+        where = f"{target}, about {budget:,} trained parameters" if target else "everything trained"
+        base = next(iter(methods.values()))[0]["base"]
+        before = f"before: test {base['test_loss']:.3f}, old domain {base['old_loss']:.3f}"
+        text += [f"\n**{testbed}, {where}** ({before})\n", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+        for method, runs in sorted(methods.items(), key=lambda item: mean(item[1], "test_loss")):
             spread = f" ± {statistics.stdev(run['test_loss'] for run in runs):.3f}" if len(runs) > 1 else ""
+            grid = " ".join(f"{rate:g}" for rate in sorted(tried[testbed, target, budget, method]))
             blocks = " ".join(f"{name} {count}" for name, count in (runs[0]["blocks_by_type"] or {}).items() if count)
-            rows.append((means[1], f"| {method} | {runs[0]['trained_parameters']:,} | {best:g}{edge} | {means[0]:.3f} "
-                         f"| {means[1]:.3f}{spread} | {means[2]:.3f} | {len(runs)} | {blocks} |"))  # fmt: skip
-        text += [row for _, row in sorted(rows)]
+            text.append(
+                f"| {method} | {runs[0]['trained_parameters']:,} | {runs[0]['learning_rate']:g} | {grid} "
+                f"| {mean(runs, 'validation_loss'):.3f} | {mean(runs, 'test_loss'):.3f}{spread} "
+                f"| {mean(runs, 'old_loss'):.3f} | {len(runs)} | {mean(runs, 'cpu_seconds') / 60:.1f} | {blocks} |"
+            )
     return "\n".join(text)
 
 
+def draw(lines: list[dict], path: Path) -> None:
+    """Test loss of each method at its best learning rate, one panel per testbed, target and budget."""
+    from matplotlib.figure import Figure
+
+    places = best_runs(lines)
+    everything = {testbed: methods for (testbed, target, _), methods in places.items() if not target}
+    panels = {place: methods for place, methods in places.items() if place[1]} or places
+    colours = dict(zip(dict.fromkeys(line["method"] for line in lines), itertools.cycle(COLOURS), strict=False))
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for ax, ((testbed, target, budget), methods) in zip(axes, panels.items(), strict=True):
+        ranked = sorted(methods.items(), key=lambda item: -mean(item[1], "test_loss"))
+        for y, (method, runs) in enumerate(ranked):
+            ax.plot([run["test_loss"] for run in runs], [y] * len(runs), "o", color=colours[method], markersize=8)
+            place = (mean(runs, "test_loss"), y)
+            ax.annotate(f"{place[0]:.3f}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        for method, runs in everything.get(testbed, {}).items():
+            ax.axvline(mean(runs, "test_loss"), color="#000000", linestyle="--", label=method)
+            ax.legend(fontsize=8)
+        ax.set_yticks(range(len(ranked)), [method for method, _ in ranked])
+        ax.set(xlabel="test loss", ylim=(-0.5, len(ranked) - 0.3))
+        ax.set_title(f"{testbed}\n{target}, {budget:,} parameters", fontsize=9)
+        ax.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def put_into(page: Path, name: str, text: str) -> None:
+    """Replace what stands between the page's markers."""
+    old = page.read_text()
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if not (start in old and end in old):
+        raise SystemExit(f"{page} has no place for {name}: add {start} and {end}.")
+    page.write_text(f"{old.partition(start)[0]}{start}\n{text}\n{end}{old.partition(end)[2]}")
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -61,10 +61,10 @@ class Options:
 
 def parse(argv: list[str]) -> tuple[Options, TrainingArguments]:
     """Read the YAML file, if the command line starts with --config, and then the rest of the command line."""
-    values, given, words = {}, [], iter(argv)
+    values, given = {}, []
     if argv[:1] == ["--config"]:
-        values = yaml.safe_load(Path(argv[1]).read_text(encoding="utf-8"))
-        words = iter(argv[2:])
+        values, argv = yaml.safe_load(Path(argv[1]).read_text(encoding="utf-8")), argv[2:]
+    words = iter(argv)
     for word in words:
         if word.startswith(("--smt.", "--lora.")):
             mapping, key = word[2:].split(".", 1)
@@ -120,6 +120,7 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
     """Train one adapter, save it, check it, and give its numbers."""
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir, method))
+    args.eval_on_start = True  # Trainer.evaluate() before train() would leave the model out of DDP
     transformers.set_seed(args.seed)
     warmup = SMTWarmupCallback()
     if method == "smt":
@@ -137,7 +138,6 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    before = trainer.evaluate()
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     after = trainer.evaluate()
     trainer.save_model()
@@ -145,6 +145,7 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
         plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
     trainer.accelerator.wait_for_everyone()
     numbers = {"parameters": model.get_nb_trainable_parameters()[0], "seconds": run["train_runtime"]}
+    before = {key: value for entry in reversed(trainer.state.log_history) for key, value in entry.items()}
     numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return numbers | check(trained, options, args.output_dir, tokenizer)
@@ -169,7 +170,7 @@ def check(trained: PeftModel, options: Options, adapter: str, tokenizer: Any) ->
 
 def report(results: dict) -> str:
     """Lay out the results: the texts, the checks, and a table of the losses."""
-    domains = list(next(iter(results.values()))["losses"])
+    domains = next(iter(results.values()))["losses"]
     table = [f"{'':6}{'parameters':>12}{'seconds':>9}" + "".join(f"{f'loss, {Path(d).stem}':>30}" for d in domains)]
     lines = []
     for method, one in results.items():
@@ -180,7 +181,7 @@ def report(results: dict) -> str:
     return "\n".join(lines + table)
 
 
-def main(argv: list[str]) -> dict:
+def main(argv: list[str]) -> None:
     options, args = parse(argv)
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -188,13 +189,12 @@ def main(argv: list[str]) -> dict:
     with args.main_process_first():
         parts = {name: load_rows(name, options.eval_rows) for name in filter(None, [options.data, options.old_data])}
         train = encode(parts[options.data][0], tokenizer, options.max_length)
-        test = {name: encode(rows, tokenizer, options.max_length).shuffle(0) for name, (_, rows) in parts.items()}
-    test = {name: rows.take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
+        test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
+        test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
     results = {m: fine_tune(m, options, args, tokenizer, train, test) for m in options.methods.split(",")}
     if args.process_index == 0:
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         print(report(results))
-    return results
 
 
 if __name__ == "__main__":

@@ -155,33 +155,37 @@ def draw_methods(result: dict, path: Path) -> None:
 
 
 def draw_sweep(result: dict, path: Path) -> None:
-    """Against what is swept: time of a step beside the floor's, and the work that each method adds to the floor's."""
+    """Against what is swept: time, FLOPs and memory of a step, each beside the floor's."""
     import matplotlib.pyplot as plt
 
     runs, sweep = result["runs"], result["sweep"]
     values = [run["options"][sweep] for run in runs]
     by_name = isinstance(values[0], str)
     places = range(len(values)) if by_name else values
-    figure, (times, work) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for method in runs[0]["methods"]:
-        colour, marker = STYLES.get(method, ("#999999", "D"))
-        points = [(x, run) for x, run in zip(places, runs, strict=True) if step_seconds(run, method) is not None]
-        ratios = [step_seconds(run, method) / step_seconds(run, "floor") for _, run in points]
-        times.plot([x for x, _ in points], ratios, marker=marker, color=colour, label=method)
-        if method != "floor":
-            more = [run["methods"][method]["flops"] - run["methods"]["floor"]["flops"] for _, run in points]
-            work.plot([x for x, _ in points], [flops / 1e9 for flops in more], marker=marker, color=colour)
-    times.set_ylabel("step time / floor")
-    times.set_ylim(bottom=0)
-    work.set_ylabel("GFLOP of a step more than the floor's")
-    for axes in (times, work):
-        axes.set_xlabel(sweep)
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
+    for axes, quantity in zip(panels, ("step time", "FLOPs", "bytes saved for backward"), strict=True):
+        for method in runs[0]["methods"]:
+            colour, marker = STYLES.get(method, ("#999999", "D"))
+            points = [
+                (place, _quantity(run, method, quantity) / _quantity(run, "floor", quantity))
+                for place, run in zip(places, runs, strict=True)
+                if step_seconds(run, method) is not None
+            ]
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=method)
+        axes.set_ylabel(f"{quantity} / floor")
+        axes.set_xlabel({"trainable_ratio": "budget (share of the model)"}.get(sweep, sweep.replace("_", " ")))
         if not by_name:
             axes.set_xscale("log")
         axes.set_xticks(places, [_value(value) for value in values])
         axes.minorticks_off()
-    times.legend(frameon=False)
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(frameon=False)
     _finish(figure, result, path)
+
+
+def _quantity(run: dict, method: str, quantity: str) -> float:
+    keys = {"FLOPs": "flops", "bytes saved for backward": "saved_bytes"}
+    return run["methods"][method][keys[quantity]] if quantity in keys else step_seconds(run, method)
 
 
 def _finish(figure, result: dict, path: Path) -> None:

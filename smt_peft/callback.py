@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 from collections.abc import Iterator
 
 import torch
@@ -35,9 +36,11 @@ class SMTWarmupCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         _, bank, _ = find_adapter(model, self.adapter_name)
+        trainer, resumed = _calling_trainer()
+        if resumed:
+            _refuse_half_written(resumed, args)
         if bank.is_selected:
             return
-        trainer = _calling_trainer()
         loss_function, scale = None, 1.0
         if trainer is not None:
             loss_function = _TrainerLoss(trainer)
@@ -109,13 +112,28 @@ class _TrainerLoss:
         return loss.mean()
 
 
-def _calling_trainer() -> Trainer | None:
-    """The Trainer whose event this is. Events hand over the model and the data but not the Trainer, and only it knows
-    the loss; it is found as the `self` of a calling frame, so that users need not pass it."""
+def _refuse_half_written(checkpoint: str, args) -> None:
+    """Raise where a rank died while the checkpoint was written: its random state is missing, so the run that goes on
+    from there would be another one. Trainer itself only logs that."""
+    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    files = os.listdir(checkpoint)
+    if any(file.startswith("rng_state") for file in files) and name not in files:
+        raise FileNotFoundError(
+            f"{checkpoint} has no {name}: rank {args.process_index} died while it was written, or the number of "
+            "processes was another. Resume from an earlier checkpoint, or with as many processes as wrote it."
+        )
+
+
+def _calling_trainer() -> tuple[Trainer | None, str | None]:
+    """The Trainer whose event this is, and the checkpoint it resumes from.
+
+    Events hand over the model and the data but not the Trainer, and only it knows the loss; it is found as the `self`
+    of a calling frame, so that users need not pass it.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, Trainer):
-            return candidate
+            return candidate, frame.f_locals.get("resume_from_checkpoint")
         frame = frame.f_back
-    return None
+    return None, None

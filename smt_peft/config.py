@@ -34,6 +34,10 @@ class SMTConfig(PeftConfig):
         default=None,
         metadata={"help": "Names, a regex or 'all-linear'. Default: q, k and v of the model's architecture."},
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of parameters with 2 or 3 dimensions, such as 'mlp.experts.gate_up_proj'."},
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regex of modules to leave out."}
     )

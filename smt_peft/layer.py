@@ -13,28 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
+from smt_peft.compiled import compiled_forward
 from smt_peft.quantized import Original, dequantized
 from smt_peft.root import Blocks, LayerBlocks, SMTRoot
-
-
-class BlockGradients(torch.autograd.Function):
-    """Identity on y [tokens, out] that gives the gradient of the delta which stands in the weight already."""
-
-    @staticmethod
-    def forward(ctx, y, x, delta, rows, kept, places):
-        size = delta.shape[-1]
-        columns = x.view(len(x), -1, size).index_select(1, kept).flatten(1)
-        ctx.save_for_backward(columns, rows, places)
-        ctx.shape, ctx.dtype = delta.shape, delta.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        columns, rows, places = ctx.saved_tensors
-        gradient = torch.zeros(ctx.shape, dtype=torch.promote_types(ctx.dtype, torch.float32), device=dy.device)
-        slots = torch.arange(len(rows), device=dy.device)
-        ops.block_grad_(gradient, dy, columns, slots, rows, places)
-        return dy, None, gradient.to(ctx.dtype), None, None, None
 
 
 class SMTLayer(BaseTunerLayer):
@@ -53,10 +34,7 @@ class Linear(nn.Module, SMTLayer):
     def __init__(self, base_layer: nn.Module, root: SMTRoot, parent: str, shared_weight: bool, quantization: dict):
         super().__init__()
         self.base_layer = base_layer
-        if isinstance(base_layer, Conv1D):
-            self.in_features, self.out_features = base_layer.weight.shape
-        else:
-            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = self._sides()
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         self.smt_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -71,6 +49,15 @@ class Linear(nn.Module, SMTLayer):
         self._original: Original | None = None  # a quantised weight while a merged one stands in for it
         self.register_load_state_dict_pre_hook(_restore_before)
         self.register_state_dict_pre_hook(_restore_before)
+
+    def _sides(self) -> tuple[int, int]:
+        if isinstance(self.base_layer, Conv1D):
+            return tuple(reversed(self.base_layer.weight.shape))
+        return self.base_layer.out_features, self.base_layer.in_features
+
+    def target_name(self, module_name: str) -> str:
+        """The name of the target among the bank's, from the name of this module in the model."""
+        return module_name
 
     def update_layer(self, adapter_name: str) -> None:
         """Make this layer a target of another adapter."""
@@ -90,7 +77,7 @@ class Linear(nn.Module, SMTLayer):
     @property
     def device(self) -> torch.device:
         """Where this layer computes: its weight's device, or the hook's that brings an offloaded weight in."""
-        hook = getattr(self.base_layer, "_hf_hook", None)
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         return self.weight.device if device is None else torch.device(device)
 
@@ -114,7 +101,7 @@ class Linear(nn.Module, SMTLayer):
     @property
     def is_resident(self) -> bool:
         """Whether the weight is a plain float tensor of this module alone, always here. Otherwise: additive."""
-        weight = self.base_layer.weight if self.quantization_backend is None else None
+        weight = self.weight if self.quantization_backend is None else None
         if self._residency[0] is not weight or weight is None:
             plain = (
                 type(weight) is nn.Parameter
@@ -122,7 +109,7 @@ class Linear(nn.Module, SMTLayer):
                 and weight.dtype.itemsize > 1
                 and weight.device.type != "meta"
                 and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3
-                and not hasattr(self.base_layer, "_hf_hook")  # accelerate may offload it
+                and not hasattr(self.get_base_layer(), "_hf_hook")  # accelerate may offload it
                 and not self._shared_weight
                 and not self.root.is_sharded()  # FSDP2 shows plain tensors during forward
             )
@@ -155,11 +142,13 @@ class Linear(nn.Module, SMTLayer):
 
     def block_views(self, blocks: Blocks, size: int) -> list[torch.Tensor]:
         """Views [b, b] of the blocks in the weight's storage."""
-        matrix = self.base_layer.weight.data
-        if isinstance(self.base_layer, Conv1D):
-            matrix = matrix.T
-        grid = matrix.unfold(0, size, size).unfold(1, size, size)
+        grid = self.matrix().unfold(0, size, size).unfold(1, size, size)
         return [grid[row, col] for row, col in zip(blocks.rows.tolist(), blocks.columns, strict=True)]
+
+    def matrix(self) -> torch.Tensor:
+        """A view [out_features, in_features] of the weight's storage."""
+        weight = self.weight.data
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def _sync(self) -> None:
         """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
@@ -170,7 +159,10 @@ class Linear(nn.Module, SMTLayer):
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """The base layer's output [..., out_features] with the active adapters' deltas."""
-        base = partial(self.base_layer, *args, **kwargs) if args or kwargs else self.base_layer
+
+        def base(hidden: torch.Tensor) -> torch.Tensor:
+            return self.base_layer(hidden, *args, **kwargs)
+
         if self.disable_adapters:
             if self.merged:
                 with onload_layer(self):  # an offloaded weight comes in for this
@@ -183,7 +175,7 @@ class Linear(nn.Module, SMTLayer):
         if self.merged:
             return base(x)
         if torch.compiler.is_compiling():
-            return self._compiled(x, base)
+            return compiled_forward(self, x, base)
         tape = self.root.tape
         if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
             record = tape.collector.keep(tape, x, self)
@@ -218,17 +210,14 @@ class Linear(nn.Module, SMTLayer):
         blocks = self.blocks(adapter)
         delta = blocks.of(self.bank(adapter).values().to(x.device))
         flat = x.reshape(-1, self.in_features).to(dtype)
-        y = ops.block_matmul(flat, delta.to(dtype), blocks.rows, blocks.cols, self.out_features)
+        y = ops.block_matmul(flat, delta, blocks.rows, blocks.cols, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _keep(self, x: torch.Tensor, trained: list[str]):
         """Put the nodes that bring this layer's block gradients home before its matmul."""
         tape = self.root.tape
         record = tape.record(x, self)
-        for name in trained:
-            if name not in record.anchored and (tape.homes[name] is self or not x.requires_grad):
-                record.anchored.add(name)
-                tape.alias = self.bank(name)(tape.alias)
+        self._anchor(record, x, trained)
         consumers, gathers = [], {}
         for name in trained:
             bank, blocks = self.bank(name), self.blocks(name)
@@ -243,26 +232,13 @@ class Linear(nn.Module, SMTLayer):
             tape.alias = record.keep(tape.alias, None, gathers)
         return record, consumers
 
-    def _compiled(self, x: torch.Tensor, base) -> torch.Tensor:
-        """The forward as torch.compile sees it: functional, with each layer's part of the bank as an input."""
-        shares = [self.smt_blocks[name] for name in self.active_adapters if name in self.smt_blocks]
-        if any(share.delta is None for share in shares):
-            self.root.prepare_compiled()  # a part of the model was called without its root
-        y = base(x)
-        for share in shares:
-            blocks = share.compiled
-            if blocks is None:
-                continue
-            flat = x.reshape(-1, self.in_features).to(y.dtype)
-            if share.resident:
-                matrix = y.reshape(-1, self.out_features)
-                y = BlockGradients.apply(matrix, flat, share.delta, blocks.rows, blocks.kept, blocks.places).view(
-                    y.shape
-                )
-            else:
-                added = ops.block_matmul(flat, share.delta.to(y.dtype), blocks.rows, blocks.cols, self.out_features)
-                y = y + added.view(y.shape)
-        return y
+    def _anchor(self, record, x: torch.Tensor, trained: list[str]) -> None:
+        """Put the banks' anchors before this layer if it is the first, or if nothing before it needs gradients."""
+        tape = self.root.tape
+        for name in trained:
+            if name not in record.anchored and (tape.homes[name] is self or not x.requires_grad):
+                record.anchored.add(name)
+                tape.alias = self.bank(name)(tape.alias)
 
     def _mixed_batch(self, x: torch.Tensor, base, adapter_names: list[str]) -> torch.Tensor:
         """Each sample of the batch with its own adapter (inference): the plain base output plus each one's delta."""
@@ -310,7 +286,8 @@ class Linear(nn.Module, SMTLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
                 "base model instead."
             )
-        original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
+        if not self._is_plain():
+            self._original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
         weight = self._base_weight()
         if safe_merge:
             for name in adapter_names:
@@ -323,8 +300,11 @@ class Linear(nn.Module, SMTLayer):
         if self._is_plain():
             self.root.sync_layer(self)
             return
-        self._original = original
-        self.set_base_weight(sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight))
+        weight = sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight)
+        if self._shared_weight:  # the other module keeps the original
+            self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        else:
+            self.set_base_weight(weight)
 
     def _delta_for_merge(self, adapter: str) -> torch.Tensor:
         """The dense delta, or zero where the weight holds it already."""
@@ -360,7 +340,8 @@ class Linear(nn.Module, SMTLayer):
             self._base_only = False
 
     def _is_plain(self) -> bool:
-        return self.quantization_backend is None and type(self.base_layer.weight) is nn.Parameter
+        """Whether merging may write into the weight: its entries are floats, and nobody else reads it."""
+        return self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)

@@ -19,6 +19,7 @@ from smt_peft.bank import DeltaBank, Target
 from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
+from smt_peft.parameter import ParamWrapper
 from smt_peft.root import SMTRoot
 from smt_peft.selection import diagonal_scores, random_scores, select, sort_index
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
@@ -69,8 +70,11 @@ class SMTModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if isinstance(target, Linear):
+        if isinstance(target, Linear) and parameter_name in (None, getattr(target, "parameter_name", None)):
             target.update_layer(adapter_name)
+            return
+        if parameter_name is not None:
+            self._wrap_parameter(adapter_name, target, target_name, parent, current_key, parameter_name)
             return
         quantization = get_quantization_kwargs(self)
         backend = resolve_quantization_backend(target, **quantization)
@@ -84,11 +88,31 @@ class SMTModel(BaseTuner):
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
+    def _wrap_parameter(self, adapter_name, target, target_name, parent, key, parameter_name) -> None:
+        module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
+        weight = getattr(module, parameter_name)
+        if weight.ndim < 2 or hasattr(weight, "ds_id"):
+            what = "is sharded by ZeRO-3" if hasattr(weight, "ds_id") else f"has the shape {tuple(weight.shape)}"
+            raise TypeError(
+                f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
+                "Take it out of target_parameters."
+            )
+        shared = id(weight) in self._shared
+        layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), key.rpartition(".")[0], shared)
+        layer.update_layer(adapter_name)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT's way hands `weight` over, which such modules lack
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
         config: SMTConfig = self.peft_config[adapter]
         banks: SMTRoot = getattr(model, BANK)
         layers = {
-            name: module
+            module.target_name(name): module
             for name, module in model.named_modules()
             if isinstance(module, Linear) and adapter in module.smt_blocks
         }
@@ -139,7 +163,7 @@ class SMTModel(BaseTuner):
 
     def _take_out(self, model: nn.Module, adapter: str) -> None:
         """Undo an injection that failed."""
-        for name, layer in list(model.named_modules()):
+        for name, layer in reversed(list(model.named_modules())):
             if isinstance(layer, Linear):
                 layer.smt_blocks.pop(adapter) if adapter in layer.smt_blocks else None
                 if not len(layer.smt_blocks):

@@ -76,7 +76,8 @@ class Resident:
 
     def sync(self, layers: Sequence) -> None:
         """Write and restore blocks of the `layers` that are out of date, in as few writes as there are adapters."""
-        stale = [layer for layer in layers if not layer.in_sync()]
+        # an offloaded weight can be written to only while accelerate has brought it in
+        stale = [layer for layer in layers if layer.weight.device.type != "meta" and not layer.in_sync()]
         if not stale:
             return
         with torch.no_grad():

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -98,6 +99,7 @@ class SMTRoot(nn.ModuleDict):
     def _begin(self, compiling: bool) -> None:
         self.tape.begin_forward(self.values())
         for bank in self.values():
+            remove_hook_from_module(bank)  # accelerate's offloading: the bank is small, and layers read it at any time
             bank.forget_gathered()
         modules = list(self._model.modules())
         if compiling or self._compiled or any(module._compiled_call_impl is not None for module in modules):

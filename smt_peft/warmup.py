@@ -56,6 +56,20 @@ class ScoreCollector:
     def consumers(self, layer: nn.Module) -> list[tuple[str, Callable]]:
         return [("x", partial(self._add, self._of[id(layer)]))]
 
+    def gradient_consumer(self, layer: nn.Module) -> Callable[[torch.Tensor], None]:
+        """For a layer that has dW itself, [out, in]."""
+        return partial(self._add_gradient, self._of[id(layer)])
+
+    def _add_gradient(self, position: int, gradient: torch.Tensor) -> None:
+        if self.accumulation == "absolute":
+            new = ops.reduce_blocks(gradient, self.block_size, self.score).float()
+        elif self.score == "mean_abs":
+            new = gradient.float().unfold(0, *[self.block_size] * 2).unfold(1, *[self.block_size] * 2).sum((2, 3))
+        else:
+            new = gradient.float()
+        old = self._batch[position]
+        self._batch[position] = new if old is None else old + new
+
     def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor) -> None:
         if self.accumulation == "absolute":
             new = ops.block_scores(dy, x, self.block_size, self.score)

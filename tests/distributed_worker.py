@@ -3,11 +3,9 @@
     torchrun --nproc-per-node 2 tests/distributed_worker.py ddp results
     accelerate launch --config_file configs/accelerate/zero3.yaml ... tests/distributed_worker.py zero3 results
 
-`results` holds the base model in `base` and {cell name: fields of Cell} in `cells.json`. Rank r writes `rank<r>.pt`
-there: {cell name: outcome}, with the text of the exception under "error" where a cell failed. `launch` does it all.
+`results` holds the base model in `base` and {cell name: fields of Cell} in `cells.json`. Rank r writes `rank<r>.pt`: {cell name: outcome}, with the text of the exception under "error" where a cell failed; none follows it. `launch` does it all.
 """
 
-import contextlib
 import gc
 import json
 import os
@@ -161,8 +159,9 @@ def keep_fsdp_on_cpu() -> None:
     accelerate_state.AcceleratorState.__init__ = init
 
 
-def make_trainer(backend: str, base: Path, cell: Cell, output: Path) -> Trainer:
+def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torch.dtype = torch.float32) -> Trainer:
     world = int(os.environ.get("WORLD_SIZE", 1))
+    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if cell.sharded_checkpoints else "FULL_STATE_DICT"
     arguments = TrainingArguments(  # before the model: ZeRO-3 shards while loading
         output_dir=str(output),
         use_cpu=not backend.startswith("zero"),
@@ -183,7 +182,9 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path) -> Trainer:
         ddp_timeout=120,
         seed=7,
     )
-    model = LlamaForCausalLM.from_pretrained(base, attention_dropout=cell.dropout, attn_implementation="eager")
+    model = LlamaForCausalLM.from_pretrained(
+        base, attention_dropout=cell.dropout, attn_implementation="eager", dtype=dtype
+    )
     model.config.use_cache = False
     smt = SMTConfig(num_blocks=17, block_size=16, warmup_steps=4 // world, selection=cell.selection)
     trainer = CrashingTrainer(
@@ -195,8 +196,6 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path) -> Trainer:
     if backend == "zero3":  # which otherwise leaves parameters as small as these gathered
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
-    if cell.sharded_checkpoints:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
     if cell.die_at and cell.die_where == "step":
         trainer.add_callback(DieInStep(cell))
     elif cell.die_at:
@@ -270,12 +269,12 @@ def main() -> None:
     for name, fields in json.loads(cells.read_text()).items():
         try:
             outcomes[name] = run_cell(backend, base, Cell(**fields), results / name)
-        except Exception:
+        except Exception:  # stop here: the other rank may be waiting for this one, and the launcher will end it
             outcomes[name] = {"error": traceback.format_exc()}
-        torch.save(outcomes, results / f"rank{rank}.pt")
+            raise
+        finally:
+            torch.save(outcomes, results / f"rank{rank}.pt")
     if torch.distributed.is_initialized():
-        with contextlib.suppress(Exception):
-            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

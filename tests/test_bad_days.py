@@ -5,17 +5,19 @@ import shutil
 
 import pytest
 import torch
-from distributed_worker import STEPS, Cell, bank_of, launch, make_base, make_trainer
+from distributed_worker import LENGTH, STEPS, Cell, Samples, bank_of, launch, make_base, make_trainer
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
-DROPOUT = {"dropout": 0.1, "save_steps": 1, "resume": False}  # dropout: the random state must come back too
+RANDOM = {"dropout": 0.1, "save_steps": 1, "resume": False}  # dropout: the random state must come back too
 
 
-def launch_cell(backend, folder, **fields):
-    return [rank.get("cell") for rank in launch(backend, {"cell": DROPOUT | fields}, folder)]
+def relaunch(backend, folder):
+    """Resume the killed training, and run another one that nothing interrupts; returns (resumed, whole) per rank."""
+    cells = {"whole": RANDOM, "killed": RANDOM | {"continue_last": True}}
+    return [(rank.get("killed", {}), rank["whole"]) for rank in launch(backend, cells, folder)]
 
 
 @pytest.mark.parametrize("backend", ["single", "ddp", "fsdp2", "zero2", "zero3"])
@@ -23,27 +25,24 @@ def test_a_killed_training_resumes_to_the_weights_of_an_uninterrupted_one(backen
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
     step = random.SystemRandom().randint(2, STEPS)
-    whole = launch_cell(backend, tmp_path / "whole")
-    killed = launch_cell(backend, tmp_path / "killed", die_at=step, die_on=0)
-    assert killed[0] is None, "it survived"
-    resumed = launch_cell(backend, tmp_path / "killed", continue_last=True)
-    for expected, rank in zip(whole, resumed, strict=True):
-        assert "error" not in rank, rank["error"]
-        assert torch.equal(rank["delta"], expected["delta"]), f"killed in step {step}"
-        assert rank["losses"] == expected["losses"]
+    killed = launch(backend, {"killed": RANDOM | {"die_at": step}}, tmp_path)
+    assert killed[0] == {}, "it survived"
+    for resumed, whole in relaunch(backend, tmp_path):
+        assert "error" not in resumed, resumed["error"]
+        assert torch.equal(resumed["delta"], whole["delta"]), f"killed in step {step}"
+        assert resumed["losses"] == whole["losses"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_while_saving_leaves_nothing_that_resume_would_take(rank, tmp_path):
-    launch_cell("ddp", tmp_path, die_at=4, die_on=rank, die_where="save")
-    whole = launch_cell("ddp", tmp_path / "whole")
-    broken = tmp_path / "cell" / "checkpoint-4"
-    assert broken.exists()
-    for resumed in launch_cell("ddp", tmp_path, continue_last=True):
-        assert "trainer_state.json" in resumed.get("error", "") or torch.equal(resumed["delta"], whole[0]["delta"])
-    shutil.rmtree(broken)  # what is left is complete
-    for resumed in launch_cell("ddp", tmp_path, continue_last=True):
-        assert torch.equal(resumed["delta"], whole[0]["delta"])
+    launch("ddp", {"killed": RANDOM | {"die_at": 4, "die_on": rank, "die_where": "save"}}, tmp_path)
+    half_written = tmp_path / "killed" / "checkpoint-4"
+    assert half_written.exists()
+    errors = [resumed.get("error", "") for resumed, _ in relaunch("ddp", tmp_path)]
+    assert any(missing in error for error in errors for missing in ("trainer_state.json", "rng_state_1.pth"))
+    shutil.rmtree(half_written)  # what is left is complete
+    for resumed, whole in relaunch("ddp", tmp_path):
+        assert torch.equal(resumed["delta"], whole["delta"])
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +136,48 @@ def test_an_adapter_without_its_selection_is_refused(checkpoint):
     state = {"weight": torch.ones_like(bank.weight)}
     with pytest.raises(ValueError, match="index"):
         bank.load_state_dict(state, strict=False)
+
+
+def batches(count=4):
+    ids = Samples().ids.view(-1, 2, LENGTH)[:count]
+    return [{"input_ids": i, "labels": i} for i in ids]
+
+
+def adapted(folder, dtype=torch.float32):
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+    return get_peft_model(base, smt(warmup_steps=4))
+
+
+def test_a_warmup_batch_that_overflows_is_left_out_and_counted(checkpoint):
+    def loss(model, batch):
+        value = model(**batch).loss
+        return value * float("inf") if batch is data[1] else value
+
+    data = batches()
+    found = select_blocks(adapted(checkpoint), data, loss_function=loss, progress_bar=False)
+    assert (found.batches, found.skipped) == (4, 1)
+    model = adapted(checkpoint)
+    model.peft_config["default"].warmup_steps = 3
+    expected = select_blocks(model, [data[0], data[2], data[3]], progress_bar=False)
+    assert torch.equal(found.index, expected.index)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_a_float16_warmup_lowers_a_loss_scale_that_overflows(checkpoint):
+    data = batches(12)
+    half = adapted(checkpoint, torch.float16)
+    half.peft_config["default"].warmup_steps = 12
+    found = select_blocks(half, data, loss_scale=2.0**18, progress_bar=False)
+    assert 0 < found.skipped < 6
+    single = adapted(checkpoint)
+    single.peft_config["default"].warmup_steps = 12 - found.skipped
+    expected = select_blocks(single, data[found.skipped :], progress_bar=False)
+    for score, wanted in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(score, wanted, rtol=0.05, atol=1e-4)
+
+
+def test_a_warmup_that_is_mostly_not_finite_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="4 of 4 warm-up batches"):
+        select_blocks(
+            adapted(checkpoint), batches(), loss_function=lambda m, b: m(**b).loss * float("nan"), progress_bar=False
+        )

@@ -6,7 +6,7 @@ scores, selection and delta must agree up to the order of summation.
 
 import pytest
 import torch
-from distributed_worker import STEPS, Samples, launch, make_base, probe
+from distributed_worker import STEPS, Cell, Samples, launch, make_base, make_trainer, outcome, probe
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -16,9 +16,13 @@ MATRIX = {f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in 
 CELLS = {
     **MATRIX,
     "uneven": {"uneven_labels": True, "selection": "random", "accumulation": 2, "resume": False},
-    "bf16": {"bf16": True},
 }
-SHARDED = {"sharded": {"sharded_checkpoints": True}}
+BF16 = {"bf16": {"bf16": True}}
+ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
+    "single": BF16,
+    "ddp": BF16,
+    "fsdp2": BF16 | {"sharded": {"sharded_checkpoints": True}},
+}
 BACKENDS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("ddp", "fsdp2", "zero2", "zero3")]
 EVERY = [pytest.param("single", marks=pytest.mark.xdist_group("single")), *BACKENDS]
 
@@ -33,7 +37,7 @@ def ran(tmp_path_factory):
             pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
         if backend not in done:
             folder = tmp_path_factory.mktemp(backend)
-            done[backend] = folder, launch(backend, CELLS | (SHARDED if backend == "fsdp2" else {}), folder)
+            done[backend] = folder, launch(backend, CELLS | ONLY.get(backend, {}), folder)
         return done[backend]
 
     return run
@@ -42,8 +46,9 @@ def ran(tmp_path_factory):
 def outcomes(ran, backend: str, cell: str) -> list[dict]:
     folder, ranks = ran(backend)
     for rank in ranks:
-        assert cell in rank, f"a rank died; see {folder / 'log.txt'}"
-        assert "error" not in rank[cell], rank[cell]["error"]
+        failed = next((f"cell {name}: {found['error']}" for name, found in rank.items() if "error" in found), None)
+        assert cell in rank, failed or f"a rank died; see {folder / 'log.txt'}"
+        assert "error" not in rank[cell], failed
     return [rank[cell] for rank in ranks]
 
 
@@ -75,7 +80,7 @@ def test_the_reported_losses_are_those_of_one_process(ran, backend, cell):
     assert outcomes(ran, backend, cell)[0]["losses"] == pytest.approx(single["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("cell", [*MATRIX, "bf16"])
+@pytest.mark.parametrize("cell", MATRIX)
 @pytest.mark.parametrize("backend", EVERY)
 def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(ran, backend, cell):
     for rank in outcomes(ran, backend, cell):
@@ -118,11 +123,17 @@ def test_the_backend_is_the_one_that_was_asked_for(ran, backend):
         assert share == pytest.approx(0.5 if backend in ("fsdp2", "zero3") else 1, abs=0.01)
 
 
-@pytest.mark.parametrize("backend", ["single", *BACKENDS[:2]])
+@pytest.mark.parametrize("backend", EVERY[:3])
 def test_under_bf16_autocast_delta_and_optimizer_state_stay_float32(ran, backend):
     for rank in outcomes(ran, backend, "bf16"):
         assert rank["delta_dtype"] == torch.float32
         assert rank["optimizer_dtypes"] == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", EVERY[:3])
+def test_under_bf16_autocast_a_resumed_training_ends_exactly_as_the_uninterrupted_one(ran, backend):
+    for rank in outcomes(ran, backend, "bf16"):
+        assert torch.equal(rank["resumed"]["delta"], rank["delta"])
 
 
 def test_the_trainers_scores_are_those_of_the_dense_gradient(ran, tmp_path):
@@ -141,3 +152,15 @@ def test_the_trainers_scores_are_those_of_the_dense_gradient(ran, tmp_path):
             expected[name] = expected[name] + blocks.abs().mean((1, 3)) / 4
     for score, wanted in zip(single["scores"], expected.values(), strict=True):
         torch.testing.assert_close(score, wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non-reentrant"])
+def test_a_pure_bf16_model_trains_a_float32_delta(tmp_path, checkpointing):
+    make_base(tmp_path / "base")
+    trainer = make_trainer("single", tmp_path / "base", Cell(checkpointing), tmp_path, dtype=torch.bfloat16)
+    trainer.train()
+    found = outcome(trainer)
+    assert found["delta_dtype"] == torch.float32
+    assert found["optimizer_dtypes"] == {torch.float32}
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert found["delta"].norm() > 1

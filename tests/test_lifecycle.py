@@ -133,7 +133,7 @@ def test_generation_with_mixed_adapters_equals_separate_runs(two, batches, beams
 
 @pytest.mark.parametrize(
     "names, message",
-    [(["default"], "1 entries for a batch of 2"), (["default", "nobody"], "non-existing adapter.*nobody")],
+    [(["default"], "adapter_names.* 1 and 2"), (["default", "nobody"], "non-existing adapter.*nobody")],
 )
 def test_adapter_names_that_do_not_fit_are_refused(two, batches, names, message):
     with pytest.raises(ValueError, match=message):

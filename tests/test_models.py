@@ -1,4 +1,4 @@
-"""Common architectures: the defaults find q, k and v; training, saving, merging and unloading match the dense truth."""
+"""Common architectures: the defaults find q, k and v; training, saving, merging and unloading match dense truth."""
 
 import copy
 from pathlib import Path

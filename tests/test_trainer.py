@@ -53,9 +53,11 @@ def base(make_llama):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(model, *callbacks, data=None, eval_dataset=None, warm_up=True, **options) -> Trainer:
+    def make(model, *callbacks, data=None, eval_dataset=None, warm_up=WARMUP_STEPS, **options) -> Trainer:
         if not hasattr(model, "peft_config"):
-            model = get_peft_model(model, SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS))
+            model = get_peft_model(
+                model, SMTConfig(block_size=16, num_blocks=12, warmup_steps=warm_up or WARMUP_STEPS)
+            )
         defaults = {"max_steps": STEPS, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
         quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "save_steps": 2}
         args = TrainingArguments(str(tmp_path / "run"), **{**defaults, **quiet, **options})
@@ -108,18 +110,19 @@ def test_scores_are_those_of_the_trainers_loss(make_llama, make_trainer, options
         torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("warm_up", [WARMUP_STEPS, 10])
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"max_steps": 9}], ids=str)
-def test_training_after_a_warm_up_is_training_without_one(base, make_trainer, options):
+def test_training_after_a_warm_up_is_training_without_one(base, make_trainer, options, warm_up):
     """Same batches in the same order, same dropout: only the blocks come from the warm-up. An epoch has 8 steps."""
-    first = make_trainer(deepcopy(base), **options)
+    first = make_trainer(deepcopy(base), warm_up=warm_up, **options)
     first.train()
     given = first.model.peft_config["default"].selected_blocks
     model = get_peft_model(base, SMTConfig(block_size=16, selected_blocks=given))
     data = Sentences()
-    second = make_trainer(model, data=data, warm_up=False, **options)
+    second = make_trainer(model, data=data, warm_up=0, **options)
     second.train()
     skipped = len(first.train_dataset.read) - len(data.read)
-    assert first.train_dataset.read[skipped:] == data.read and skipped >= 2 * WARMUP_STEPS
+    assert first.train_dataset.read[skipped:] == data.read and skipped >= 2 * warm_up
     assert_same_result(first, second)
 
 
@@ -186,7 +189,7 @@ def test_a_loaded_adapter_skips_the_warm_up(base, make_trainer, tmp_path):
 
 def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):
     with pytest.raises(RuntimeError, match=r"no blocks yet.*SMTWarmupCallback"):
-        make_trainer(base, warm_up=False).train()
+        make_trainer(base, warm_up=0).train()
 
 
 def test_the_summary_is_printed_once(base, make_trainer, capsys):
@@ -203,7 +206,7 @@ def test_a_second_adapter_gets_its_own_warm_up(base, make_trainer):
     model.add_adapter("second", SMTConfig(block_size=8, num_blocks=5, warmup_steps=WARMUP_STEPS))
     model.set_adapter("second")
     callback = SMTWarmupCallback("second")
-    make_trainer(model, callback, warm_up=False).train()
+    make_trainer(model, callback, warm_up=0).train()
     assert len(callback.selection.index) == 5
     assert torch.equal(bank(first).weight, trained), "the adapter that was not active stays as it was"
     layers = [module for module in model.modules() if isinstance(module, Linear)]

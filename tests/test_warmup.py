@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from torch.utils.data import DataLoader
 
 from smt_peft import SMTConfig, select_blocks
@@ -101,6 +102,18 @@ def test_a_warm_up_beside_a_trained_adapter_scores_the_function_that_runs(llama,
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
 
 
+def test_the_signed_score_of_a_module_used_twice_is_that_of_its_whole_gradient():
+    torch.manual_seed(0)
+    module, x = nn.ModuleDict({"twice": nn.Linear(32, 32)}), torch.randn(5, 32)
+    twice = deepcopy(module.twice)
+    twice(twice(x).tanh()).square().sum().backward()
+    model = wrap(module, target_modules=["twice"], num_blocks=2, accumulation="signed", warmup_steps=1)
+    layer = model.base_model.model.twice
+    selection = warm_up(model, [x], loss_function=lambda model, x: layer(layer(x).tanh()).square().sum())
+    expected = expected_scores([{"twice": twice.weight.grad}], "twice", "abs_mean", "signed")
+    torch.testing.assert_close(selection.scores[0], expected)
+
+
 # --- what it leaves alone --------------------------------------------------------------------------------------
 
 
@@ -117,7 +130,12 @@ def test_weights_flags_modes_and_random_states_are_untouched(make_llama, batches
     model = wrap(make_llama(attention_dropout=0.3), modules_to_save=["lm_head"]).eval()
     model.base_model.model.model.layers[1].train()
     before = state_of(model)
-    warm_up(model, DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=1, shuffle=True))
+
+    def drawing(model, batch):
+        return model(**batch).loss * random.random() * numpy.random.rand() * torch.rand(())
+
+    data = DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=1, shuffle=True)
+    warm_up(model, data, loss_function=drawing)
     after = state_of(model)
     assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
     for kind in ("trainable", "training", "random"):

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 from tiny_models import save_tiny_models
@@ -55,7 +54,10 @@ def _two_adapters(first: list[str], second: list[str]) -> list[dict]:
 def _transformers_rows(task_type: str) -> list[tuple]:
     return [
         (SMTConfig, {"task_type": task_type, "target_modules": None, "block_size": 8, **options})
-        for options in (RANDOM, {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.05})
+        for options in (
+            {**RANDOM, "num_blocks": 20},
+            {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.05},
+        )
     ]
 
 
@@ -93,17 +95,10 @@ NOT_APPLICABLE = {
 
 
 def pytest_configure() -> None:
-    """Put tiny models where the tests look for hub models, and lift what stands in SMT's way."""
+    """Put tiny models where the tests look for hub models."""
     save_tiny_models(Path.cwd())
     with _diffusers_or_stub():
-        common = importlib.import_module("tests.testing_common")
-        decoders = importlib.import_module("tests.test_decoder_models")
-    # PEFT's tests name the methods that can do a thing, and skip the others. SMT can do these.
-    common._skip_if_conv1d_not_supported = lambda *_: None
-    decoders.check_beft_config = lambda *_: None  # meant for BEFT, it skips models without biases for all methods
-    for name in ("_test_mixed_adapter_batches", "_test_generate_with_mixed_adapter_batches_and_beam_search"):
-        as_lora = mock.patch.object(common, "LoraConfig", SMTConfig)
-        setattr(common.PeftCommonTester, name, as_lora(getattr(common.PeftCommonTester, name)))
+        importlib.import_module("tests.testing_common")
 
 
 @contextlib.contextmanager
@@ -128,6 +123,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         original(argnames, rows.get(id(argvalues), argvalues), *args, **options)
 
     metafunc.parametrize = parametrize
+
+
+@pytest.fixture(autouse=True)
+def _do_not_skip_what_smt_can(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's tests name the methods that can do a thing, and skip all others."""
+    common = sys.modules["tests.testing_common"]
+    monkeypatch.setattr(common, "_skip_if_conv1d_not_supported", lambda *_: None)
+    # Meant for BEFT, this one skips models without biases for every method.
+    monkeypatch.setattr(request.module, "check_beft_config", lambda *_: None, raising=False)
+    if "mixed_adapter_batches" in request.node.name:
+        for module in (common, request.module):
+            monkeypatch.setattr(module, "LoraConfig", SMTConfig)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

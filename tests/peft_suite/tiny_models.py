@@ -20,8 +20,6 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "initializer_range": 0.2,  # large, so that a small delta changes what the model generates
-    "init_std": 0.2,  # the same for OPT and BART
 }
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 
@@ -38,7 +36,7 @@ MODELS = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", GROUPED),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5ForConditionalGeneration",
-        {"d_kv": 8, "d_ff": 64, "num_layers": 2, "decoder_start_token_id": 0},
+        {"d_kv": 8, "d_ff": 64, "num_layers": 2, "tie_word_embeddings": False, "decoder_start_token_id": 0},
     ),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         "BartForConditionalGeneration",
@@ -66,5 +64,9 @@ def save_tiny_models(folder: Path) -> None:
     for name, (class_name, options) in MODELS.items():
         torch.manual_seed(0)
         model_class = getattr(transformers, class_name)
-        model_class(model_class.config_class(**SIZES, **options)).save_pretrained(folder / name)
+        model = model_class(model_class.config_class(**SIZES, **options))
+        for weight in model.parameters():
+            if weight.dim() > 1:  # large weights, so that a small delta changes what the model generates
+                torch.nn.init.normal_(weight, std=0.2)
+        model.save_pretrained(folder / name)
     LoraConfig().save_pretrained(folder / "peft-internal-testing/tiny-opt-lora-revision")

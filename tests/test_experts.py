@@ -1,0 +1,161 @@
+"""Expert weights stored as 3-D parameters, reached through target_parameters, against dense autograd."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+
+from smt_peft import SMTConfig, select_blocks
+
+SIZE, NUM_BLOCKS = 8, 12
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**SIZES, intermediate_size=48, num_local_experts=4)),
+    "qwen3 moe": (
+        tf.Qwen3MoeForCausalLM,
+        tf.Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    ),
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+TOKENS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(3))
+BATCH = {"input_ids": TOKENS, "labels": TOKENS}
+
+
+@pytest.fixture(params=[(name, how) for name in MODELS for how in ("eager", "grouped_mm", "batched_mm")], ids=" ".join)
+def base(request):
+    name, how = request.param
+    model, config = MODELS[name]
+    torch.manual_seed(0)
+    model = model(copy.deepcopy(config))
+    model.set_experts_implementation(how)
+    return model
+
+
+@pytest.fixture(params=[[], ["q_proj", "v_proj"]], ids=["experts only", "with attention"])
+def config(request):
+    return lambda: SMTConfig(
+        target_modules=request.param,
+        target_parameters=EXPERTS,
+        num_blocks=NUM_BLOCKS,
+        block_size=SIZE,
+        warmup_steps=1,
+        task_type="CAUSAL_LM",
+    )
+
+
+def bank_of(model):
+    return model.base_model.model.smt_bank["default"]
+
+
+def parameter(model, target: str) -> torch.nn.Parameter:
+    return dict(model.named_parameters()).get(target, dict(model.named_parameters()).get(f"{target}.weight"))
+
+
+def grids(model, base, gradients: bool = False) -> list[torch.Tensor]:
+    """[block rows, block columns, SIZE, SIZE] of each target's weight (or gradient) in a plain model."""
+    tensors = [parameter(base, target.name) for target in bank_of(model).targets]
+    tensors = [tensor.grad if gradients else tensor.detach() for tensor in tensors]
+    return [t.reshape(-1, t.shape[-1]).unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE) for t in tensors]
+
+
+def selected(base, config):
+    model = get_peft_model(copy.deepcopy(base), config())
+    select_blocks(model, [BATCH], progress_bar=False)
+    return model
+
+
+def trained(base, config, steps=3):
+    model = selected(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(steps):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(TOKENS).logits
+
+
+def dense(base):
+    model = copy.deepcopy(base).train()
+    model(**BATCH).loss.backward()
+    return model
+
+
+def test_the_warm_up_selects_the_blocks_with_the_largest_dense_gradient(base, config):
+    model = selected(base, config)
+    scores = torch.cat([grid.abs().mean((2, 3)).flatten() for grid in grids(model, dense(base), gradients=True)])
+    chosen = torch.stack([grids(model, dense(base), True)[t][r, c].abs().mean() for t, r, c in bank_of(model).index])
+    torch.testing.assert_close(
+        chosen.sort().values, scores.topk(NUM_BLOCKS).values.sort().values, rtol=1e-4, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["none", "non-reentrant", "reentrant"])
+def test_block_gradients_equal_the_dense_gradient(base, config, checkpointing):
+    model = selected(base, config).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    model(**BATCH).loss.backward()
+    blocks = grids(model, dense(base), gradients=True)
+    expected = torch.stack([blocks[t][r, c] for t, r, c in bank_of(model).index])
+    torch.testing.assert_close(bank_of(model).weight.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loaded_adapter_gives_the_trained_logits(base, config, tmp_path):
+    model = trained(base, config)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    assert (logits(model) - logits(base)).abs().max() > 1e-3
+
+
+def test_merging_keeps_the_logits_and_touches_only_selected_blocks(base, config):
+    model = trained(base, config)
+    expected, index, before = logits(model), bank_of(model).index, grids(model, base)
+    targets = [target.name for target in bank_of(model).targets]
+    merged = model.merge_and_unload()
+    assert set(merged.state_dict()) == set(base.state_dict())
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=0)
+    changed = set()
+    for t, name in enumerate(targets):
+        tensor = parameter(merged, name).detach()
+        after = tensor.reshape(-1, tensor.shape[-1]).unfold(0, SIZE, SIZE).unfold(1, SIZE, SIZE)
+        changed |= {(t, *rc) for rc in (after != before[t]).any(3).any(2).nonzero().tolist()}
+    assert changed <= {tuple(block) for block in index.tolist()} and changed
+
+
+def test_unmerging_disabling_and_unloading_give_back_the_base_bit_for_bit(base, config):
+    model = trained(base, config)
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    after = model.unload().state_dict()
+    assert [name for name, value in base.state_dict().items() if not torch.equal(after[name], value)] == []
+
+
+def test_a_second_adapter_shares_the_wrappers(base, config):
+    model = trained(base, config)
+    expected = logits(model)
+    model.add_adapter("other", config())
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(base))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), expected)
