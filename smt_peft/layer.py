@@ -15,6 +15,7 @@ from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.compiled import compiled_forward
 from smt_peft.quantized import Original, dequantized
+from smt_peft.resident import ResidentWeight
 from smt_peft.root import Blocks, LayerBlocks, SMTRoot
 
 
@@ -24,7 +25,7 @@ class SMTLayer(BaseTunerLayer):
     adapter_layer_names = ("smt_blocks",)
 
 
-class Linear(nn.Module, SMTLayer):
+class Linear(nn.Module, ResidentWeight, SMTLayer):
     """A frozen Linear (or GPT-2's Conv1D) whose selected blocks are trained.
 
     The deltas live in the banks at the root of the model; `smt_blocks` says which of them are this layer's. All block
@@ -42,10 +43,7 @@ class Linear(nn.Module, SMTLayer):
         self.__dict__["root"] = root  # not registered: the banks' home is the root of the model
         self.parent = parent  # name of the module that holds this one: its other children may read the same input
         self._shared_weight = shared_weight
-        self._residency: tuple[object, bool] = (None, False)
-        self._synced: tuple | None = None
-        self._base_only = False  # while a weight must be the original one for a moment
-        self.written: list = []  # what stands in the weight, see resident.py
+        self.written = []
         self._original: Original | None = None  # a quantised weight while a merged one stands in for it
         self.register_load_state_dict_pre_hook(_restore_before)
         self.register_state_dict_pre_hook(_restore_before)
@@ -95,65 +93,6 @@ class Linear(nn.Module, SMTLayer):
             delta[blocks.rows, blocks.cols] = blocks.of(self.bank(adapter).values()).to(delta)
         delta = delta.transpose(1, 2).reshape(self.out_features, self.in_features)
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
-
-    # --- resident: the blocks of the weight hold W0 + delta ----------------------------------------------------------
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the weight is a plain float tensor of this module alone, always here. Otherwise: additive."""
-        weight = self.weight if self.quantization_backend is None else None
-        if self._residency[0] is not weight or weight is None:
-            plain = (
-                type(weight) is nn.Parameter
-                and weight.is_floating_point()
-                and weight.dtype.itemsize > 1
-                and weight.device.type != "meta"
-                and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3
-                and not hasattr(self.get_base_layer(), "_hf_hook")  # accelerate may offload it
-                and not self._shared_weight
-                and not self.root.is_sharded()  # FSDP2 shows plain tensors during forward
-            )
-            if self.written and not plain:
-                raise RuntimeError(
-                    "A weight was sharded, offloaded or quantised while it held the deltas of adapter "
-                    f"{self.written[0].adapter!r}. Wrap or shard the model before its first forward, or call "
-                    "disable_adapter_layers() before wrapping it."
-                )
-            self._residency = (weight, plain)
-        return self._residency[1]
-
-    def wanted(self) -> tuple[str, ...]:
-        """The adapters whose deltas the weight should hold now."""
-        if self.merged:
-            return tuple(n for n in self.merged_adapters if self.blocks(n) is not None) if self._is_plain() else ()
-        if self.disable_adapters or self._base_only or not self.is_resident:
-            return ()
-        return self._active()
-
-    def _state(self) -> tuple:
-        wanted = self.wanted()
-        return (self.weight.data_ptr(), wanted, *[self.bank(name).stamp() for name in wanted])
-
-    def in_sync(self) -> bool:
-        return not (self.written or self.wanted()) or self._synced == self._state()
-
-    def mark_synced(self) -> None:
-        self._synced = self._state()
-
-    def block_views(self, blocks: Blocks, size: int) -> list[torch.Tensor]:
-        """Views [b, b] of the blocks in the weight's storage."""
-        grid = self.matrix().unfold(0, size, size).unfold(1, size, size)
-        return [grid[row, col] for row, col in zip(blocks.rows.tolist(), blocks.columns, strict=True)]
-
-    def matrix(self) -> torch.Tensor:
-        """A view [out_features, in_features] of the weight's storage."""
-        weight = self.weight.data
-        return weight.T if isinstance(self.base_layer, Conv1D) else weight
-
-    def _sync(self) -> None:
-        """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
-        if not self.in_sync():
-            self.root.sync()
 
     # --- forward -------------------------------------------------------------------------------------------------
 
@@ -286,7 +225,11 @@ class Linear(nn.Module, SMTLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
                 "base model instead."
             )
-        if not self._is_plain():
+        if hasattr(self.weight, "ds_id") or hasattr(self.weight, "full_tensor"):
+            raise TypeError(
+                "A sharded weight cannot be merged into; save the adapter and merge it on an unsharded base model."
+            )
+        if not self.is_plain():
             self._original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
         weight = self._base_weight()
         if safe_merge:
@@ -297,7 +240,7 @@ class Linear(nn.Module, SMTLayer):
                         "the base weight is not finite."
                     )
         self.merged_adapters += adapter_names
-        if self._is_plain():
+        if self.is_plain():
             self.root.sync_layer(self)
             return
         weight = sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight)
@@ -331,17 +274,6 @@ class Linear(nn.Module, SMTLayer):
 
     def _base_weight(self) -> torch.Tensor:
         return self.get_base_weight() if self.quantization_backend is None else dequantized(self)
-
-    def restore(self) -> None:
-        """Bring back the original weight, bit for bit; the next forward writes the deltas again."""
-        if self.written and not self.merged:
-            self._base_only = True
-            self.root.sync_layer(self)
-            self._base_only = False
-
-    def _is_plain(self) -> bool:
-        """Whether merging may write into the weight: its entries are floats, and nobody else reads it."""
-        return self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)

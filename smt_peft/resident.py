@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from smt_peft.ops import block_pointers, write_blocks
 
@@ -69,6 +71,83 @@ class Written:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "views": None, "pointers": None}
+
+
+class ResidentWeight:
+    """The part of a layer that knows what stands in its weight; `weight`, `blocks`, `bank`, `root` are the layer's."""
+
+    written: list[Written]  # a stack: what was written into the weight, in this order
+    _residency: tuple[object, bool] = (None, False)
+    _synced: tuple | None = None
+    _base_only = False  # while the weight must be the original one for a moment
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the weight is a plain float tensor of this module alone, always here. Otherwise: additive."""
+        weight = self.weight if self.quantization_backend is None else None
+        if self._residency[0] is not weight or weight is None:
+            plain = (
+                type(weight) is nn.Parameter
+                and weight.is_floating_point()
+                and weight.dtype.itemsize > 1
+                and weight.device.type != "meta"
+                and not hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3
+                and not hasattr(self.get_base_layer(), "_hf_hook")  # accelerate may offload it
+                and not self._shared_weight
+                and not self.root.is_sharded()  # FSDP2 shows plain tensors during forward
+            )
+            if self.written and not plain:
+                raise RuntimeError(
+                    "A weight was sharded, offloaded or quantised while it held the deltas of adapter "
+                    f"{self.written[0].adapter!r}. Wrap or shard the model before its first forward, or call "
+                    "disable_adapter_layers() before wrapping it."
+                )
+            self._residency = (weight, plain)
+        return self._residency[1]
+
+    def wanted(self) -> tuple[str, ...]:
+        """The adapters whose deltas the weight should hold now."""
+        if self.merged:
+            return tuple(n for n in self.merged_adapters if self.blocks(n) is not None) if self.is_plain() else ()
+        if self.disable_adapters or self._base_only or not self.is_resident:
+            return ()
+        return self._active()
+
+    def _state(self) -> tuple:
+        wanted = self.wanted()
+        return (self.weight.data_ptr(), wanted, *[self.bank(name).stamp() for name in wanted])
+
+    def in_sync(self) -> bool:
+        return not (self.written or self.wanted()) or self._synced == self._state()
+
+    def mark_synced(self) -> None:
+        self._synced = self._state()
+
+    def block_views(self, blocks, size: int) -> list[torch.Tensor]:
+        """Views [b, b] of the blocks in the weight's storage."""
+        grid = self.matrix().unfold(0, size, size).unfold(1, size, size)
+        return [grid[row, col] for row, col in zip(blocks.rows.tolist(), blocks.columns, strict=True)]
+
+    def matrix(self) -> torch.Tensor:
+        """A view [out_features, in_features] of the weight's storage."""
+        weight = self.weight.data
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def _sync(self) -> None:
+        """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
+        if not self.in_sync():
+            self.root.sync()
+
+    def restore(self) -> None:
+        """Bring back the original weight, bit for bit; the next forward writes the deltas again."""
+        if self.written and not self.merged:
+            self._base_only = True
+            self.root.sync_layer(self)
+            self._base_only = False
+
+    def is_plain(self) -> bool:
+        """Whether merging may write into the weight: its entries are floats, and nobody else reads it."""
+        return self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight
 
 
 class Resident:

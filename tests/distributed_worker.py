@@ -3,7 +3,9 @@
     torchrun --nproc-per-node 2 tests/distributed_worker.py ddp results
     accelerate launch --config_file configs/accelerate/zero3.yaml ... tests/distributed_worker.py zero3 results
 
-`results` holds the base model in `base` and {cell name: fields of Cell} in `cells.json`. Rank r writes `rank<r>.pt`: {cell name: outcome}, with the text of the exception under "error" where a cell failed; none follows it. `launch` does it all.
+`results` holds the base model in `base` and {cell name: fields of Cell} in `cells.json`. Rank r writes `rank<r>.pt`:
+{cell name: outcome}, with the text of the exception under "error" where a cell failed; none follows it. `launch` does
+it all.
 """
 
 import gc
@@ -42,7 +44,7 @@ class Cell:
     resume: bool = True  # train a second time from the checkpoint in the middle
     die_at: int = 0  # SIGKILL `die_on` in this step ...
     die_on: int = 0
-    die_where: str = "step"  # ... in its backward; "save": while the step's checkpoint is written
+    die_where: str = "step"  # ... after its backward; "save": while the step's checkpoint is written
     save_steps: int = STEPS // 2
     continue_last: bool = False  # resume from the last checkpoint of an earlier launch
     sharded_checkpoints: bool = False  # FSDP2: a file per rank
@@ -128,10 +130,9 @@ class DieInStep(TrainerCallback):
     def __init__(self, cell: Cell):
         self.cell = cell
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step + 1 == self.cell.die_at and args.process_index == self.cell.die_on:
-            parameter = next(p for p in model.parameters() if p.requires_grad)
-            parameter.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class CrashingTrainer(Trainer):

@@ -164,16 +164,14 @@ def test_a_warmup_batch_that_overflows_is_left_out_and_counted(checkpoint):
 
 
 def test_a_float16_warmup_lowers_a_loss_scale_that_overflows(checkpoint):
-    data = batches(12)
+    data = batches(1) * 12  # all the same, so that it does not matter which are left out
     half = adapted(checkpoint, torch.float16)
     half.peft_config["default"].warmup_steps = 12
     found = select_blocks(half, data, loss_scale=2.0**18, progress_bar=False)
     assert 0 < found.skipped < 6
-    single = adapted(checkpoint)
-    single.peft_config["default"].warmup_steps = 12 - found.skipped
-    expected = select_blocks(single, data[found.skipped :], progress_bar=False)
+    expected = select_blocks(adapted(checkpoint), data, progress_bar=False)
     for score, wanted in zip(found.scores, expected.scores, strict=True):
-        torch.testing.assert_close(score, wanted, rtol=0.05, atol=1e-4)
+        torch.testing.assert_close(score, wanted, rtol=0.02, atol=1e-4)
 
 
 def test_a_warmup_that_is_mostly_not_finite_is_refused(checkpoint):

@@ -267,8 +267,8 @@ def test_the_state_dict_of_a_model_in_use_holds_base_weights(llama, base, logits
 
 def test_base_weights_loaded_into_a_model_in_use_get_the_deltas(llama, make_llama, logits):
     model = wrap(llama)
-    logits(model)
     state = deepcopy(model.state_dict())
+    logits(model)
     generator = torch.Generator().manual_seed(4)
     for key in state:
         if key.endswith("base_layer.weight"):
