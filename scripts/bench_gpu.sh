@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 limit=${1:-570}
 results=docs/results
 missing=0
-"$python" -c 'import torch, transformers, peft, triton; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())'
+"$python" -c 'import torch, transformers, peft, triton; torch.cuda.is_available() or exit("No GPU here."); print(torch.cuda.get_device_name())'
 
 # measure NAME SECONDS COMMAND...: runs it unless its figures exist or too little time (of the run's usual need) is left.
 measure() {

@@ -213,6 +213,7 @@ def adapted(run: Run, settings: dict, model: nn.Module) -> nn.Module:
     common = {"target_modules": target_modules, **{key: settings[key] for key in settings if key not in OWN}}
     if method == "smt":
         blocks = max(1, round(run.budget / settings["block_size"] ** 2))
+        blocks -= sum(settings.get("num_blocks_pattern", {}).values())  # what the patterns leave to the other modules
         return get_peft_model(model, SMTConfig(num_blocks=blocks, seed=run.seed, **common))
     if method == "lora":
         common = {"lora_alpha": 2 * rank, **common}

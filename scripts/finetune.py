@@ -18,7 +18,6 @@ import datasets
 import torch
 import transformers
 import yaml
-from datasets import Dataset, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_text import documentation, source_code
 from tasks import prompt
@@ -76,17 +75,16 @@ def parse(argv: list[str]) -> tuple[Options, TrainingArguments]:
     return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
 
 
-def load_rows(name: str, eval_rows: int) -> tuple[Dataset, Dataset]:
+def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     """Give a domain's rows to train on, and those that are held out."""
     if name in STDLIB:  # divided by module
-        return tuple(Dataset.from_dict({"text": list(STDLIB[name](split))}) for split in ("train", "test"))
-    is_file = name.endswith((".jsonl", ".json"))
-    rows = load_dataset("json", data_files=name, split="train") if is_file else load_dataset(name, split="train")
-    parts = rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0)
-    return parts["train"], parts["test"]
+        return tuple(datasets.Dataset.from_dict({"text": list(STDLIB[name](split))}) for split in ("train", "test"))
+    where = {"path": "json", "data_files": name} if name.endswith((".jsonl", ".json")) else {"path": name}
+    rows = datasets.load_dataset(**where, split="train")
+    return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
 
 
-def encode(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
+def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Dataset:
     """Turn rows into tokens and labels: plain text joined and cut to `length`, or an instruction and its answer."""
 
     def pack(batch: dict) -> dict:
@@ -104,11 +102,11 @@ def encode(rows: Dataset, tokenizer: Any, length: int) -> Dataset:
     if "text" in rows.column_names:
         rows = rows.map(pack, batched=True, remove_columns=rows.column_names)
     elif {"instruction", "output"} <= set(rows.column_names):
-        rows = rows.map(answer, remove_columns=rows.column_names)
+        rows = rows.map(answer, remove_columns=rows.column_names).filter(lambda row: max(row["labels"]) >= 0)
     else:
         raise SystemExit(f"the data has the columns {rows.column_names}; it needs text, or instruction and output")
     if not len(rows):
-        raise SystemExit(f"a part of the data has fewer than max_length={length} tokens, too few for one row")
+        raise SystemExit(f"max_length={length} leaves no row: texts are shorter, or prompts longer; set another")
     return rows
 
 

@@ -1,9 +1,9 @@
-"""Turns docs/results/*.json into the tables of docs/benchmarks.md and the pictures beside the JSON files.
+"""Turns the JSON files of docs/results into the tables of docs/benchmarks.md and the pictures beside them.
 
     python scripts/report_benchmarks.py
 
-A table goes between the markers `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the JSON file; a file without
-markers is an error, markers without a file stay as they are.
+A table goes between the markers `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the JSON file. Markers
+without a file stay as they are; a file named training_* or ops_* without markers is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STYLES = {
 
 def main() -> None:
     page = (DOCS / "benchmarks.md").read_text()
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted([*RESULTS.glob("training_*.json"), *RESULTS.glob("ops_*.json")]):
         result = json.loads(path.read_text())
         table = ops_table(result) if "ops" in result else training_table(result)
         start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
@@ -51,7 +51,7 @@ def provenance(result: dict) -> str:
 
 
 def training_table(result: dict) -> str:
-    """One row per method, and per value of what is swept; time also as a ratio to the floor's and to LoRA's."""
+    """One row per method, and per value of what is swept; time also in terms of the floor's and of LoRA's."""
     sweep = result["sweep"]
     head = [*([sweep] if sweep else []), "method", "trained", "step, ms (p20 - p80)", "x floor", "x LoRA", "tokens/s",
             "peak, GiB", "saved, MiB", "GFLOP", "launches", "optimizer, MiB"]  # fmt: skip
@@ -75,8 +75,8 @@ def _row(run: dict, method: str) -> list[str]:
         method,
         f"{figure['trainable_parameters']:,}",
         f"{1e3 * seconds:.1f} ({1e3 * low:.1f} - {1e3 * high:.1f})",
-        _ratio(seconds, step_seconds(run, "floor")),
-        _ratio(seconds, step_seconds(run, "lora")),
+        _times(run, method, "floor"),
+        _times(run, method, "lora"),
         f"{tokens / seconds:,.0f}",
         _scaled(figure.get("peak_bytes"), 2**30),
         _scaled(figure.get("saved_bytes"), 2**20),
@@ -110,8 +110,17 @@ def step_seconds(run: dict, method: str) -> float | None:
     return median(seconds) if seconds else None
 
 
-def _ratio(seconds: float, other: float | None) -> str:
-    return "-" if other is None else f"{seconds / other:.3f}"
+def ratios(run: dict, method: str, other: str) -> list[float]:
+    """Step time in terms of another method's, round by round: a machine that is slow for a while slows both."""
+    steps = run["options"]["steps"]
+    mine, theirs = (run["methods"].get(name, {}).get("step_s", []) for name in (method, other))
+    rounds = range(0, min(len(mine), len(theirs)), steps)
+    return [median(mine[start : start + steps]) / median(theirs[start : start + steps]) for start in rounds]
+
+
+def _times(run: dict, method: str, other: str) -> str:
+    quotients = ratios(run, method, other)
+    return f"{median(quotients):.3f}" if quotients else "-"
 
 
 def _scaled(value: float | None, unit: float, digits: int = 2) -> str:
@@ -130,24 +139,24 @@ def draw_methods(result: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     run = result["runs"][0]
-    methods = [method for method in run["methods"] if step_seconds(run, method) is not None][::-1]
-    floor = step_seconds(run, "floor") or step_seconds(run, methods[-1])
+    methods = [method for method in run["methods"] if ratios(run, method, "floor")][::-1]
     memory, label = ("peak_bytes", "peak memory, GiB"), 2**30
     if not any("peak_bytes" in run["methods"][method] for method in methods):
         memory, label = ("saved_bytes", "saved for backward, MiB"), 2**20
     figure, (times, bytes_) = plt.subplots(1, 2, figsize=(9, 0.35 * len(methods) + 1.3), sharey=True)
     for row, method in enumerate(methods):
         colour, _ = STYLES.get(method, ("#999999", "D"))
-        low, *_, high = quantiles(run["methods"][method]["step_s"], n=5, method="inclusive")
-        times.plot([low / floor, high / floor], [row, row], color=colour, linewidth=3, alpha=0.5)
-        times.plot(step_seconds(run, method) / floor, row, "o", color=colour)
+        quotients = ratios(run, method, "floor")
+        low, *_, high = quantiles([*quotients, median(quotients)], n=5, method="inclusive")
+        times.plot([low, high], [row, row], color=colour, linewidth=3, alpha=0.5)
+        times.plot(median(quotients), row, "o", color=colour)
         value = run["methods"][method].get(memory[0])
         if value is not None:
             bytes_.barh(row, value / label, color=colour)
             bytes_.text(value / label, row, f" {value / label:,.1f}", va="center", fontsize=8)
     times.axvline(1, color="black", linewidth=0.8)
     times.set_yticks(range(len(methods)), methods)
-    times.set_xlabel("step time / floor (median, p20 to p80)")
+    times.set_xlabel("step time / floor (median and p20 to p80 of the rounds)")
     times.set_xlim(left=0)
     bytes_.set_xlabel(memory[1])
     bytes_.margins(x=0.15)
@@ -163,16 +172,13 @@ def draw_sweep(result: dict, path: Path) -> None:
     by_name = isinstance(values[0], str)
     places = range(len(values)) if by_name else values
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
-    for axes, quantity in zip(panels, ("step time", "FLOPs", "bytes saved for backward"), strict=True):
+    for axes, quantity in zip(panels, ("time", "FLOPs", "bytes saved for backward"), strict=True):
         for method in runs[0]["methods"]:
             colour, marker = STYLES.get(method, ("#999999", "D"))
-            points = [
-                (place, _quantity(run, method, quantity) / _quantity(run, "floor", quantity))
-                for place, run in zip(places, runs, strict=True)
-                if step_seconds(run, method) is not None
-            ]
+            points = [(place, _in_floors(run, method, quantity)) for place, run in zip(places, runs, strict=True)]
+            points = [point for point in points if point[1] is not None]  # out of memory
             axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=method)
-        axes.set_ylabel(f"{quantity} / floor")
+        axes.set_ylabel(f"{quantity} of a step / floor")
         axes.set_xlabel({"trainable_ratio": "budget (share of the model)"}.get(sweep, sweep.replace("_", " ")))
         if not by_name:
             axes.set_xscale("log")
@@ -183,9 +189,12 @@ def draw_sweep(result: dict, path: Path) -> None:
     _finish(figure, result, path)
 
 
-def _quantity(run: dict, method: str, quantity: str) -> float:
-    keys = {"FLOPs": "flops", "bytes saved for backward": "saved_bytes"}
-    return run["methods"][method][keys[quantity]] if quantity in keys else step_seconds(run, method)
+def _in_floors(run: dict, method: str, quantity: str) -> float | None:
+    key = {"FLOPs": "flops", "bytes saved for backward": "saved_bytes"}.get(quantity)
+    quotients = ratios(run, method, "floor")
+    if not quotients:
+        return None
+    return run["methods"][method][key] / run["methods"]["floor"][key] if key else median(quotients)
 
 
 def _finish(figure, result: dict, path: Path) -> None:

@@ -27,7 +27,7 @@ documentation of Python's standard library, writes what looks like documentation
 
 - training data: {bytes[train]:,} bytes, {tokens[train]:,} tokens
 - held-out data, from other modules: {bytes[test]:,} bytes, {tokens[test]:,} tokens
-- time: {minutes:.0f} minutes, {speed:,.0f} tokens/s, on {machine}
+- CPU time: {minutes:.0f} minutes, {speed:,.0f} tokens/s, on {machine}
 
 | step | training loss | held-out loss |
 |---:|---:|---:|
@@ -128,9 +128,9 @@ def main(options: Settings) -> None:
     tokens = {split: pack(texts[split], tokenizer) for split in texts}
     model = new_model(tokenizer)
     add_dropout(model, options.dropout)
-    start = time.perf_counter()
+    start = time.process_time()
     rows = train(model, tokens["train"], tokens["test"], options)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     readme = README.format(

@@ -26,6 +26,7 @@ from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from smt_peft import SMTConfig, SMTWarmupCallback
 
@@ -46,7 +47,8 @@ class Cell:
     die_on: int = 0
     die_where: str = "step"  # ... after its backward; "save": while the step's checkpoint is written
     save_steps: int = STEPS // 2
-    continue_last: bool = False  # resume from the last checkpoint of an earlier launch
+    continue_from: str = ""  # resume from the last checkpoint of this cell
+    num_blocks: int = 17
     sharded_checkpoints: bool = False  # FSDP2: a file per rank
     bf16: bool = False
 
@@ -187,7 +189,7 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torc
         base, attention_dropout=cell.dropout, attn_implementation="eager", dtype=dtype
     )
     model.config.use_cache = False
-    smt = SMTConfig(num_blocks=17, block_size=16, warmup_steps=4 // world, selection=cell.selection)
+    smt = SMTConfig(num_blocks=cell.num_blocks, block_size=16, warmup_steps=4 // world, selection=cell.selection)
     trainer = CrashingTrainer(
         get_peft_model(model, smt),
         arguments,
@@ -246,11 +248,14 @@ def outcome(trainer: Trainer) -> dict:
 
 def run_cell(backend: str, base: Path, cell: Cell, output: Path) -> dict:
     trainer = make_trainer(backend, base, cell, output)
-    trainer.train(resume_from_checkpoint=True if cell.continue_last else None)
+    last = get_last_checkpoint(output.parent / cell.continue_from) if cell.continue_from else None
+    trainer.train(resume_from_checkpoint=last)
     result = outcome(trainer)
     trainer.model_wrapped.eval()
     with torch.no_grad():
         result["logits"] = trainer.model_wrapped(input_ids=probe()).logits.clone()
+    if cell.sharded_checkpoints:  # of which Trainer writes no adapter file
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(output / "adapter"))
     if cell.resume:
         resumed = make_trainer(backend, base, cell, output / "resumed")

@@ -14,23 +14,43 @@ from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 RANDOM = {"dropout": 0.1, "save_steps": 1, "resume": False}  # dropout: the random state must come back too
 
 
-def relaunch(backend, folder):
-    """Resume the killed training, and run another one that nothing interrupts; returns (resumed, whole) per rank."""
-    cells = {"whole": RANDOM, "killed": RANDOM | {"continue_last": True}}
-    return [(rank.get("killed", {}), rank["whole"]) for rank in launch(backend, cells, folder)]
+BACKENDS = [pytest.param(b, marks=pytest.mark.xdist_group(b)) for b in ("single", "ddp", "fsdp2", "zero2", "zero3")]
 
 
-@pytest.mark.parametrize("backend", ["single", "ddp", "fsdp2", "zero2", "zero3"])
-def test_a_killed_training_resumes_to_the_weights_of_an_uninterrupted_one(backend, tmp_path):
-    if backend.startswith("zero"):
-        pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
-    step = random.SystemRandom().randint(2, STEPS)
-    killed = launch(backend, {"killed": RANDOM | {"die_at": step}}, tmp_path)
-    assert killed[0] == {}, "it survived"
-    for resumed, whole in relaunch(backend, tmp_path):
-        assert "error" not in resumed, resumed["error"]
-        assert torch.equal(resumed["delta"], whole["delta"]), f"killed in step {step}"
-        assert resumed["losses"] == whole["losses"]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Give the outcomes of a training killed in a random step and resumed ("resumed"), of one that nothing interrupted
+    ("whole"), and of an adapter with another budget that was to resume from the same checkpoint ("other")."""
+    done = {}
+
+    def kill(backend: str) -> list[dict]:
+        if backend.startswith("zero"):
+            pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
+        if backend not in done:
+            folder = tmp_path_factory.mktemp(backend)
+            step = random.SystemRandom().randint(2, STEPS)
+            died = launch(backend, {"killed": RANDOM | {"die_at": step}}, folder)
+            assert died[0] == {}, "it survived"
+            resumed = RANDOM | {"continue_from": "killed"}
+            cells = {"whole": RANDOM, "resumed": resumed, "other": resumed | {"num_blocks": 18}}
+            done[backend] = launch(backend, cells, folder)
+        return done[backend]
+
+    return kill
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_training_resumes_to_the_weights_of_an_uninterrupted_one(killed, backend):
+    for rank in killed(backend):
+        assert "error" not in rank["resumed"], rank["resumed"]["error"]
+        assert torch.equal(rank["resumed"]["delta"], rank["whole"]["delta"])
+        assert rank["resumed"]["losses"] == rank["whole"]["losses"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_refuses_a_checkpoint_with_another_budget(killed, backend):
+    error = killed(backend)[0]["other"].get("error", "it was taken")
+    assert "17 blocks" in error and "18 blocks" in error, error
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -38,11 +58,12 @@ def test_a_rank_that_dies_while_saving_leaves_nothing_that_resume_would_take(ran
     launch("ddp", {"killed": RANDOM | {"die_at": 4, "die_on": rank, "die_where": "save"}}, tmp_path)
     half_written = tmp_path / "killed" / "checkpoint-4"
     assert half_written.exists()
-    errors = [resumed.get("error", "") for resumed, _ in relaunch("ddp", tmp_path)]
+    cells = {"whole": RANDOM, "resumed": RANDOM | {"continue_from": "killed"}}
+    errors = [outcome.get("resumed", {}).get("error", "") for outcome in launch("ddp", cells, tmp_path)]
     assert any(missing in error for error in errors for missing in ("trainer_state.json", "rng_state_1.pth"))
     shutil.rmtree(half_written)  # what is left is complete
-    for resumed, whole in relaunch("ddp", tmp_path):
-        assert torch.equal(resumed["delta"], whole["delta"])
+    for outcome in launch("ddp", cells, tmp_path):
+        assert torch.equal(outcome["resumed"]["delta"], outcome["whole"]["delta"])
 
 
 @pytest.fixture(scope="module")

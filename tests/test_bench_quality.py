@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftConfig
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +55,7 @@ def files(tmp_path, shared) -> Path:
         short.parent.mkdir(parents=True, exist_ok=True)
         short.write_text("".join((shared / "data" / f"{name}.jsonl").open().readlines()[:40]))
     shutil.copytree(shared / "models/stories260K", tmp_path / "shared/models/stories260K")
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
     return tmp_path
 
 
@@ -189,7 +190,7 @@ def test_every_study_can_be_planned_and_its_methods_can_be_made(path):
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
 def test_every_setting_of_the_paper_is_one_that_finetune_takes(path):
-    options, args = finetune.parse(["--config", str(path)])
+    options, args = finetune.parse(["--config", str(path), "--use_cpu", "true"])
     finetune.SMTConfig(**options.smt)
     finetune.LoraConfig(**options.lora)
     assert args.learning_rate < 1e-3  # a number, not the text that YAML makes of 9.65e-6
@@ -204,3 +205,10 @@ def test_methods_of_a_model_differ_in_a_few_lines(path):
         different = {key for key in smt | values if smt.get(key) != values.get(key)}
         assert different <= {"methods", "smt", "lora", "learning_rate", "output_dir"}, other.name
     assert len(others) == 3
+
+
+def test_the_experiment_for_pefts_comparison_trains_what_lora_of_rank_32_does():
+    [folder] = (ROOT / "configs/paper/peft-method-comparison/smt").iterdir()
+    config = PeftConfig.from_pretrained(str(folder))
+    lora = 28 * 32 * ((3072 + 3072) + (3072 + 1024))  # q and v of 28 layers of Llama-3.2-3B
+    assert isinstance(config, bench_quality.SMTConfig) and config.num_blocks * config.block_size**2 == lora

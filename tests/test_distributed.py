@@ -94,6 +94,12 @@ def test_a_training_resumes_from_sharded_fsdp_checkpoints(ran):
         assert torch.equal(rank["resumed"]["delta"], rank["delta"])
 
 
+def test_a_training_with_sharded_fsdp_checkpoints_can_save_its_adapter(ran):
+    rank = outcomes(ran, "fsdp2", "sharded")[0]
+    saved = load_file(ran("fsdp2")[0] / "sharded" / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(saved["base_model.model.smt_bank.weight"], rank["delta"])
+
+
 @pytest.mark.parametrize("cell", MATRIX)
 @pytest.mark.parametrize("backend", EVERY)
 def test_gradient_checkpointing_changes_nothing(ran, backend, cell):

@@ -185,6 +185,11 @@ def test_only_the_output_and_its_end_are_learnt(tokenizer):
     assert tokenizer.decode(learnt) == "It is 1.</s>"
 
 
+def test_a_row_whose_prompt_leaves_no_room_for_an_answer_is_left_out(tokenizer):
+    rows = [ROWS[0], ROWS[0] | {"instruction": "Say. " * 100}]
+    assert len(finetune.encode(Dataset.from_list(rows), tokenizer, 300)) == 1
+
+
 def test_instruction_and_input_are_both_in_the_prompt(tokenizer):
     [row] = finetune.encode(Dataset.from_list(ROWS[1:2]), tokenizer, 512)
     assert "Say 1.\n\nNow.\n" in tokenizer.decode(row["input_ids"])

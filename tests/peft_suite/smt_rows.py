@@ -55,8 +55,8 @@ def _transformers_rows(task_type: str) -> list[tuple]:
     return [
         (SMTConfig, {"task_type": task_type, "target_modules": None, "block_size": 8, **options})
         for options in (
-            {**RANDOM, "num_blocks": 20},
-            {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.05},
+            {**RANDOM, "num_blocks": 30},
+            {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.03},
         )
     ]
 

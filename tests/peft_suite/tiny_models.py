@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig
 
 SIZES = {
-    "vocab_size": 64,
+    "vocab_size": 512,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -67,6 +67,6 @@ def save_tiny_models(folder: Path) -> None:
         model = model_class(model_class.config_class(**SIZES, **options))
         for weight in model.parameters():
             if weight.dim() > 1:  # large weights, so that a small delta changes what the model generates
-                torch.nn.init.normal_(weight, std=0.2)
+                torch.nn.init.normal_(weight, std=0.1)
         model.save_pretrained(folder / name)
     LoraConfig().save_pretrained(folder / "peft-internal-testing/tiny-opt-lora-revision")
