@@ -5,9 +5,8 @@
 A study is a YAML file: testbeds, targets with their budgets (trained parameters), seeds, and methods with their
 learning rates. Every run is one line of the output; runs that are there already are skipped, so an interrupted study
 goes on where it was. Each method's learning rate is the one with the best mean validation loss; what is reported is
-the test loss of those runs, never used to choose anything. `--report` runs nothing: it draws the picture beside the
-output, prints the tables, and with `--page` puts them into a page between the markers `<!-- NAME -->` and
-`<!-- /NAME -->`, NAME being the output's.
+the test loss of those runs, never used to choose anything. `--report` runs nothing: it prints the tables, draws the
+picture beside the output, and with `--page` puts the tables between the marks `<!-- NAME -->`, `<!-- /NAME -->`.
 """
 
 from __future__ import annotations
@@ -166,8 +165,8 @@ def train(run: Run, shared: Path) -> dict:
         data = [{"input_ids": rows, "labels": rows} for rows in batches(run, source, settings["warmup_steps"])]
         selection = select_blocks(model, data, progress_bar=False).counts_by_type()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    how = {"betas": (0.9, 0.95), "weight_decay": 0.0, **settings.get("optimizer", {})}
-    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, **how)
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, **settings.get("optimizer", {})}
+    optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, **options)
     schedule = get_linear_schedule_with_warmup(optimizer, run.steps // 20, run.steps)
     for rows in batches(run, testbed, run.steps):
         model.train()
@@ -212,8 +211,8 @@ def adapted(run: Run, settings: dict, model: nn.Module) -> nn.Module:
     rank = max(1, round(run.budget / per_rank))
     common = {"target_modules": target_modules, **{key: settings[key] for key in settings if key not in OWN}}
     if method == "smt":
-        blocks = max(1, round(run.budget / settings["block_size"] ** 2))
-        blocks -= sum(settings.get("num_blocks_pattern", {}).values())  # what the patterns leave to the other modules
+        patterns = sum(settings.get("num_blocks_pattern", {}).values())  # leave the other modules the rest
+        blocks = max(1, round(run.budget / settings["block_size"] ** 2)) - patterns
         return get_peft_model(model, SMTConfig(num_blocks=blocks, seed=run.seed, **common))
     if method == "lora":
         common = {"lora_alpha": 2 * rank, **common}
@@ -227,11 +226,15 @@ def best_runs(lines: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """(testbed, target, budget) -> method -> its runs (one per seed) at the learning rate of the best validation."""
     rates: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for line in lines:
-        rates[line["testbed"], line["target"], line["budget"]][line["method"]][line["learning_rate"]].append(line)
+        rates[place_of(line)][line["method"]][line["learning_rate"]].append(line)
     return {
         place: {method: min(of.values(), key=lambda runs: mean(runs, "validation_loss")) for method, of in one.items()}
         for place, one in rates.items()
     }
+
+
+def place_of(line: dict) -> tuple[str, str, int]:
+    return line["testbed"], line["target"], line["budget"]
 
 
 def mean(runs: list[dict], value: str) -> float:
@@ -242,13 +245,12 @@ def tables(lines: list[dict]) -> str:
     """A table per testbed, target and budget, best method first."""
     tried = defaultdict(set)
     for line in lines:
-        tried[line["testbed"], line["target"], line["budget"], line["method"]].add(line["learning_rate"])
+        tried[(*place_of(line), line["method"])].add(line["learning_rate"])
     text = []
     for (testbed, target, budget), methods in best_runs(lines).items():
         where = f"{target}, about {budget:,} trained parameters" if target else "everything trained"
-        base = next(iter(methods.values()))[0]["base"]
-        before = f"before: test {base['test_loss']:.3f}, old domain {base['old_loss']:.3f}"
-        text += [f"\n**{testbed}, {where}** ({before})\n", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
+        base = "test {test_loss:.3f}, old domain {old_loss:.3f}".format(**next(iter(methods.values()))[0]["base"])
+        text += [f"\n**{testbed}, {where}** (before: {base})\n", HEAD, "|---" * (HEAD.count("|") - 1) + "|"]
         for method, runs in sorted(methods.items(), key=lambda item: mean(item[1], "test_loss")):
             spread = f" ± {statistics.stdev(run['test_loss'] for run in runs):.3f}" if len(runs) > 1 else ""
             grid = " ".join(f"{rate:g}" for rate in sorted(tried[testbed, target, budget, method]))
@@ -262,38 +264,34 @@ def tables(lines: list[dict]) -> str:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Test loss of each method at its best learning rate, one panel per testbed, target and budget."""
+    """What was learnt against what was forgotten: a point per run, filled at the method's best learning rate."""
     from matplotlib.figure import Figure
 
     places = best_runs(lines)
-    everything = {testbed: methods for (testbed, target, _), methods in places.items() if not target}
-    panels = {place: methods for place, methods in places.items() if place[1]} or places
-    colours = dict(zip(dict.fromkeys(line["method"] for line in lines), itertools.cycle(COLOURS), strict=False))
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False).flat
-    for ax, ((testbed, target, budget), methods) in zip(axes, panels.items(), strict=True):
-        ranked = sorted(methods.items(), key=lambda item: -mean(item[1], "test_loss"))
-        for y, (method, runs) in enumerate(ranked):
-            ax.plot([run["test_loss"] for run in runs], [y] * len(runs), "o", color=colours[method], markersize=8)
-            place = (mean(runs, "test_loss"), y)
-            ax.annotate(f"{place[0]:.3f}", place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        for method, runs in everything.get(testbed, {}).items():
-            ax.axvline(mean(runs, "test_loss"), color="#000000", linestyle="--", label=method)
-            ax.legend(fontsize=8)
-        ax.set_yticks(range(len(ranked)), [method for method, _ in ranked])
-        ax.set(xlabel="test loss", ylim=(-0.5, len(ranked) - 0.3))
-        ax.set_title(f"{testbed}\n{target}, {budget:,} parameters", fontsize=9)
-        ax.grid(axis="x", alpha=0.3)
+    panels = {place: {**places.get((place[0], "", 0), {}), **best} for place, best in places.items() if place[1]}
+    figure = Figure(figsize=(1 + 4.5 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True).flat
+    for ax, (place, best) in zip(axes, panels.items(), strict=True):
+        for method, colour, marker in zip(best, itertools.cycle(COLOURS), itertools.cycle("os^vDPX*")):
+            runs = [run for run in lines if run["method"] == method and place_of(run) in (place, (place[0], "", 0))]
+            label = f"{method}: {mean(best[method], 'test_loss'):.3f}"
+            for which, style in ((runs, {"mfc": "none"}), (best[method], {"label": label})):
+                x, y = ([run[f"{text}_loss"] for run in which] for text in ("test", "old"))
+                ax.plot(x, y, marker, color=colour, markersize=8, **style)
+        ax.set(xlabel="test loss, new domain", title=f"{place[0]}\n{place[1]}, {place[2]:,} parameters")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    figure.axes[0].set_ylabel("loss, old domain")
     figure.savefig(path, dpi=120)
 
 
 def put_into(page: Path, name: str, text: str) -> None:
     """Replace what stands between the page's markers."""
-    old = page.read_text()
-    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if not (start in old and end in old):
-        raise SystemExit(f"{page} has no place for {name}: add {start} and {end}.")
-    page.write_text(f"{old.partition(start)[0]}{start}\n{text}\n{end}{old.partition(end)[2]}")
+    start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    before, found, rest = page.read_text().partition(start)
+    if not (found and end in rest):
+        raise SystemExit(f"{page} has no place for {name}: add{start} and{end}".replace("\n", " "))
+    page.write_text(before + start + text + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def run(options: Options) -> dict:
                 except torch.OutOfMemoryError:
                     figure["out_of_memory"] = True
                 bar.update()
-    check_budgets(figures, rank_of(base, options)[1])
+            check_budgets(figures, rank_of(base, options)[1])
     return {"options": asdict(options), "base_parameters": base.num_parameters(), "methods": figures}
 
 

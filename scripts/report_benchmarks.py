@@ -172,7 +172,7 @@ def draw_sweep(result: dict, path: Path) -> None:
     by_name = isinstance(values[0], str)
     places = range(len(values)) if by_name else values
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
-    for axes, quantity in zip(panels, ("time", "FLOPs", "bytes saved for backward"), strict=True):
+    for axes, quantity in zip(panels, ("time", "FLOPs", "saved bytes"), strict=True):
         for method in runs[0]["methods"]:
             colour, marker = STYLES.get(method, ("#999999", "D"))
             points = [(place, _in_floors(run, method, quantity)) for place, run in zip(places, runs, strict=True)]
@@ -190,7 +190,7 @@ def draw_sweep(result: dict, path: Path) -> None:
 
 
 def _in_floors(run: dict, method: str, quantity: str) -> float | None:
-    key = {"FLOPs": "flops", "bytes saved for backward": "saved_bytes"}.get(quantity)
+    key = {"FLOPs": "flops", "saved bytes": "saved_bytes"}.get(quantity)
     quotients = ratios(run, method, "floor")
     if not quotients:
         return None
