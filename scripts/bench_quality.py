@@ -287,11 +287,11 @@ def draw(lines: list[dict], path: Path) -> None:
 
 def put_into(page: Path, name: str, text: str) -> None:
     """Replace what stands between the page's markers."""
-    start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, found, rest = page.read_text().partition(start)
     if not (found and end in rest):
-        raise SystemExit(f"{page} has no place for {name}: add{start} and{end}".replace("\n", " "))
-    page.write_text(before + start + text + end + rest.partition(end)[2])
+        raise SystemExit(f"{page} has no place for {name}: add {start} and {end}.")
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

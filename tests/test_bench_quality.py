@@ -166,11 +166,12 @@ def test_the_report_runs_nothing_and_draws_a_picture(files):
 def test_a_page_gets_the_tables_between_its_markers(files):
     one = line("LoRA", 1e-3, 0, 2.0, 1.5) | {"key": bench_quality.planned(TINY)[0].key}
     (files / "out.jsonl").write_text(json.dumps(one) + "\n")
-    (files / "page.md").write_text("before\n<!-- out -->\nold\n<!-- /out -->\nafter\n")
+    (files / "page.md").write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
+    sweep(files, "--report", "--page", str(files / "page.md"))  # fills the place
     sweep(files, "--report", "--page", str(files / "page.md"))
     page = (files / "page.md").read_text()
     assert page.startswith("before\n<!-- out -->\n1 of 7 runs") and page.endswith("<!-- /out -->\nafter\n")
-    assert "| LoRA |" in page and "old\n" not in page.partition("<!-- /out -->")[0].replace("old domain", "")
+    assert page.count("| LoRA |") == 1
 
 
 # --- files of options ------------------------------------------------------------------------------------------------
