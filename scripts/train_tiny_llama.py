@@ -70,7 +70,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 512}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaForCausalLM(LlamaConfig(len(tokenizer), tie_word_embeddings=True, **shape, **heads, **special))
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **heads, **special)
+    return LlamaForCausalLM(config)
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -80,10 +81,7 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
-    """Drop parts of what is added to the residual stream, where LLaMA itself has no dropout.
-
-    Without it a model knows so small a text by heart after a few epochs, and gets worse at any other.
-    """
+    """Drop parts of what is added to the residual stream, or the model would soon know so small a text by heart."""
     blocks = [block for layer in model.model.layers for block in (layer.self_attn.o_proj, layer.mlp.down_proj)]
     for block in (model.model.embed_tokens, *blocks):
         block.register_forward_hook(lambda block, _, out: torch.dropout(out, probability, block.training))
@@ -92,8 +90,7 @@ def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, sequences: torch.Tensor) -> float:
     """Give the mean loss per token."""
-    losses = [model.eval()(input_ids=batch, labels=batch).loss * len(batch) for batch in sequences.split(16)]
-    return (sum(losses) / len(sequences)).item()
+    return sum(model.eval()(input_ids=x, labels=x).loss.item() * len(x) for x in sequences.split(16)) / len(sequences)
 
 
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, options: Settings) -> list[tuple]:
