@@ -43,7 +43,7 @@ class Options:
         "or `instruction`, perhaps `input`, and `output`, and then just the output is learnt"
     )
     old_data: str | None = _help("what not to forget: like data, but only evaluated", default=None)
-    methods: str = _help("smt, lora, or one after the other: smt,lora", default="smt")
+    methods: str = _help("smt, lora, full, or one after the other: smt,lora", default="smt")
     smt: str = _help("options of SMTConfig, a mapping", default="{}")
     lora: str = _help("options of LoraConfig, a mapping", default="{}")
     lora_learning_rate: float | None = _help("learning_rate for LoRA, if another", default=None)
@@ -54,8 +54,8 @@ class Options:
 
     def __post_init__(self) -> None:
         self.smt, self.lora = yaml.safe_load(self.smt), yaml.safe_load(self.lora)
-        if set(self.methods.split(",")) - {"smt", "lora"}:
-            raise SystemExit(f"methods is {self.methods!r}; it can be smt, lora or smt,lora")
+        if set(self.methods.split(",")) - {"smt", "lora", "full"}:
+            raise SystemExit(f"methods is {self.methods!r}; it can be smt, lora, full, or several, as in smt,lora")
 
 
 def parse(argv: list[str]) -> tuple[Options, TrainingArguments]:
@@ -115,18 +115,17 @@ def load_model(options: Options) -> torch.nn.Module:
 
 
 def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict) -> dict:
-    """Train one adapter, save it, check it, and give its numbers."""
+    """Train one adapter, or all weights, save, check, and give the numbers."""
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir, method))
     args.eval_on_start = True  # Trainer.evaluate() before train() would leave the model out of DDP
     transformers.set_seed(args.seed)
-    warmup = SMTWarmupCallback()
+    warmup, model = SMTWarmupCallback(), load_model(options)
     if method == "smt":
-        config, callbacks = SMTConfig(task_type="CAUSAL_LM", **options.smt), [warmup]
-    else:
-        config, callbacks = LoraConfig(task_type="CAUSAL_LM", **options.lora), []
+        model = get_peft_model(model, SMTConfig(task_type="CAUSAL_LM", **options.smt))
+    elif method == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options.lora))
         args.learning_rate = options.lora_learning_rate or args.learning_rate
-    model = get_peft_model(load_model(options), config)
     trainer = Trainer(
         model,
         args,
@@ -134,7 +133,7 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
         eval_dataset=test,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[warmup] if method == "smt" else [],
     )
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     after = trainer.evaluate()
@@ -142,7 +141,8 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
     if warmup.selection and trainer.is_world_process_zero():
         plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
     trainer.accelerator.wait_for_everyone()
-    numbers = {"parameters": model.get_nb_trainable_parameters()[0], "seconds": run["train_runtime"]}
+    parameters = (getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    numbers = {"parameters": sum(parameters), "seconds": run["train_runtime"]}
     before = {key: value for entry in reversed(trainer.state.log_history) for key, value in entry.items()}
     numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -150,19 +150,23 @@ def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer:
 
 
 @torch.no_grad()
-def check(trained: PeftModel, options: Options, adapter: str, tokenizer: Any) -> dict:
-    """Compare the trained model with the saved adapter, loaded and then merged; write text before and after."""
+def check(trained: torch.nn.Module, options: Options, saved: str, tokenizer: Any) -> dict:
+    """Compare the trained model with what was saved, loaded and then merged; write text before and after."""
     inputs = dict(tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(trained.device))
     logits = trained.eval()(**inputs).logits
-    reloaded = PeftModel.from_pretrained(load_model(options), adapter).to(trained.device)
-    errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
-    errors["merged"] = (reloaded.merge_and_unload()(**inputs).logits - logits).abs().max().item()
+    base = load_model(options).to(trained.device)
+    wanted = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    outputs = [base.generate(**inputs, **wanted)[0], trained.generate(**inputs, **wanted)[0]]
+    if isinstance(trained, PeftModel):
+        reloaded = PeftModel.from_pretrained(base, saved)
+        errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
+        errors["merged"] = (reloaded.merge_and_unload()(**inputs).logits - logits).abs().max().item()
+    else:
+        reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype=trained.dtype).to(trained.device)
+        errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
     if max(errors.values()) > torch.finfo(trained.dtype).eps ** 0.5 * logits.abs().max():
-        raise RuntimeError(f"the logits of {adapter} are off those of the trained model by {errors}")
-    inputs |= {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
-    with trained.disable_adapter():
-        before = trained.generate(**inputs)
-    texts = tokenizer.batch_decode([before[0], trained.generate(**inputs)[0]], skip_special_tokens=True)
+        raise RuntimeError(f"the logits of {saved} are off those of the trained model by {errors}")
+    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
     return {"logits_off_by": errors, "text_before": texts[0], "text_after": texts[1]}
 
 
