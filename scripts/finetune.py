@@ -155,7 +155,7 @@ def check(trained: torch.nn.Module, options: Options, saved: str, tokenizer: Any
     inputs = dict(tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(trained.device))
     logits = trained.eval()(**inputs).logits
     base = load_model(options).to(trained.device)
-    wanted = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    wanted = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.15}
     outputs = [base.generate(**inputs, **wanted)[0], trained.generate(**inputs, **wanted)[0]]
     if isinstance(trained, PeftModel):
         reloaded = PeftModel.from_pretrained(base, saved)

@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # for so small a model, threads cost more than they bring
 exec .venv/bin/python scripts/finetune.py --config configs/quickstart.yaml "$@"

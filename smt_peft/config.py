@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 from peft import PeftConfig, PeftType
@@ -14,7 +15,16 @@ Accumulation = Literal["absolute", "signed"]
 Bias = Literal["none", "all", "smt_only"]
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
-NEEDS_WARMUP = ("gradient", "activation")
+HOW_TO_LOAD = """
+## How to load this adapter
+
+```python
+import smt_peft  # pip install smt-peft; registers SMT with PEFT (without it: KeyError: 'SMT')
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this folder or repository")
+```
+"""
 
 
 @dataclass
@@ -116,6 +126,14 @@ class SMTConfig(PeftConfig):
                 name: " ".join(f"{row},{col}" for row, col in blocks) for name, blocks in self.selected_blocks.items()
             }
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Also tell readers of the model card the one import that loading needs; PEFT cannot name it in its error."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and "import smt_peft" not in card.read_text(encoding="utf-8"):
+            with card.open("a", encoding="utf-8") as file:
+                file.write(HOW_TO_LOAD)
 
     def _check_choices(self) -> None:
         choices = {"selection": Selection, "scope": Scope, "score": Score, "accumulation": Accumulation, "bias": Bias}

@@ -196,3 +196,10 @@ def test_the_adapter_of_a_plain_transformers_model_saves_loads_and_switches(llam
     assert torch.equal(logits(base), expected)
     base.delete_adapter("again")
     assert torch.equal(logits(base), plain)
+
+
+def test_the_model_card_shows_the_import_that_loading_needs_once(llama, tmp_path):
+    model = wrap(llama)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("import smt_peft") == 1
