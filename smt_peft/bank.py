@@ -204,3 +204,4 @@ def _refuse_other_checkpoints(bank: DeltaBank, state_dict: dict, prefix: str, *_
 
 def _forget_plan(bank: DeltaBank, *_: object) -> None:
     bank._plan = None
+    bank.index = bank.index.int()  # files hold int16 where that suffices, and some loaders keep a file's dtype

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-# What a consumer does with a finished pair: (dy [tokens, out], kept pieces of x, each [tokens, columns * width]).
-Consume = Callable[[torch.Tensor, "torch.Tensor"], None]
+# What a consumer does with a finished pair: (dy [tokens, out], the kept columns of x [tokens, columns * width]).
+Consume = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class Anchor(torch.autograd.Function):

@@ -58,7 +58,7 @@ def test_auto_classes_load_base_and_adapter(llama, logits, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
 
 
-@pytest.mark.parametrize("block_size", [32, 64])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
 def test_the_file_holds_the_values_and_hardly_anything_else(make_llama, tmp_path, block_size):
     big = make_llama(hidden_size=256, num_attention_heads=4, num_key_value_heads=2)
     wrap(big, block_size=block_size, num_blocks=20).save_pretrained(tmp_path)
