@@ -70,6 +70,7 @@ class Options:
     sweep: str | None = field(default=None, metadata={"help": "option to vary: one run for each of `values`"})
     values: list[str] = field(default_factory=list)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    rehearse: bool = field(default=False, metadata={"help": "run the setting at toy size on CPU"})
 
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -94,6 +95,9 @@ SETTINGS = {
     "sizes": {**GPU_SWEEP, "sweep": "shape", "values": ["llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-13b"],
               "trainable_ratio": 0.0086, "target_modules": QKV, "batch_size": 1},
 }  # fmt: skip
+TOY = {"shape": "tiny", "trainable_ratio": None, "rank": 16, "block_size": 16, "batch_size": 1, "tokens": 32,
+       "steps": 2, "rounds": 1, "device": "cpu"}  # fmt: skip
+TOY_VALUES = {"trainable_ratio": ["0.05"], "block_size": ["8", "16"], "tokens": ["16", "32"], "shape": ["tiny"]}
 
 
 def main() -> None:
@@ -103,6 +107,8 @@ def main() -> None:
         raise SystemExit(f"--setting {setting} is not one of {', '.join(SETTINGS)}.")
     parser.set_defaults(**SETTINGS[setting])
     (options,) = parser.parse_args_into_dataclasses()
+    if options.rehearse:
+        options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, []))
     kind = {"trainable_ratio": float, "shape": str}.get(options.sweep, int)
     points = [replace(options, **{options.sweep: kind(value)}) for value in options.values] or [options]
     result = {**header(options.device), "sweep": options.sweep, "runs": [run(point) for point in points]}

@@ -1,6 +1,6 @@
 """Turns the JSON files of docs/results into the tables of docs/benchmarks.md and the pictures beside them.
 
-    python scripts/report_benchmarks.py
+    python scripts/report_benchmarks.py [folder with benchmarks.md and results/; default: docs]
 
 A table goes between the markers `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of the JSON file. Markers
 without a file stay as they are; a file named training_* or ops_* without markers is an error.
@@ -9,11 +9,11 @@ without a file stay as they are; a file named training_* or ops_* without marker
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from statistics import median, quantiles
 
 DOCS = Path(__file__).parents[1] / "docs"
-RESULTS = DOCS / "results"
 # Okabe and Ito's colours, which colour-blind people can tell apart; the marker says the same once more.
 STYLES = {
     "floor": ("#000000", "_"),
@@ -24,20 +24,20 @@ STYLES = {
 }
 
 
-def main() -> None:
-    page = (DOCS / "benchmarks.md").read_text()
-    for path in sorted([*RESULTS.glob("training_*.json"), *RESULTS.glob("ops_*.json")]):
+def main(docs: Path) -> None:
+    page = (docs / "benchmarks.md").read_text()
+    for path in sorted([*docs.glob("results/training_*.json"), *docs.glob("results/ops_*.json")]):
         result = json.loads(path.read_text())
         table = ops_table(result) if "ops" in result else training_table(result)
         start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
         if not (start in page and end in page):
-            raise SystemExit(f"docs/benchmarks.md has no place for {path.name}: add {start} and {end}.")
+            raise SystemExit(f"{docs}/benchmarks.md has no place for {path.name}: add {start} and {end}.")
         before, after = page.partition(start)[0], page.partition(end)[2]
         page = f"{before}{start}\n{provenance(result)}{table}\n{end}{after}"
         if "ops" not in result:
             (draw_sweep if result["sweep"] else draw_methods)(result, path.with_suffix(".png"))
         print(path.stem)
-    (DOCS / "benchmarks.md").write_text(page)
+    (docs / "benchmarks.md").write_text(page)
 
 
 def provenance(result: dict) -> str:
@@ -208,4 +208,4 @@ def _finish(figure, result: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
