@@ -13,7 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
+from smt_peft.diagnostics import GradientNorms, report_additive
 from smt_peft.warmup import find_adapter, select_blocks
+
+OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its scale
 
 
 class SMTWarmupCallback(TrainerCallback):
@@ -21,7 +24,8 @@ class SMTWarmupCallback(TrainerCallback):
 
     It goes through the training data's first batches with the Trainer's own loss (label smoothing,
     compute_loss_func, TRL's losses); the batches that follow in training are the same as without it. A summary of
-    where the selected blocks are is printed on the main process.
+    where the selected blocks are is printed on the main process. Afterwards it watches the gradient norms in the
+    Trainer's log, and warns where one is not finite or leaps.
 
     Args:
         adapter_name: which adapter to select for.
@@ -33,13 +37,16 @@ class SMTWarmupCallback(TrainerCallback):
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         self.selection = None
+        self._norms = GradientNorms()
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        _, bank, _ = find_adapter(model, self.adapter_name)
+        root, bank, _ = find_adapter(model, self.adapter_name)
+        self._norms = GradientNorms(patience=OVERFLOWS if args.fp16 else 0)
         trainer, resumed = _calling_trainer()
         if resumed:
             _refuse_half_written(resumed, args)
         if bank.is_selected:
+            report_additive(root, self.adapter_name)
             return
         loss_function, scale = None, 1.0
         if trainer is not None:
@@ -58,6 +65,10 @@ class SMTWarmupCallback(TrainerCallback):
             )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and logs.get("grad_norm") is not None:
+            self._norms.watch(state.global_step, float(logs["grad_norm"]))
 
 
 # What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).

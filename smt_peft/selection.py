@@ -102,6 +102,7 @@ class Selection:
         index: int32 [num_blocks, 3] of (position in `names`, block row, block column).
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
         batches: batches that were looked at; `skipped` of them had a non-finite loss or gradient.
+        batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
     """
 
     names: list[str]
@@ -110,6 +111,7 @@ class Selection:
     scores: list[torch.Tensor] | None = None
     batches: int = 0
     skipped: int = 0
+    batch_scores: list[float] | None = None
 
     def blocks(self) -> dict[str, list[list[int]]]:
         """Module name -> [[block row, block column], ...], as `SMTConfig.selected_blocks`."""
@@ -120,17 +122,32 @@ class Selection:
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (the last part of the module's name), most first."""
-        counts = Counter({name.rpartition(".")[2]: 0 for name in self.names})
-        counts.update(self.names[target].rpartition(".")[2] for target in self.index[:, 0].tolist())
+        counts = Counter({layer_and_type(name)[1]: 0 for name in self.names})
+        counts.update(layer_and_type(self.names[target])[1] for target in self.index[:, 0].tolist())
         return dict(counts.most_common())
 
     def counts_by_layer(self) -> dict[str, int]:
         """Blocks per layer number (the first number in the module's name)."""
-        counts: Counter[str] = Counter()
-        for target in self.index[:, 0].tolist():
-            number = re.search(r"\.(\d+)\.", f".{self.names[target]}.")
-            counts[number.group(1) if number else "-"] += 1
-        return dict(sorted(counts.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1))
+        layers = Counter(layer_and_type(self.names[target])[0] for target in self.index[:, 0].tolist())
+        in_order = sorted(layers, key=lambda layer: -1 if layer is None else layer)
+        return {"-" if layer is None else str(layer): layers[layer] for layer in in_order}
+
+    def overlap(self, other: Selection) -> float:
+        """Share of the blocks that both have, by module name: |A and B| / max(|A|, |B|).
+
+        Raises:
+            ValueError: where the block sizes differ, so that no block is the same.
+        """
+        if self.block_size != other.block_size:
+            raise ValueError(
+                f"Blocks of {self.block_size} x {self.block_size} and of {other.block_size} x {other.block_size} "
+                "cannot be compared; select both with the same block_size."
+            )
+        ours, theirs = (
+            {(name, *block) for name, blocks in selection.blocks().items() for block in blocks}
+            for selection in (self, other)
+        )
+        return len(ours & theirs) / max(len(ours), len(theirs))
 
     def summary(self) -> str:
         """A few lines to print: where the blocks are."""
@@ -147,3 +164,9 @@ class Selection:
             skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
             lines.append(f"  from {self.batches} batches{skipped}")
         return "\n".join(lines)
+
+
+def layer_and_type(name: str) -> tuple[int | None, str]:
+    """A module's layer, the first number in its name, and its type, the last part."""
+    number = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(number.group(1)) if number else None, name.rpartition(".")[2]

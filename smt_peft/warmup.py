@@ -8,6 +8,7 @@ weight, so quantised and sharded models work, and memory is one float per block.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
+from smt_peft.diagnostics import report_additive, warn_of_concentration, warn_of_dominant_batch
 from smt_peft.root import SMTRoot
 from smt_peft.selection import Selection, select
 from smt_peft.tape import Record, Tape, as_matrix
@@ -41,7 +43,12 @@ class ScoreCollector:
         self._of = {id(layer): i for i, layer in enumerate(layers)}
         self._batch: list[torch.Tensor | None] = [None] * len(layers)
         self._sums: list[torch.Tensor | None] = [None] * len(layers)
-        self.batches = self.skipped = 0
+        self.skipped = 0
+        self._totals: list[float] = []  # of each batch's scores; 0 where it was left out
+
+    @property
+    def batches(self) -> int:
+        return len(self._totals)
 
     def wants(self, layer: nn.Module) -> bool:
         return id(layer) in self._of
@@ -83,8 +90,9 @@ class ScoreCollector:
     def end_batch(self) -> bool:
         """Take the batch's scores over; False where they were not finite."""
         new, self._batch = self._batch, [None] * len(self.layers)
-        self.batches += 1
-        finite = all(bool(torch.isfinite(scores.sum())) for scores in _on_one_device(new))
+        total = sum(_totals(new)) / self.scale
+        finite = math.isfinite(total)
+        self._totals.append(total if finite else 0.0)
         if not finite:
             self.skipped += 1
             return False
@@ -112,6 +120,10 @@ class ScoreCollector:
             sums.append(total)
         used = int(_sum_over_ranks(torch.tensor(float(used), device=sums[0].device)))
         return [total / max(used, 1) for total in sums]
+
+    def batch_scores(self) -> list[float]:
+        """Per batch, the sum of its scores ('signed': of its |gradients|) over all ranks; 0 where it was left out."""
+        return _sum_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
 
 
 class ActivationCollector(ScoreCollector):
@@ -170,14 +182,19 @@ def select_blocks(
     scores = collector.scores()
     index = select(scores, bank.groups, config.scope)
     apply_selection(model, adapter_name, index)
-    return Selection(
+    selection = Selection(
         [target.name for target in bank.targets],
         bank.block_size,
         bank.index.cpu(),
         [score.float().cpu() for score in scores],
         collector.batches,
         collector.skipped,
+        collector.batch_scores(),
     )
+    warn_of_dominant_batch(selection)
+    warn_of_concentration(selection, bank.groups)
+    report_additive(root, adapter_name)
+    return selection
 
 
 def find_adapter(model: nn.Module, adapter_name: str) -> tuple[SMTRoot, DeltaBank, object]:
@@ -284,13 +301,13 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(states[1])
 
 
-def _on_one_device(scores: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """One sum per device, so that a batch costs one look at the device."""
+def _totals(scores: list[torch.Tensor | None]) -> list[float]:
+    """The sum of |score| on each device, so that a batch costs one look at the device."""
     sums: dict[torch.device, torch.Tensor] = {}
     for score in scores:
         if score is not None:
-            sums[score.device] = sums.get(score.device, 0) + score.sum()
-    return list(sums.values())
+            sums[score.device] = sums.get(score.device, 0) + torch.linalg.vector_norm(score, 1)
+    return [total.item() for total in sums.values()]
 
 
 def _sum_over_ranks(scores: torch.Tensor) -> torch.Tensor:

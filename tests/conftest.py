@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,18 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no folder {path} with models and data; set SMT_SHARED to one")
     return path
+
+
+@pytest.fixture(scope="session")
+def short(shared, tmp_path_factory) -> Path:
+    """A folder like `shared` with the smallest model and texts cut short."""
+    folder = tmp_path_factory.mktemp("shared")
+    for name in ("train_v1_lowercase", "train_v2_gpt4", "valid"):
+        file = folder / f"data/tinystories/{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join((shared / f"data/tinystories/{name}.jsonl").open().readlines()[:40]))
+    shutil.copytree(shared / "models/stories260K", folder / "models/stories260K")
+    return folder
 
 
 @pytest.fixture

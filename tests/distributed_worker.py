@@ -239,6 +239,7 @@ def outcome(trainer: Trainer) -> dict:
         "optimizer_dtypes": {v.dtype for s in optimizer.values() for v in s.values() if torch.is_tensor(v)},
         "index": bank.index.clone(),
         "scores": warmup.scores if warmup is not None else None,
+        "batch_scores": warmup.batch_scores if warmup is not None else None,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "base_elements": sum(getattr(p, "ds_numel", p.numel()) for p in frozen),
         "local_base_elements": sum(local_elements(p) for p in frozen),

@@ -62,6 +62,14 @@ def test_the_selection_is_that_of_one_process_on_every_rank(ran, backend, cell):
             torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_score_of_a_batch_counts_what_every_rank_saw(ran, backend):
+    (single,) = outcomes(ran, "single", "none-1")
+    pairs = torch.tensor(single["batch_scores"]).view(-1, 2).sum(1).tolist()  # the ranks take turns
+    for rank in outcomes(ran, backend, "none-1"):
+        assert rank["batch_scores"] == pytest.approx(pairs, rel=1e-4)
+
+
 @pytest.mark.parametrize("cell", [*MATRIX, "uneven"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_final_delta_is_that_of_one_process_on_every_rank(ran, backend, cell):

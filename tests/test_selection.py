@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smt_peft import SMTConfig, select_blocks
+from smt_peft import Selection, SMTConfig, select_blocks
 from smt_peft.selection import apportion, select
 
 
@@ -85,3 +85,24 @@ def test_scores_that_are_not_finite_cannot_be_ranked():
 )
 def test_apportion_gives_whole_shares_in_proportion(total, sizes, shares):
     assert apportion(total, sizes) == shares
+
+
+def test_overlap_is_the_share_of_common_blocks_by_name():
+    one = Selection(["a", "b"], 16, torch.tensor([[0, 0, 0], [0, 1, 2], [1, 0, 0], [1, 2, 1]]))
+    other = Selection(
+        ["b", "c", "a"], 16, torch.tensor([[0, 2, 1], [1, 0, 0], [2, 1, 2]])
+    )  # a 1,2 and b 2,1 are there
+    assert one.overlap(other) == other.overlap(one) == 2 / 4
+    assert one.overlap(one) == 1
+
+
+def test_blocks_of_other_sizes_do_not_overlap():
+    one, other = (Selection(["a"], size, torch.tensor([[0, 0, 0]])) for size in (16, 32))
+    with pytest.raises(ValueError, match=r"16 x 16 and of 32 x 32.*same block_size"):
+        one.overlap(other)
+
+
+def test_layers_are_counted_in_their_order_and_what_is_outside_of_them_first():
+    names = ["layers.10.mlp", "head", "layers.2.mlp"]
+    selection = Selection(names, 16, torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [2, 0, 1]]))
+    assert list(selection.counts_by_layer().items()) == [("-", 1), ("2", 2), ("10", 1)]

@@ -114,6 +114,29 @@ def test_the_signed_score_of_a_module_used_twice_is_that_of_its_whole_gradient()
     torch.testing.assert_close(selection.scores[0], expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_score_of_a_batch_is_the_sum_of_its_blocks_scores(llama, batches, scale):
+    base, model = deepcopy(llama), wrap(llama)
+    selection = warm_up(
+        model, [{**batches[0], "broken": True}, *batches[1:]], loss_function=with_broken, loss_scale=scale
+    )
+    gradients = dense_gradients(base, selection.names, batches)
+    sums = [
+        sum(expected_scores([g], n, "abs_mean", "absolute").sum().item() for n in selection.names) for g in gradients
+    ]
+    assert selection.batch_scores == pytest.approx([0.0, *sums[1:]], rel=1e-4)
+
+
+@pytest.mark.parametrize("score", ["abs_mean", "mean_abs"])
+def test_the_score_of_a_batch_whose_signed_gradients_are_summed_is_their_size(llama, batches, score):
+    base, model = deepcopy(llama), wrap(llama, accumulation="signed", score=score)
+    selection = warm_up(model, batches)
+    size = SCORES["l1"] if score == "abs_mean" else lambda g: g.sum((1, 3)).abs()
+    for found, gradients in zip(selection.batch_scores, dense_gradients(base, selection.names, batches), strict=True):
+        grids = [g.unflatten(1, (-1, SIZE)).unflatten(0, (-1, SIZE)) for g in gradients.values()]
+        assert found == pytest.approx(sum(size(grid).sum().item() for grid in grids), rel=1e-4)
+
+
 # --- what it leaves alone --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,281 @@
+"""What goes wrong without an error is said once, with the value, the fact and the way out."""
+
+import logging
+import math
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import cpu_offload
+from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
+from smt_peft.diagnostics import GradientNorms, report_additive
+
+
+def wrap(base, **options):
+    return get_peft_model(base, SMTConfig(**{"block_size": 16, "num_blocks": 12, "warmup_steps": 4, **options}))
+
+
+def warned_of(action) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def warm_up(model, batches, **options) -> list[str]:
+    return warned_of(lambda: select_blocks(model, batches, progress_bar=False, **options))
+
+
+def additive_warnings(model) -> list[str]:
+    return warned_of(lambda: report_additive(model.base_model.model.smt_bank, "default"))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    def make(**options) -> TrainingArguments:
+        quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+        return TrainingArguments(
+            str(tmp_path), **{**quiet, "max_steps": 3, "per_device_train_batch_size": 2, **options}
+        )
+
+    return make
+
+
+@pytest.fixture
+def trainer(arguments, batches):
+    """A Trainer for a model with an adapter."""
+    rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch["input_ids"]]
+
+    def make(model, **options) -> Trainer:
+        return Trainer(model, arguments(**options), None, rows, callbacks=[SMTWarmupCallback()])
+
+    return make
+
+
+def test_nothing_is_said_where_nothing_is_wrong(llama, trainer, caplog):
+    caplog.set_level(logging.INFO, "smt_peft")
+    run = trainer(wrap(llama, num_blocks=30), logging_steps=1)
+    assert warned_of(run.train) == []
+    assert not caplog.records
+
+
+# --- layers that are additive ------------------------------------------------------------------------------------
+
+
+def share_one_weight(llama) -> None:
+    """Let layer 1's K be layer 0's: two of six targets."""
+    llama.model.layers[1].self_attn.k_proj.weight = llama.model.layers[0].self_attn.k_proj.weight
+
+
+def test_shared_weights_are_named_in_one_warning(llama, batches):
+    share_one_weight(llama)
+    model = wrap(llama, scope="module", num_blocks=16)
+    [message] = warm_up(model, batches)
+    assert "2 of 6 layers with selected blocks are additive" in message
+    assert "2 shared with another module (model.layers.0.self_attn.k_proj, ...)" in message
+    assert "leave such modules out of target_modules" in message
+
+
+def test_the_way_out_for_shared_weights_is_one(llama, batches):
+    share_one_weight(llama)
+    assert warm_up(wrap(llama, target_modules=["q_proj", "v_proj"]), batches) == []
+
+
+def test_additive_layers_without_selected_blocks_cost_nothing(llama):
+    share_one_weight(llama)
+    blocks = {"model.layers.0.self_attn.q_proj": [[0, 0]]}
+    assert additive_warnings(wrap(llama, num_blocks=None, selected_blocks=blocks)) == []
+
+
+def test_an_offloaded_model_is_named_with_its_way_out(llama, batches):
+    cpu_offload(llama, execution_device=torch.device("cpu"))
+    [message] = warm_up(wrap(llama, scope="module", num_blocks=16), batches)
+    assert "6 of 6 layers" in message and "accelerate's device_map or offloading" in message
+    assert "load the model onto one device" in message
+
+
+def test_training_says_it_too_where_no_warm_up_is_needed(llama, trainer):
+    share_one_weight(llama)
+    run = trainer(wrap(llama, selection="random", num_blocks=60))
+    [message] = [text for text in warned_of(run.train) if "additive" in text]
+    assert "2 of 6 layers" in message
+
+
+def test_training_with_a_warm_up_says_it_once(llama, trainer):
+    share_one_weight(llama)
+    run = trainer(wrap(llama, scope="module", num_blocks=16))
+    assert len([text for text in warned_of(run.train) if "additive" in text]) == 1
+
+
+def test_sharded_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, caplog):
+    model = wrap(llama, selection="random", num_blocks=60)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in llama.model.layers:
+            fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
+        caplog.set_level(logging.INFO, "smt_peft")
+        assert additive_warnings(model) == []
+    finally:
+        dist.destroy_process_group()
+    [record] = caplog.records
+    assert "6 of 6 layers" in record.message and "6 sharded by FSDP2 or ZeRO-3" in record.message
+
+
+def test_quantised_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, batches, caplog):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in llama.model.layers:
+        plain = layer.self_attn.q_proj
+        quantised = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        quantised.load_state_dict(plain.state_dict())
+        layer.self_attn.q_proj = quantised.to("cpu")
+    caplog.set_level(logging.INFO, "smt_peft")
+    assert warm_up(wrap(llama, scope="module", num_blocks=16), batches) == []
+    [record] = caplog.records
+    assert "2 of 6 layers" in record.message and "2 quantised (model.layers.0" in record.message
+
+
+# --- a budget in one module type ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_v(llama):
+    """Q and K are zero, so that neither gets a gradient: every block that is worth training is in V."""
+    for layer in llama.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+        layer.self_attn.k_proj.weight.data.zero_()
+    return llama
+
+
+def test_a_budget_in_one_module_type_is_named(only_v, batches):
+    [message] = warm_up(wrap(only_v, block_size=8, num_blocks=40), batches)
+    assert "100 % of 40 selected blocks are in v_proj, which has 25 % of the blocks that competed" in message
+    assert "scope='module'" in message and "num_blocks_pattern" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "module"},
+        {"target_modules": ["v_proj"]},
+        {"num_blocks": 5},
+        {"num_blocks": 160},
+        {"target_modules": ["v_proj", "o_proj"], "num_blocks_pattern": {"v_proj": 40}},
+    ],
+    ids=["every matrix has its share", "one type", "few blocks", "more than V has", "a budget of its own"],
+)
+def test_a_budget_that_no_ranking_put_there_is_not(only_v, batches, options):
+    assert warm_up(wrap(only_v, **{"block_size": 8, "num_blocks": 40, **options}), batches) == []
+
+
+# --- scores from one batch ---------------------------------------------------------------------------------------
+
+
+def louder(factor: float):
+    """The model's loss, `factor` times it in the third batch."""
+    seen = []
+
+    def loss(model, batch):
+        seen.append(batch)
+        return model(**batch).loss * (factor if len(seen) == 3 else 1)
+
+    return loss
+
+
+def test_a_batch_with_most_of_the_scores_is_named(llama, batches):
+    quiet = select_blocks(wrap(deepcopy(llama)), batches, progress_bar=False).batch_scores
+    quiet[2] *= 10
+    [message] = warm_up(wrap(llama), batches, loss_function=louder(10))
+    assert f"Batch 3 of 4 in the warm-up has {100 * quiet[2] / sum(quiet):.0f} % of all scores" in message
+    assert "Look at its data" in message
+
+
+@pytest.mark.parametrize("steps, factor", [(4, 1.5), (3, 100)], ids=["less than half", "too few batches"])
+def test_a_batch_that_need_not_be_an_outlier_is_not(llama, batches, steps, factor):
+    assert warm_up(wrap(llama, warmup_steps=steps), batches, loss_function=louder(factor)) == []
+
+
+@pytest.mark.parametrize("score", ["abs_mean", "mean_abs"])
+def test_signed_scores_are_watched_too(llama, batches, score):
+    model = wrap(llama, accumulation="signed", score=score)
+    [message] = warm_up(model, batches, loss_function=louder(100))
+    assert "Batch 3 of 4" in message
+
+
+def test_activations_are_watched_too(llama, batches):
+    llama.model.embed_tokens.weight.data[:2] = 0  # what norms make of zeros is zero
+    silent = {"input_ids": torch.ones(2, 8, dtype=torch.long)}
+    model = wrap(llama, selection="activation")
+    data = [silent, silent, batches[0], silent]
+    [message] = warm_up(model, data, loss_function=lambda model, batch: model(**batch).logits.sum())
+    assert "Batch 3 of 4 in the warm-up has 100 % of all scores" in message
+
+
+# --- gradient norms ----------------------------------------------------------------------------------------------
+
+
+def watch(arguments, model, norms, **options) -> list[str]:
+    """What the callback says about the norms of steps 1, 2, ..."""
+    callback, control, state = SMTWarmupCallback(), TrainerControl(), TrainerState()
+
+    def run():
+        callback.on_train_begin(arguments(**options), state, control, model=model)
+        for norm in norms:
+            state.global_step += 1
+            callback.on_log(None, state, control, logs={"loss": 1.0, "grad_norm": norm})
+        callback.on_log(None, state, control, logs={"eval_loss": 1.0})
+        callback.on_log(None, state, control)
+
+    return warned_of(run)
+
+
+@pytest.fixture
+def selected(llama):
+    return wrap(llama, selection="random")
+
+
+@pytest.mark.parametrize("norm, shown", [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_norm_that_is_not_finite_is_named_once(arguments, selected, norm, shown):
+    [message] = watch(arguments, selected, [2.0, 1.0, norm, norm, norm])
+    assert f"The gradient norm is {shown} at step 3" in message and "Lower the learning rate" in message
+
+
+def test_a_leap_is_named_once_with_the_median(arguments, selected):
+    [message] = watch(arguments, selected, [2.0, 4.0, 3.0, 5.0, 1.0, 301.0, 9999.0])
+    assert "The gradient norm is 301 at step 6, after a median of 3:" in message and "max_grad_norm" in message
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [[2.0, 4.0, 3.0, 5.0, 1.0, 299.0], [1.0, 1.0, 1.0, 1.0, 1000.0], [0.0] * 6 + [1.0], [1000.0, 1.0] * 6],
+    ids=["below", "too early to say", "after zeros", "noise from the start"],
+)
+def test_norms_that_are_no_leap_are_not(arguments, selected, norms):
+    assert watch(arguments, selected, norms) == []
+
+
+def test_single_overflows_of_float16_are_left_to_the_loss_scaler(arguments, selected):
+    overflows = [math.inf] * 10
+    assert watch(arguments, selected, [*overflows, 1.0, *overflows], fp16=True) == []
+    [message] = watch(arguments, selected, [*overflows, math.inf], fp16=True)
+    assert "inf at step 11" in message
+
+
+def test_a_trainer_that_diverges_is_named(selected, trainer):
+    run = trainer(selected, learning_rate=1e30, logging_steps=1)
+    [message] = [text for text in warned_of(run.train) if "gradient norm" in text]
+    logged = {entry["step"]: entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry}
+    first = next(step for step, norm in logged.items() if not math.isfinite(norm))
+    assert f"at step {first}" in message
+
+
+def test_only_the_main_process_of_a_distributed_run_speaks(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for rank, messages in ((0, 1), (1, 0)):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert len(warned_of(lambda: GradientNorms().watch(1, math.nan))) == messages
