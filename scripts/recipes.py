@@ -1,0 +1,204 @@
+"""What a method of the quality study does to a model: its adapter, its blocks, its optimizer.
+
+Options of a method that `SMTConfig` and PEFT's configs do not have stand in `Recipe`. Research lives here: what shows
+itself better moves into the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from peft import LoraConfig, MissConfig, ShiraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from smt_peft import SMTConfig, select_blocks
+from smt_peft.optimizers import BlockMuon
+from smt_peft.selection import Selection, select
+from smt_peft.warmup import apply_selection, find_adapter
+
+RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}
+TYPES = ("smt", "full", "dense", *RANKED)  # dense: the target weights whole
+RANKINGS = ("score", "module_rms", "adam", "weight")
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": BlockMuon}
+
+
+@dataclass
+class Recipe:
+    """A method of a study.
+
+    Attributes:
+        type: one of TYPES.
+        warmup_testbed: select on this testbed's data instead of the run's own.
+        ranking: what blocks are ranked by. 'module_rms': the score divided by the root mean square of its module's
+            scores. 'adam': the first-order decrease of the loss under an Adam step, sum of (E g)^2 / sqrt(E g^2), from
+            the block's l2 norms. 'weight': the score times the block's mean |w|.
+        tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
+        quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
+        lora_share: share of the budget that becomes LoRA factors on the same modules.
+        restart: {step, keep}: a second selection at this step, the first delta kept in the weights or dropped.
+        optimizer: "adamw" or "muon".
+        optimizer_options: of that optimizer.
+        block_scale: 'weight_rms' scales each block's updates by the root mean square of its module's weight over
+            that of all modules.
+        config: everything else, for the method's config.
+    """
+
+    type: str
+    warmup_testbed: str | None = None
+    ranking: str = "score"
+    tile: list[int] | None = None
+    quantile: list[float] | None = None
+    lora_share: float = 0.0
+    restart: dict | None = None
+    optimizer: str = "adamw"
+    optimizer_options: dict = field(default_factory=dict)
+    block_scale: str | None = None
+    config: dict = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, settings: dict) -> Recipe:
+        own = {f.name for f in fields(cls)} - {"config"}
+        given = {key: value for key, value in settings.items() if key in own}
+        recipe = cls(**given, config={key: value for key, value in settings.items() if key not in own})
+        for name, allowed in {"type": TYPES, "ranking": RANKINGS, "optimizer": OPTIMIZERS}.items():
+            if getattr(recipe, name) not in allowed:
+                raise SystemExit(f"{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}.")
+        return recipe
+
+    @property
+    def needs_warmup(self) -> bool:
+        return self.type == "smt" and self.config.get("selection", "gradient") in ("gradient", "activation")
+
+
+def adapted(recipe: Recipe, model: nn.Module, modules: str, budget: int, seed: int, save: list[str] | None):
+    """The model with a method's adapter: the rank whose number of parameters is nearest to the budget.
+
+    Args:
+        modules: target modules as JSON: a list of names, or "all-linear".
+        save: modules that are trained whole, such as a new classifier; not counted in the budget.
+    """
+    if recipe.type == "full":
+        return model
+    targets = target_names(model, json.loads(modules), save or [])
+    common = {"target_modules": targets, "modules_to_save": save, **recipe.config}
+    if recipe.type == "dense":
+        for name, parameter in model.named_parameters():
+            module = name.rpartition(".")[0]
+            parameter.requires_grad_(module in targets or any(module.endswith(one) for one in save or []))
+        return model
+    if recipe.type == "smt":
+        return _with_blocks(recipe, model, targets, common, budget, seed)
+    rank = rank_for(model, targets, budget, recipe.type)
+    if recipe.type == "lora":
+        common = {"lora_alpha": 2 * rank, **common}
+    return get_peft_model(model, RANKED[recipe.type](r=rank, **common))
+
+
+def _with_blocks(recipe: Recipe, model: nn.Module, targets: list[str], common: dict, budget: int, seed: int):
+    patterns = sum(recipe.config.get("num_blocks_pattern", {}).values())  # leave the other modules the rest
+    size = recipe.config["block_size"] ** 2
+    if not recipe.lora_share:
+        return get_peft_model(
+            model, SMTConfig(num_blocks=max(1, round(budget / size)) - patterns, seed=seed, **common)
+        )
+    rank = rank_for(model, targets, budget * recipe.lora_share, "lora")
+    left = budget - rank * sum(sum(model.get_submodule(name).weight.shape) for name in targets)
+    model = get_peft_model(model, SMTConfig(num_blocks=max(1, round(left / size)), seed=seed, **common))
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    inject_adapter_in_model(lora, model.base_model.model, "low_rank")  # around SMT's layers
+    return model
+
+
+def target_names(model: nn.Module, modules: list[str] | str, save: list[str]) -> list[str]:
+    """Full names of the target modules. "all-linear" leaves out the head, as PEFT does, and the pooler before it."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if modules != "all-linear":
+        return [name for name in names if any(name == one or name.endswith(f".{one}") for one in modules)]
+    return [name for name in names if not any(part in ("lm_head", "pooler", *save) for part in name.split("."))]
+
+
+def rank_for(model: nn.Module, targets: list[str], budget: float, method: str) -> int:
+    shapes = [model.get_submodule(name).weight.shape for name in targets]
+    per_rank = sum(shape[0] if method == "miss" else sum(shape) for shape in shapes)
+    return max(1, round(budget / per_rank))
+
+
+def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict]]) -> Selection | None:
+    """Select, by the package's rule or by one of this script's. `batches(count)` gives the first batches."""
+    if not recipe.needs_warmup or not any("smt_bank" in name for name, _ in model.named_parameters()):
+        return None
+    _, bank, config = find_adapter(model, "default")
+    data = batches(config.warmup_steps)
+    selection = select_blocks(model, data, progress_bar=False)
+    if recipe.ranking == "score" and not recipe.tile and not recipe.quantile:
+        return selection
+    scores = [score.double() for score in selection.scores]
+    if recipe.ranking == "module_rms":
+        scores = [score / score.square().mean().sqrt() for score in scores]
+    elif recipe.ranking == "adam":
+        config.accumulation = "signed"
+        signed = select_blocks(model, data, progress_bar=False).scores
+        config.accumulation = "absolute"
+        scores = [mean.double().square() / score.clamp_min(1e-30) for mean, score in zip(signed, scores, strict=True)]
+    elif recipe.ranking == "weight":
+        scores = [score * blocks_of(model, name, bank.block_size).abs().mean((2, 3)) for name, score in
+                  zip(selection.names, scores, strict=True)]  # fmt: skip
+    if recipe.tile:
+        scores = [pooled(score, *recipe.tile) for score in scores]
+    if recipe.quantile:
+        low, high = (torch.cat([score.flatten() for score in scores]).quantile(q) for q in recipe.quantile)
+        scores = [torch.where((score >= low) & (score <= high), score, 0) for score in scores]
+    apply_selection(model, "default", select(scores, bank.groups, config.scope))
+    return Selection(selection.names, bank.block_size, bank.index.cpu())
+
+
+def pooled(scores: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """Every score replaced by the mean of its tile; 0 stands for the whole side. Ties break tile by tile."""
+    rows, cols = rows or scores.shape[0], cols or scores.shape[1]
+    mean = scores.unfold(0, rows, rows).unfold(1, cols, cols).mean((2, 3))
+    mean = mean * (1 + 1e-9 * torch.arange(mean.numel(), dtype=mean.dtype).view_as(mean))
+    return mean.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+
+
+def blocks_of(model: nn.Module, name: str, size: int) -> torch.Tensor:
+    """A target's frozen weight, [block rows, block columns, size, size]."""
+    layer = next(module for path, module in model.named_modules() if path.endswith(name))
+    return layer.get_base_layer().weight.detach().unfold(0, size, size).unfold(1, size, size)
+
+
+def make_optimizer(
+    recipe: Recipe, model: nn.Module, learning_rate: float, heads: list[str] | None, head_learning_rate: float
+) -> torch.optim.Optimizer:
+    """Over all that is trained; `heads` names modules with a learning rate of their own."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    in_head = {name for name in trained if set(name.split(".")) & set(heads or [])}
+    groups = [
+        {"params": [parameter for name, parameter in trained.items() if name not in in_head]},
+        {"params": [trained[name] for name in sorted(in_head)], "lr": head_learning_rate},
+    ]
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, **recipe.optimizer_options}
+    groups = [group for group in groups if group["params"]]
+    optimizer = OPTIMIZERS[recipe.optimizer](groups, lr=learning_rate, **options)
+    if recipe.block_scale:
+        scale_updates(optimizer, model)
+    return optimizer
+
+
+def scale_updates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Scale each block's updates by the root mean square of its module's weight over the mean of all modules."""
+    _, bank, _ = find_adapter(model, "default")
+    rms = torch.stack([blocks_of(model, target.name, 1).square().mean().sqrt() for target in bank.targets])
+    scale = (rms / rms.mean())[bank.index[:, 0].long()][:, None, None]
+    before = torch.empty_like(bank.weight)
+
+    def remember(*_: object) -> None:
+        before.copy_(bank.weight.detach())
+
+    def rescale(*_: object) -> None:
+        bank.weight.data.sub_(before).mul_(scale).add_(before)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(rescale)

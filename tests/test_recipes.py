@@ -1,0 +1,140 @@
+"""Tests of scripts/recipes.py: what the quality study's methods do, against direct computations."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import bench_quality
+import recipes
+import testbeds
+from recipes import Recipe
+
+from smt_peft.warmup import find_adapter
+
+QKV = json.dumps(["q_proj", "k_proj", "v_proj"])
+BUDGET = 3200  # 200 blocks of 4, or LoRA of rank 2
+SMT = {"type": "smt", "block_size": 4, "warmup_steps": 2}
+RUN = bench_quality.Run("stories260K-lowercase", "qkv", QKV, BUDGET, "", 1e-2, 0, 4, 2, 32, "{}")
+
+
+@pytest.fixture
+def testbed(short) -> testbeds.TextTestbed:
+    return testbeds.TextTestbed(testbeds.TESTBEDS[RUN.testbed], short, RUN.tokens)
+
+
+@pytest.fixture
+def select(short):
+    """Warm up with a recipe, always on a new model; gives the model, its adapter's bank and the selection."""
+
+    def of(settings: dict):
+        testbed = testbeds.TextTestbed(testbeds.TESTBEDS[RUN.testbed], short, RUN.tokens)
+        recipe = Recipe.parse(settings)
+        model = recipes.adapted(recipe, testbed.model, QKV, BUDGET, 0, None)
+        selection = recipes.warm_up(recipe, model, lambda count: bench_quality.batches(RUN, testbed, count))
+        return model, find_adapter(model, "default")[1], selection
+
+    return of
+
+
+def chosen(bank) -> set[tuple[int, int, int]]:
+    return {tuple(block) for block in bank.index.tolist()}
+
+
+def best(scores: list[torch.Tensor], count: int) -> set[tuple[int, int, int]]:
+    """The blocks with the greatest scores, of all modules."""
+    ranked = sorted(
+        ((value, (module, row, col)) for module, grid in enumerate(scores)
+         for row, values in enumerate(grid.tolist()) for col, value in enumerate(values)),
+        reverse=True,
+    )  # fmt: skip
+    return {block for _, block in ranked[:count]}
+
+
+def test_the_ranking_over_the_rms_is_scale_free(select):
+    scores = select(SMT)[2].scores
+    expected = best([grid.double() / grid.double().pow(2).mean() ** 0.5 for grid in scores], 200)
+    assert chosen(select(SMT | {"ranking": "module_rms"})[1]) == expected != best(scores, 200)
+
+
+def test_the_ranking_by_weight_takes_the_mean_of_abs_w(select):
+    model, bank, selection = select(SMT)
+    scores = []
+    for grid, target in zip(selection.scores, bank.targets, strict=True):
+        weight = model.get_submodule(f"base_model.model.{target.name}").get_base_layer().weight.abs().double()
+        rows, cols = grid.shape
+        scores.append(grid * weight.view(rows, 4, cols, 4).mean((1, 3)))
+    assert chosen(select(SMT | {"ranking": "weight"})[1]) == best(scores, 200) != best(selection.scores, 200)
+
+
+def test_the_ranking_by_adam_is_the_square_of_the_mean_gradient_over_its_mean_size(select, testbed):
+    bank = select(SMT | {"ranking": "adam", "score": "l2"})[1]
+    weights = [testbed.model.get_submodule(target.name).weight for target in bank.targets]
+    per_batch = []
+    for batch in bench_quality.batches(RUN, testbed, 2):
+        gradients = torch.autograd.grad(testbed.model(**batch).loss, weights)
+        per_batch.append([g.double().view(len(g) // 4, 4, g.shape[1] // 4, 4).transpose(1, 2) for g in gradients])
+    means = [torch.stack(gradients).mean(0).norm(dim=(2, 3)) for gradients in zip(*per_batch, strict=True)]
+    sizes = [torch.stack(gradients).norm(dim=(3, 4)).mean(0) for gradients in zip(*per_batch, strict=True)]
+    expected = best([mean**2 / size for mean, size in zip(means, sizes, strict=True)], 200)
+    assert len(chosen(bank) & expected) >= 199  # a tie in float32 may fall either way
+
+
+def test_a_quantile_holds_the_best_blocks_below_its_upper_end(select):
+    scores = select(SMT)[2].scores
+    ranked = torch.cat([grid.flatten() for grid in scores]).sort(descending=True).values
+    limit = ranked[len(ranked) // 4]
+    below = [torch.where(grid <= limit, grid, 0) for grid in scores]
+    assert chosen(select(SMT | {"quantile": [0.5, 0.75]})[1]) == best(below, 200)
+
+
+@pytest.mark.parametrize("tile", [[8, 4], [1, 0], [0, 1]], ids=str)
+def test_tiles_are_selected_whole_the_best_of_each_module(select, tile):
+    settings = SMT | {"block_size": 1, "scope": "module"}
+    scores = select(settings)[2].scores
+    bank = select(settings | {"tile": tile})[1]
+    for module, grid in enumerate(scores):
+        rows, cols = (side or whole for side, whole in zip(tile, grid.shape, strict=True))
+        blocks = {(row // rows, col // cols) for target, row, col in chosen(bank) if target == module}
+        count = int((bank.index[:, 0] == module).sum())
+        means = grid.double().view(len(grid) // rows, rows, grid.shape[1] // cols, cols).mean((1, 3))
+        assert blocks == {block[1:] for block in best([means], -(-count // (rows * cols)))}  # the last one in part
+
+
+def test_half_a_budget_in_low_rank_factors_trains_both(select, testbed):
+    model, _, selection = select(SMT | {"lora_share": 0.5})
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sizes = [sum(p.numel() for name, p in trained.items() if ("lora" in name) == lora) for lora in (True, False)]
+    assert sizes == [BUDGET // 2, BUDGET // 2] and len(selection.index) == 100
+    model(**bench_quality.batches(RUN, testbed, 1)[0]).loss.backward()
+    assert all(p.grad.any() for name, p in trained.items() if "lora_A" not in name)  # whose B is 0 at first
+
+
+def test_a_second_selection_keeps_the_first_delta_or_drops_it(short, testbed):
+    plain, kept, dropped = (
+        bench_quality.train(replace(RUN, settings=json.dumps(SMT | more)), testbeds.TESTBEDS, short)["train_loss"]
+        for more in ({}, {"restart": {"step": 2, "keep": True}}, {"restart": {"step": 2, "keep": False}})
+    )
+    base = testbed.model(**bench_quality.batches(RUN, testbed, 3)[2]).loss.item()
+    assert kept[:3] == pytest.approx(plain[:3], abs=2e-4) and abs(base - plain[2]) > 1e-3
+    assert dropped[:2] == plain[:2] and dropped[2] == pytest.approx(base, abs=1e-4)
+
+
+def test_updates_are_scaled_by_the_weight_of_their_module(select):
+    model, bank, _ = select(SMT)
+    rms = {t.name: model.get_submodule(f"base_model.model.{t.name}").get_base_layer().weight.square().mean().sqrt()
+           for t in bank.targets}  # fmt: skip
+    changes = []
+    for settings in (SMT, SMT | {"block_scale": "weight_rms"}):
+        bank.weight.data.zero_()
+        bank.weight.grad = torch.ones_like(bank.weight)
+        recipes.make_optimizer(Recipe.parse(settings), model, 1e-2, None, 0.0).step()
+        changes.append(bank.weight.detach().clone())
+    mean = sum(rms.values()) / len(rms)
+    expected = torch.stack([rms[bank.targets[module].name] / mean for module in bank.index[:, 0].tolist()])
+    torch.testing.assert_close(changes[1], changes[0] * expected[:, None, None])

@@ -1,0 +1,194 @@
+"""Tests of scripts/report_quality.py: its numbers against ones computed by hand."""
+
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import report_quality
+from bench_quality import planned
+
+SMT = {"type": "smt", "block_size": 4, "learning_rates": [0.01]}
+STUDY = {
+    "testbeds": ["stories260K-lowercase"],
+    "targets": {"qkv": ["q_proj", "k_proj", "v_proj"]},
+    "budgets": {"qkv": [3200]},
+    "seeds": [0, 1, 2],
+    "steps": 2,
+    "batch_size": 2,
+    "tokens": 32,
+    "methods": {
+        "LoRA": {"type": "lora", "learning_rates": [0.001, 0.01, 0.1]},
+        "SMT": SMT,
+        "full": {"type": "full", "learning_rates": [0.001, 0.01]},
+    },
+}
+# By method: learning rate -> validation loss with the first seed, and test losses with all seeds at the best one.
+# LoRA's best validation is at 0.01, where its test is worst.
+RESULTS = {
+    "LoRA": ({0.001: 1.9, 0.01: 1.5, 0.1: float("nan")}, [1.6, 1.8, 1.7]),
+    "SMT": ({0.01: 1.6}, [1.5, 1.6, 1.7]),
+    "full": ({0.001: 1.2, 0.01: 1.3}, [1.1, 1.1, 1.1]),
+}
+
+
+def lines_of(study: dict, kind: str = "text") -> list[dict]:
+    """What a study leaves in its file, all of it."""
+    lines = []
+    for run in planned(study):
+        validation, test = RESULTS[run.method]
+        _, best_rate = min((loss, rate) for rate, loss in validation.items() if not math.isnan(loss))
+        best = run.learning_rate == best_rate
+        for place, seed in enumerate(study["seeds"] if best else study["seeds"][:1]):
+            of_seed = replace(run, seed=seed)
+            loss = test[place] if best else 1.0
+            line = {"key": of_seed.key, **asdict(of_seed), "trained_parameters": run.budget or 260_032}
+            line |= {"validation_loss": validation[run.learning_rate] + place / 10, "test_loss": loss}
+            line |= {"blocks_by_type": {"v_proj": 200, "q_proj": 0} if "smt" in run.settings else None}
+            line |= {"cpu_seconds": 90 if place else 30, "torch": "2.13.0"}
+            if kind == "text":
+                line |= {"old_loss": 1.4, "base": {"test_loss": 2.0, "old_loss": 1.25}}
+            else:
+                line |= {"test_accuracy": 1 - loss / 2, "base": {"test_loss": 2.0, "test_accuracy": 0.125}}
+            lines.append(line)
+    return lines
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Report a study from lines; gives the page."""
+
+    def of(
+        study: dict, lines: list[dict], page: str = "before\n<!-- quality_tiny -->\n<!-- /quality_tiny -->\nafter\n"
+    ) -> str:
+        (tmp_path / "docs/results").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+        (tmp_path / "docs/results/quality_tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / "docs/page.md").write_text(page)
+        places = ["--results", str(tmp_path / "docs/results"), "--page", str(tmp_path / "docs/page.md")]
+        report_quality.main([str(tmp_path / "tiny.yaml"), *places])
+        return (tmp_path / "docs/page.md").read_text()
+
+    return of
+
+
+def rows_of(page: str) -> list[dict[str, str]]:
+    """Every row of every table, by column."""
+    rows, head = [], None
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else None
+        if cells is None:
+            head = None
+        elif head is None:
+            head = cells
+        elif cells[0] != "---":
+            rows.append(dict(zip(head, cells, strict=True)))
+    return rows
+
+
+def test_a_table_has_the_numbers_that_a_hand_computes(report):
+    lora, smt, full = rows_of(report(STUDY, lines_of(STUDY)))
+    assert lora == {
+        "method": "LoRA",
+        "trained": "3,200",
+        "learning rate": "0.01 of 0.001 0.01 0.1",
+        "validation": "1.600",  # mean of 1.5, 1.6, 1.7
+        "test": "1.700 ± 0.100",
+        "- LoRA": "",
+        "old domain": "1.400 ± 0.000",
+        "seeds": "3",
+        "CPU min": "1.2",  # 30, 90 and 90 seconds
+        "blocks, first seed": "",
+    }
+    # -0.1, -0.2 and 0: their standard deviation is 0.1, that of unpaired seeds would be greater
+    assert smt["- LoRA"] == "-0.100 ± 0.100" and smt["test"] == "1.600 ± 0.100"
+    assert smt["learning rate"] == "0.01" and smt["blocks, first seed"] == "v_proj 200"
+    assert full["learning rate"] == "0.001* of 0.001 0.01" and full["- LoRA"] == "-0.600 ± 0.100"
+
+
+def test_a_classifier_is_judged_by_its_accuracy(report):
+    page = report(STUDY, lines_of(STUDY, "classification"))
+    lora, smt, _ = rows_of(page)
+    assert "(before: test 2.000, accuracy 12.5 %)" in page and "old domain" not in lora
+    assert lora["accuracy"] == "15.0 ± 5.0 %" and smt["- LoRA"] == "+5.0 ± 5.0 points"
+
+
+def test_what_is_not_complete_is_reported_as_far_as_it_is(report):
+    lines = lines_of(STUDY)
+    some = [line for line in lines if (line["method"], line["seed"]) in {("LoRA", 0), ("LoRA", 1), ("SMT", 0)}]
+    for line in some:
+        line.pop("train_loss", None)
+    page = report(STUDY, some)
+    lora, smt = rows_of(page)
+    assert (lora["seeds"], smt["seeds"]) == ("2", "1") and smt["- LoRA"] == "-0.100"  # of the seed that both have
+    assert f"{len(some)} of 12 runs; torch 2.13.0." in page
+    assert "0 of 12 runs." in report(STUDY, [])
+
+
+def test_without_lora_the_first_method_is_what_others_are_compared_with(report):
+    study = STUDY | {"methods": {name: STUDY["methods"][name] for name in ("SMT", "full")}}
+    assert rows_of(report(study, lines_of(study)))[1]["- SMT"] == "-0.500 ± 0.100"
+
+
+def test_lines_that_the_study_does_not_ask_for_are_left_out_and_counted(report, capsys):
+    lines = lines_of(STUDY)
+    lora = [line for line in lines if line["method"] == "LoRA"]
+    page = report(STUDY | {"methods": {"LoRA": STUDY["methods"]["LoRA"]}}, lines)
+    assert len(rows_of(page)) == 1 and f"{len(lines) - len(lora)} more that the study" in capsys.readouterr().out
+
+
+def test_full_fine_tuning_and_whole_weights_stand_in_every_table_that_they_belong_to(report, monkeypatch):
+    monkeypatch.setitem(RESULTS, "dense", RESULTS["SMT"])
+    methods = STUDY["methods"] | {"dense": {"type": "dense", "learning_rates": [0.01]}}
+    budgets = {"qkv": [1600, 3200], "v": [1600]}
+    study = STUDY | {"targets": STUDY["targets"] | {"v": ["v_proj"]}, "budgets": budgets, "methods": methods}
+    page = report(study, lines_of(study))
+    assert [row["method"] for row in rows_of(page)] == 3 * ["LoRA", "SMT", "full", "dense"]
+    assert page.count("about 1,600 parameters") == 2 and page.count("about 3,200 parameters") == 1
+    only = [line for line in lines_of(study) if line["target"] != "v" and line["budget"] != 3200]
+    assert report(study, only).count("before:") == 1  # they do not begin a table of their own
+
+
+def test_more_targets_than_methods_stand_in_one_table(report):
+    study = STUDY | {"targets": {"v": ["v_proj"], "o": ["o_proj"]}, "methods": {"SMT": SMT}}
+    study |= {"budgets": {"v": [3200], "o": [3200]}}
+    assert [row["method"] for row in rows_of(report(study, lines_of(study)))] == ["v: SMT", "o: SMT"]
+
+
+@pytest.mark.parametrize(
+    ("change", "drawn"),
+    [
+        ({"budgets": {"qkv": [1600, 3200]}}, "draw_budgets"),
+        ({"seeds": [0]}, "draw_rates"),
+        ({}, "draw_seeds"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "classification"])
+def test_the_picture_shows_what_varies(report, tmp_path, monkeypatch, change, drawn, kind):
+    called = []
+    for name in ("draw_budgets", "draw_rates", "draw_seeds"):
+        draw = getattr(sys.modules["quality_pictures"], name)
+        monkeypatch.setattr(
+            f"quality_pictures.{name}", lambda *a, name=name, draw=draw: called.append(name) or draw(*a)
+        )
+    page = report(STUDY | change, lines_of(STUDY | change, kind))
+    assert called == [drawn] and "![tiny](results/quality_tiny.png)" in page
+    assert (tmp_path / "docs/results/quality_tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_keeps_what_stands_around_its_markers_and_is_the_same_the_second_time(report):
+    first = report(STUDY, lines_of(STUDY))
+    assert first.startswith("before\n<!-- quality_tiny -->\n") and first.endswith("<!-- /quality_tiny -->\nafter\n")
+    assert report(STUDY, lines_of(STUDY), first) == first
+
+
+def test_a_page_without_the_markers_is_named_and_left_as_it_is(report, tmp_path):
+    with pytest.raises(SystemExit, match="no place for quality_tiny: add <!-- quality_tiny --> and"):
+        report(STUDY, lines_of(STUDY), "nothing\n")
+    assert (tmp_path / "docs/page.md").read_text() == "nothing\n"
