@@ -4,7 +4,7 @@
     bash scripts/bench_gpu.sh                                                              # all settings for one GPU
 
 Weights are random in real shapes: cost does not depend on values. The floor is the same model, frozen, with gradients
-flowing down to the inputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
+flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
 Methods take turns within one process (rounds), so that a slow moment of the machine hits all of them; compare ratios.
 `scripts/report_benchmarks.py` turns the JSON files into the tables and pictures of docs/benchmarks.md.
 """
@@ -212,7 +212,7 @@ def adapted(base: LlamaForCausalLM, method: str, options: Options):
     for layer in base.smt_bank.layers if method == "smt-additive" else ():
         layer._shared_weight = True  # treated as a weight that two modules share
     if method == "floor":
-        hooks = [module.register_forward_pre_hook(require_input_gradient) for module in targets(base, options)]
+        hooks = [module.register_forward_hook(require_gradient) for module in targets(base, options)]
     model.train()
     try:
         yield model
@@ -227,8 +227,8 @@ def adapted(base: LlamaForCausalLM, method: str, options: Options):
             torch.cuda.empty_cache()
 
 
-def require_input_gradient(module: nn.Module, args: tuple):
-    return args if args[0].requires_grad else (args[0].detach().requires_grad_(),)
+def require_gradient(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output if output.requires_grad else output.requires_grad_()
 
 
 def take_steps(model, method: str, batch: torch.Tensor, options: Options, figure: dict) -> None:

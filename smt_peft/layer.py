@@ -68,14 +68,25 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
 
     def blocks(self, adapter: str) -> Blocks | None:
         """The layer's selected blocks of an adapter; None where it has none."""
-        if adapter not in self.smt_blocks or adapter not in self.root:
-            return None
-        return self.smt_blocks[adapter].on(self.device)
+        shares = self.smt_blocks
+        return shares[adapter].on(self.device) if adapter in shares and adapter in self.root else None
+
+    def get_base_layer(self) -> nn.Module:
+        """As PEFT's, but without asking a module for what it lacks, which is slow: each forward comes here often."""
+        layer = self
+        while (inner := layer._modules.get("base_layer")) is not None:
+            layer = inner
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.get_base_layer()._parameters.get("weight")
+        return super().weight if weight is None else weight
 
     @property
     def device(self) -> torch.device:
         """Where this layer computes: its weight's device, or the hook's that brings an offloaded weight in."""
-        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        hook = vars(self.get_base_layer()).get("_hf_hook")
         device = getattr(hook, "execution_device", None)
         return self.weight.device if device is None else torch.device(device)
 
@@ -118,9 +129,7 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
         tape = self.root.tape
         if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
             record = tape.collector.keep(tape, x, self)
-            y = self._with_deltas(tape.alias, base, self._active())
-            record.catch(y, tape.collector.consumers(self))
-            return y
+            return self._caught(record, x, base, self._active(), tape.collector.consumers(self))
         self._require_selection()
         active = self._active()
         trained = [name for name in active if self.bank(name).weight.requires_grad]
@@ -130,10 +139,9 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
             tape.settle(name, self)
         if not torch.is_grad_enabled():
             return self._with_deltas(x, base, active)
-        record, consumers = self._keep(x, trained)
-        y = self._with_deltas(tape.alias, base, active)
-        record.catch(y, consumers)
-        return y
+        record = tape.record(x, self, aside=not x.requires_grad)
+        self._anchor(record, x, trained)
+        return self._caught(record, x, base, active, self._keep(record, trained))
 
     def _with_deltas(self, x: torch.Tensor, base, active: tuple[str, ...]) -> torch.Tensor:
         """The forward without what training needs."""
@@ -152,24 +160,21 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
         y = ops.block_matmul(flat, delta, blocks.rows, blocks.cols, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _keep(self, x: torch.Tensor, trained: list[str]):
-        """Put the nodes that bring this layer's block gradients home before its matmul."""
-        tape = self.root.tape
-        record = tape.record(x, self)
-        self._anchor(record, x, trained)
-        consumers, gathers = [], {}
+    def _caught(self, record, x: torch.Tensor, base, active: tuple[str, ...], consumers: list) -> torch.Tensor:
+        """The forward, behind the nodes that bring gradients to the consumers."""
+        thread = self.root.tape.alias
+        return record.catch(self._with_deltas(x if record.aside else thread, base, active), thread, consumers)
+
+    def _keep(self, record, trained: list[str]) -> list[tuple]:
+        """Save what this layer's block gradients need of its input; returns what computes them."""
+        tape, consumers = self.root.tape, []
         for name in trained:
             bank, blocks = self.bank(name), self.blocks(name)
-            width, total = bank.block_size, self.in_features // bank.block_size
-            chain = record.columns.get(width) or tape.columns(width, total, self.device)
-            link, places = chain.after(blocks)
-            if len(link.places) > len(chain.places):
-                gathers[width] = link.gather
-            record.columns[width] = link
+            width = bank.block_size
+            places = record.read(tape.columns(width, self.in_features // width, self.device), blocks)
             consumers.append((width, partial(_add_block_gradients, bank, blocks, places)))
-        if gathers:
-            tape.alias = record.keep(tape.alias, None, gathers)
-        return record, consumers
+        tape.alias = record.keep_columns(tape.alias)
+        return consumers
 
     def _anchor(self, record, x: torch.Tensor, trained: list[str]) -> None:
         """Put the banks' anchors before this layer if it is the first, or if nothing before it needs gradients."""

@@ -31,12 +31,14 @@ class Written:
         self._locate()
         self.originals = torch.stack(self.views)
 
+    def _is_located(self) -> bool:
+        return self.views is not None and self._where == [layer.weight.data_ptr() for layer in self.layers]
+
     def _locate(self) -> None:
         """Views into the weights, made anew where the weights have moved (`.to()`, copies of the model)."""
-        where = [layer.weight.data_ptr() for layer in self.layers]
-        if self.views is not None and where == self._where:
+        if self._is_located():
             return
-        self.views, self._where, self.ranges = [], where, {}
+        self.views, self._where, self.ranges = [], [layer.weight.data_ptr() for layer in self.layers], {}
         for layer, blocks in zip(self.layers, self.blocks, strict=True):
             start = len(self.views)
             self.views += layer.block_views(blocks, self.bank.block_size)
@@ -44,8 +46,8 @@ class Written:
         self.pointers = block_pointers(self.views)
 
     def is_current(self) -> bool:
-        """Whether the selection still is the one that was written."""
-        return all(layer.blocks(self.adapter) is b for layer, b in zip(self.layers, self.blocks, strict=True))
+        """Whether the selection still is the one that was written, and the weights are where they were."""
+        return self.layers[0].blocks(self.adapter) is self.blocks[0] and self._is_located()
 
     def sums(self) -> torch.Tensor:
         """W0 + delta [n, b, b], in float32 or wider."""
@@ -56,7 +58,6 @@ class Written:
         return self.originals.to(wide) + deltas.to(self.originals.device)
 
     def write(self) -> None:
-        self._locate()
         write_blocks(self.views, self.sums(), self.pointers)
 
     def restore(self, layers: Sequence) -> None:
@@ -78,7 +79,7 @@ class ResidentWeight:
 
     written: list[Written]  # a stack: what was written into the weight, in this order
     _residency: tuple[object, bool] = (None, False)
-    _synced: tuple | None = None
+    synced: tuple | None = None
     _base_only = False  # while the weight must be the original one for a moment
 
     @property
@@ -113,15 +114,13 @@ class ResidentWeight:
             return ()
         return self._active()
 
-    def _state(self) -> tuple:
+    def stale(self) -> tuple | None:
+        """None where the weight holds what it should. Otherwise what to remember as `synced` once it does."""
         wanted = self.wanted()
-        return (self.weight.data_ptr(), wanted, *[self.bank(name).stamp() for name in wanted])
-
-    def in_sync(self) -> bool:
-        return not (self.written or self.wanted()) or self._synced == self._state()
-
-    def mark_synced(self) -> None:
-        self._synced = self._state()
+        if not (self.written or wanted):
+            return None
+        state = (self.weight.data_ptr(), wanted, *[self.bank(name).stamp() for name in wanted])
+        return None if self.synced == state else state
 
     def block_views(self, blocks, size: int) -> list[torch.Tensor]:
         """Views [b, b] of the blocks in the weight's storage."""
@@ -135,7 +134,7 @@ class ResidentWeight:
 
     def _sync(self) -> None:
         """Bring the weights of the whole model up to date once this layer finds its own to be stale."""
-        if not self.in_sync():
+        if self.stale() is not None:
             self.root.sync()
 
     def restore(self) -> None:
@@ -156,7 +155,8 @@ class Resident:
     def sync(self, layers: Sequence) -> None:
         """Write and restore blocks of the `layers` that are out of date, in as few writes as there are adapters."""
         # an offloaded weight can be written to only while accelerate has brought it in
-        stale = [layer for layer in layers if layer.weight.device.type != "meta" and not layer.in_sync()]
+        states = {layer: layer.stale() for layer in layers if layer.weight.device.type != "meta"}
+        stale = [layer for layer, state in states.items() if state is not None]
         if not stale:
             return
         with torch.no_grad():
@@ -164,7 +164,7 @@ class Resident:
                 self._unwind(stale)
                 self._write(stale)
         for layer in stale:
-            layer.mark_synced()
+            layer.synced = states[layer]
 
     def _refresh(self, stale: Sequence) -> bool:
         """A training step's case: the same blocks of one adapter with a new delta. One write, nothing read back."""

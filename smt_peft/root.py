@@ -101,10 +101,14 @@ class SMTRoot(nn.ModuleDict):
         for bank in self.values():
             remove_hook_from_module(bank)  # accelerate's offloading: the bank is small, and layers read it at any time
             bank.forget_gathered()
-        modules = list(self._model.modules())
-        if compiling or self._compiled or any(module._compiled_call_impl is not None for module in modules):
+        compiled, checkpointing = compiling or self._compiled, False
+        for module in self._model.modules():
+            attributes = vars(module)  # quicker than to ask a module for what it lacks
+            compiled |= attributes.get("_compiled_call_impl") is not None
+            checkpointing |= bool(attributes.get("gradient_checkpointing"))
+        if compiled:
             self.prepare_compiled()
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        if checkpointing:
             self._anchor_on_embedding()
 
     def _anchor_on_embedding(self) -> None:

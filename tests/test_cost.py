@@ -1,18 +1,21 @@
 """What a training step costs beside the floor: FLOPs, bytes saved for backward, operators, writes, host syncs.
 
-The floor is the same model, frozen, with gradients flowing down to the inputs of the lowest trained layers: no method
+The floor is the same model, frozen, with gradients flowing down to the outputs of the lowest trained layers: no method
 that trains inside the layers can be cheaper. All figures here are counted, not timed: the same on every machine.
 """
 
 import contextlib
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from smt_peft import SMTConfig, resident, select_blocks
@@ -37,18 +40,18 @@ def chosen(model) -> dict[str, list[list[int]]]:
 
 @contextlib.contextmanager
 def floor_of(model, trained=None):
-    """The floor of an adapted model: adapters taken off, gradients down to the inputs of the trained layers."""
+    """The floor of an adapted model: adapters taken off, gradients down to the outputs of the trained layers."""
     trained = trained or chosen(model)
     base = model.unload().requires_grad_(False).train()
     layers = [module for name, module in base.named_modules() if name in trained]
-    hooks = [layer.register_forward_pre_hook(_require_input_gradient) for layer in layers]
+    hooks = [layer.register_forward_hook(_require_gradient) for layer in layers]
     yield base
     for hook in hooks:
         hook.remove()
 
 
-def _require_input_gradient(module, args):
-    return args if args[0].requires_grad else (args[0].detach().requires_grad_(),)
+def _require_gradient(module, args, output):
+    return output if output.requires_grad else output.requires_grad_()
 
 
 def loss_of(model, batch):
@@ -191,15 +194,87 @@ def test_forward_without_gradients_launches_what_the_base_model_does(llama, batc
         assert adapted == operators(loss_of, model.unload(), batches[0])
 
 
-def test_forward_in_training_launches_one_gather_per_input_more(llama, batches):
-    """One per layer for the blocks of q; v, which reads the same columns of the same input, adds none."""
-    blocks = {f"model.layers.{layer}.self_attn.{name}": [[0, 1]] for layer in (0, 1) for name in ("q_proj", "v_proj")}
+def kept(loss) -> list[int]:
+    """The bytes that each node of the tape in the graph of `loss` holds."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return [sum(t.nbytes for t in node.saved_tensors) for node in seen if node.name() == "KeepBackward"]
+
+
+def test_q_k_and_v_have_their_columns_gathered_in_one_piece(llama, batches):
+    """From the third step on: the first two show who reads an input. What is kept does not grow by that."""
+    places = {"q_proj": [[0, 1]], "k_proj": [[1, 2]], "v_proj": [[0, 0], [1, 2]]}
+    blocks = {f"model.layers.{layer}.self_attn.{name}": at for layer in (0, 1) for name, at in places.items()}
     model = adapt(llama, selected_blocks=blocks, target_modules=TARGETS)
-    loss_of(model, batches[0]).backward()
-    adapted = Counter(operators(loss_of, model, batches[0]))
+    pieces = [kept(loss_of(model, batches[0])) for _ in range(3)]
+    assert [len(each) for each in pieces] == [6, 6, 2]
+    assert {sum(each) for each in pieces} == {column_bytes(blocks, batches[0]["input_ids"].numel(), 4)}
+    forward = Counter(operators(loss_of, model, batches[0]))
+    backward = operators(loss_of(model, batches[0]).backward)
     with floor_of(model) as floor:
-        more = adapted - Counter(operators(loss_of, floor, batches[0]))
-    assert more == {"aten.index_select.default": 2}
+        assert forward - Counter(operators(loss_of, floor, batches[0])) == {"aten.index_select.default": 2}
+        copies = operators(loss_of(floor, batches[0]).backward).count("aten.cat.default")
+        assert backward.count("aten.cat.default") == copies
+
+
+class Siblings(nn.Module):
+    """Layers that read one input, not all in every forward, and whose outputs are changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(64, 32, bias=name != "b", dtype=torch.float64) for name in "abc"})
+
+    def read(self, x, names):
+        return sum(self.layers[name](x).clamp_(-1, 1).mul_(0.5) for name in names)
+
+    def forward(self, x, names, checkpointed):
+        return checkpoint(self.read, x, names, use_reentrant=False) if checkpointed else self.read(x, names)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+@pytest.mark.parametrize("x_has_gradient", [True, False])
+def test_gradients_are_right_whoever_reads_an_input_beside_whom(checkpointed, x_has_gradient):
+    """With two adapters of one block size, a bias that is trained, and two forwards before each backward."""
+    torch.manual_seed(0)
+    dense = Siblings()
+    config = {"block_size": 8, "selection": "random", "target_modules": ["a", "b", "c"], "init_weights": False}
+    model = get_peft_model(deepcopy(dense), SMTConfig(num_blocks=20, **config))
+    model.add_adapter("other", SMTConfig(num_blocks=30, seed=1, **config))
+    model.base_model.set_adapter(["default", "other"])
+    banks, linears = model.base_model.model.smt_bank, list(dense.layers.values())
+    banks.layers[0].bias.requires_grad_()
+    for layer, linear in zip(banks.layers, linears, strict=True):
+        linear.weight.data += layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    for names in ("ab", "ab", "abc", "abc", "a", "ca", "ab"):  # each time twice, for two inputs
+        for one in (model, dense):
+            one.zero_grad(set_to_none=False)
+            inputs = [torch.linspace(-end, end, 640).double().view(2, 5, 64) for end in (1, 2)]
+            outputs = [one(x.requires_grad_(x_has_gradient), names, checkpointed) for x in inputs]
+            sum(y.square().sum() for y in outputs).backward()
+        torch.testing.assert_close(banks.layers[0].bias.grad, linears[0].bias.grad)
+        for bank in banks.values():
+            for gradient, (target, row, col) in zip(bank.weight.grad, bank.index.tolist(), strict=True):
+                expected = linears[target].weight.grad
+                expected = 0 if expected is None else expected.unfold(0, 8, 8).unfold(1, 8, 8)[row, col].float()
+                torch.testing.assert_close(gradient, gradient * 0 + expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("x_has_gradient", [True, False])
+def test_the_gradient_of_an_input_that_needs_none_is_not_computed(x_has_gradient):
+    """Nor for layers beside it, though they have blocks. As LoRA; the matmul for it would be the whole weight's."""
+    model = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Linear(64, 32)})
+    model.forward = lambda x: (model["a"](x) * model["b"](x)).sum()
+    selected = {"a": [[0, 0]], "b": [[1, 0], [1, 3]]}
+    adapted = get_peft_model(model, SMTConfig(block_size=16, selected_blocks=selected, target_modules=["a", "b"]))
+    x = torch.randn(10, 64, requires_grad=x_has_gradient)
+    with FlopCounterMode(display=False) as counter:
+        adapted(x).backward()
+    dense = 2 * 10 * 64 * 32 * 2  # one matmul with each weight
+    assert counter.get_total_flops() == dense * (1 + x_has_gradient) + 2 * 10 * 3 * 16**2
 
 
 class Synchronisations(TorchFunctionMode):
@@ -219,10 +294,10 @@ class Synchronisations(TorchFunctionMode):
 
 
 def synchronisations(model, batches, optimizer=None) -> list[str]:
-    """Those of the second and later steps: the first one plans. (transformers has some of its own.)"""
+    """Those of the fourth step: the first three plan. (transformers has some of its own.)"""
     with contextlib.ExitStack() as watch:
         for number, batch in enumerate(batches):
-            if number == 1:
+            if number == 3:
                 waits, launched = watch.enter_context(Synchronisations()), watch.enter_context(Operators())
             loss_of(model, batch).backward()
             if optimizer is not None:
