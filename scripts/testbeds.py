@@ -169,4 +169,5 @@ def minilm_folder() -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open() as file:  # splitlines would also split at other line ends, inside a text
+        return [json.loads(line) for line in file]

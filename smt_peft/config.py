@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from peft import PeftConfig, PeftType
 
 Selection = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
-Scope = Literal["model", "module"]
+Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
 Bias = Literal["none", "all", "smt_only"]
@@ -85,7 +85,10 @@ class SMTConfig(PeftConfig):
     selection: Selection = field(default="gradient", metadata={"help": "The rule that scores blocks."})
     scope: Scope = field(
         default="model",
-        metadata={"help": "'model': one ranking of all blocks (the paper). 'module': the same share in every matrix."},
+        metadata={
+            "help": "Which blocks are ranked together. 'model': all (the paper). 'input': those of modules that read "
+            "one input (q, k, v), 'module': those of one matrix; each such set gets the same share of its blocks."
+        },
     )
     score: Score = field(
         default="abs_mean",

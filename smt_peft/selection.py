@@ -10,13 +10,20 @@ from dataclasses import dataclass
 import torch
 
 
-def select(scores: Sequence[torch.Tensor], groups: Sequence[tuple[Sequence[int], int]], scope: str) -> torch.Tensor:
+def select(
+    scores: Sequence[torch.Tensor],
+    groups: Sequence[tuple[Sequence[int], int]],
+    scope: str,
+    inputs: Sequence[int] | None = None,
+) -> torch.Tensor:
     """The best blocks of every group.
 
     Args:
         scores: one float tensor [block rows, block columns] per target matrix.
-        groups: (positions of the targets that compete, their budget of blocks).
-        scope: 'model' ranks all blocks of a group together; 'module' gives each matrix the same share of its blocks.
+        groups: (positions of the targets that share a budget, that budget in blocks).
+        scope: who competes within a group. 'model': all of it, in one ranking. 'input': the matrices that read the
+            same input (q, k and v; gate and up), 'module': nobody; each such set gets the same share of its blocks.
+        inputs: for scope 'input', a number per target, equal where targets read the same input. Default: all differ.
 
     Returns:
         int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
@@ -26,32 +33,46 @@ def select(scores: Sequence[torch.Tensor], groups: Sequence[tuple[Sequence[int],
     """
     chosen = []
     for members, budget in groups:
-        flat = [scores[member].flatten().double().cpu() for member in members]
-        everything = torch.cat(flat)
-        if not everything.isfinite().all():
-            raise ValueError(
-                f"{int((~everything.isfinite()).sum())} of {len(everything)} block scores are not finite; "
-                "train in bfloat16 or float32, or look for NaN in the weights and the data."
-            )
-        if not everything.any():
-            raise ValueError(
-                "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
-                "not all -100 and that target_modules are used by this model's forward."
-            )
-        sizes = [len(f) for f in flat]
-        if scope == "model":
-            starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-            best = _top(everything, budget)
-            owner = torch.bucketize(best, starts, right=True) - 1
-            picks = [(owner, best - starts[owner])]
-        else:
-            shares = apportion(budget, sizes)
-            picks = [(torch.full((share,), i), _top(f, share)) for i, (f, share) in enumerate(zip(flat, shares))]  # noqa: B905
-        for owner, block in picks:
-            target = torch.tensor(list(members))[owner]
-            columns = torch.tensor([score.shape[1] for score in scores])[target]
-            chosen.append(torch.stack([target, block // columns, block % columns], dim=1))
+        _check_scores([scores[member] for member in members])
+        rankings = _rankings(members, scope, inputs)
+        shares = apportion(budget, [sum(scores[member].numel() for member in ranking) for ranking in rankings])
+        chosen += [_best(scores, ranking, share) for ranking, share in zip(rankings, shares, strict=True)]
     return sort_index(torch.cat(chosen))
+
+
+def _check_scores(scores: list[torch.Tensor]) -> None:
+    everything = torch.cat([score.flatten().cpu() for score in scores])
+    if not everything.isfinite().all():
+        raise ValueError(
+            f"{int((~everything.isfinite()).sum())} of {len(everything)} block scores are not finite; "
+            "train in bfloat16 or float32, or look for NaN in the weights and the data."
+        )
+    if not everything.any():
+        raise ValueError(
+            "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
+            "not all -100 and that target_modules are used by this model's forward."
+        )
+
+
+def _rankings(members: Sequence[int], scope: str, inputs: Sequence[int] | None) -> list[list[int]]:
+    """The sets of targets whose blocks are ranked together."""
+    rankings: dict[int, list[int]] = {}
+    for member in members:
+        key = {"model": 0, "input": inputs[member] if inputs else member, "module": member}[scope]
+        rankings.setdefault(key, []).append(member)
+    return list(rankings.values())
+
+
+def _best(scores: Sequence[torch.Tensor], members: list[int], count: int) -> torch.Tensor:
+    """The `count` best blocks of these targets, [count, 3]."""
+    flat = [scores[member].flatten().double().cpu() for member in members]
+    starts = torch.tensor([0, *map(len, flat[:-1])]).cumsum(0)
+    best = _top(torch.cat(flat), count)
+    owner = torch.bucketize(best, starts, right=True) - 1
+    block = best - starts[owner]
+    target = torch.tensor(members)[owner]
+    columns = torch.tensor([scores[member].shape[1] for member in members])[owner]
+    return torch.stack([target, block // columns, block % columns], dim=1)
 
 
 def sort_index(index: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,8 @@ class ScoreCollector:
         self.source = torch.zeros((), requires_grad=True)  # makes the graph exist: in the warm-up nothing is trained
         self.scale = 1.0  # of the loss, for float16
         self._of = {id(layer): i for i, layer in enumerate(layers)}
+        self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
+        self._last: tuple[torch.Tensor, int] | None = None
         self._batch: list[torch.Tensor | None] = [None] * len(layers)
         self._sums: list[torch.Tensor | None] = [None] * len(layers)
         self.skipped = 0
@@ -53,8 +55,16 @@ class ScoreCollector:
     def wants(self, layer: nn.Module) -> bool:
         return id(layer) in self._of
 
+    def reads(self, layer: nn.Module, x: torch.Tensor) -> None:
+        """Note which layers read one input, one after the other."""
+        position = self._of[id(layer)]
+        if self._last is None or self._last[0] is not x:
+            self._last = x, position
+        self.inputs[position] = self._last[1]
+
     def keep(self, tape: Tape, x: torch.Tensor, layer: nn.Module) -> Record:
         """Save x once for all layers that read it."""
+        self.reads(layer, x)
         record = tape.record(x, layer)
         if not record.has("x"):
             tape.alias = record.keep(tape.alias, self.source, {"x": as_matrix})
@@ -89,6 +99,7 @@ class ScoreCollector:
 
     def end_batch(self) -> bool:
         """Take the batch's scores over; False where they were not finite."""
+        self._last = None
         new, self._batch = self._batch, [None] * len(self.layers)
         total = sum(_totals(new)) / self.scale
         finite = math.isfinite(total)
@@ -133,6 +144,7 @@ class ActivationCollector(ScoreCollector):
         return False
 
     def observe(self, layer: nn.Module, args: tuple) -> None:
+        self.reads(layer, args[0])
         x = args[0].detach().abs().flatten(0, -2).float().mean(0)
         columns = x.view(-1, self.block_size).mean(1)
         self._batch[self._of[id(layer)]] = columns.expand(layer.out_features // self.block_size, -1).clone()
@@ -180,7 +192,7 @@ def select_blocks(
     with _untouched(model), _collecting(root, collector):
         _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
     scores = collector.scores()
-    index = select(scores, bank.groups, config.scope)
+    index = select(scores, bank.groups, config.scope, collector.inputs)
     apply_selection(model, adapter_name, index)
     selection = Selection(
         [target.name for target in bank.targets],

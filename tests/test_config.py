@@ -37,7 +37,7 @@ def test_the_ratio_is_a_share_of_the_base_models_parameters(llama):
     "options, message",
     [
         ({"selection": "best"}, "selection='best' is not one of gradient, activation, magnitude, random, diagonal"),
-        ({"scope": "layer"}, "scope='layer' is not one of model, module"),
+        ({"scope": "layer"}, "scope='layer' is not one of model, input, module"),
         ({"score": "l3"}, "score='l3' is not one of abs_mean, mean_abs, l1, l2"),
         ({"accumulation": "sum"}, "accumulation='sum' is not one of absolute, signed"),
         ({"bias": "lora_only"}, "bias='lora_only' is not one of none, all, smt_only"),

@@ -61,6 +61,30 @@ def test_a_pattern_gives_its_group_a_budget_of_its_own(llama, batches):
     assert counts == {"mlp": 3, "first v": 2, "rest": 5}
 
 
+@pytest.mark.parametrize("rule", ["gradient", "activation"])
+def test_modules_that_read_the_same_input_compete(llama, batches, rule):
+    options = {"target_modules": "all-linear", "selection": rule, "num_blocks": 20}
+    model = get_peft_model(deepcopy(llama), SMTConfig(block_size=16, warmup_steps=4, scope="input", **options))
+    selection = select_blocks(model, batches, progress_bar=False)
+    readers = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate and up", "up_proj": "gate and up"}
+    sets: dict[str, list[tuple[float, str, int, int]]] = {}
+    for name, scores in zip(selection.names, selection.scores, strict=True):
+        parent, _, kind = name.rpartition(".")
+        of = sets.setdefault(f"{parent}.{readers.get(kind, kind)}", [])
+        of += [(score.item(), name, *divmod(i, scores.shape[1])) for i, score in enumerate(scores.flatten())]
+    assert len(sets) == 8  # of two layers: q, k, v; o; gate, up; down
+    shares = apportion(20, [len(of) for of in sets.values()])
+    expected = {block[1:] for of, share in zip(sets.values(), shares, strict=True)
+                for block in sorted(of, key=lambda block: -block[0])[:share]}  # fmt: skip
+    assert {(name, *block) for name, blocks in selection.blocks().items() for block in blocks} == expected
+
+
+def test_without_known_inputs_nobody_competes_by_input():
+    scores = [torch.rand(4, 4) for _ in range(3)]
+    groups = [([0, 1], 6), ([2], 3)]
+    assert select(scores, groups, "input").equal(select(scores, groups, "module"))
+
+
 def test_ties_go_to_the_earlier_block():
     index = select([torch.ones(2, 2), torch.ones(2, 2)], [([0, 1], 5)], "model")
     assert index.tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0]]
