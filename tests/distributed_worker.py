@@ -280,7 +280,8 @@ def main() -> None:
             outcomes[name] = {"error": traceback.format_exc()}
             raise
         finally:
-            torch.save(outcomes, results / f"rank{rank}.pt")
+            torch.save(outcomes, results / f"rank{rank}.part")
+            os.replace(results / f"rank{rank}.part", results / f"rank{rank}.pt")  # the launcher may end it any moment
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
