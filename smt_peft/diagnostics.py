@@ -18,7 +18,7 @@ from smt_peft.selection import Selection, layer_and_type
 
 logger = logging.getLogger(__name__)
 
-CONCENTRATED = 0.8  # share of the blocks in one module type
+CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
 FEWEST_BLOCKS = 20  # fewer say nothing about where a ranking leads
 DOMINANT = 0.5  # share of the scores from one batch
 FEWEST_BATCHES = 4
@@ -71,28 +71,38 @@ def _why_additive(layer: nn.Module) -> tuple[str, str]:
     return f"{type(weight).__name__} of {weight.dtype}", ", so load the model with plain float weights"
 
 
-def warn_of_concentration(selection: Selection, groups: Sequence[tuple[Sequence[int], int]]) -> None:
-    """Warn where several module types competed in one ranking and one of them took nearly all of the budget.
+def warn_of_concentration(
+    selection: Selection, groups: Sequence[tuple[Sequence[int], int]], inputs: Sequence[int]
+) -> None:
+    """Warn where modules of different inputs competed in one ranking and one kind of them took nearly all.
+
+    Among modules that read one input (q, k and v) the ranking was right wherever it was measured: V is no fault.
 
     Args:
         selection: with its scores.
         groups: (positions of the targets that competed, their budget of blocks).
+        inputs: a number per target, equal where targets read the same input.
     """
     counts = Counter(selection.index[:, 0].tolist())
     for members, budget in groups:
+        kinds = {member: layer_and_type(selection.names[member])[1] for member in members}
+        readers: dict[int, set[str]] = {}
+        for member in members:
+            readers.setdefault(inputs[member], set()).add(kinds[member])
         chosen, candidates = Counter(), Counter()
         for member in members:
-            kind = layer_and_type(selection.names[member])[1]
-            chosen[kind] += counts[member]
-            candidates[kind] += selection.scores[member].numel()
-        kind, most = chosen.most_common(1)[0]
-        share, fair = most / budget, candidates[kind] / candidates.total()
+            together = " ".join(sorted(readers[inputs[member]]))
+            chosen[together] += counts[member]
+            candidates[together] += selection.scores[member].numel()
+        together, most = chosen.most_common(1)[0]
+        share, fair = most / budget, candidates[together] / candidates.total()
         if budget >= FEWEST_BLOCKS and share > CONCENTRATED and fair < share / 2:
             _warn(
-                f"{100 * share:.0f} % of {budget} selected blocks are in {kind}, which has {100 * fair:.0f} % of the "
-                "blocks that competed: a ranking over the whole model compares the scores of unlike modules directly. "
-                "That is not always the better selection; compare with SMTConfig(scope='module'), the same share in "
-                f"every matrix, or give {kind} a budget of its own with num_blocks_pattern."
+                f"{100 * share:.0f} % of {budget} selected blocks are in {together}, which has {100 * fair:.0f} % of "
+                "the blocks that competed: a ranking over the whole model compares the scores of unlike modules "
+                "directly. Where this was measured on LLaMA models, SMTConfig(scope='input') was better: only modules "
+                "that read the same input compete, and each such set has its share. num_blocks_pattern gives modules "
+                "budgets of their own."
             )
 
 

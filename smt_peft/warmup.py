@@ -204,7 +204,7 @@ def select_blocks(
         collector.batch_scores(),
     )
     warn_of_dominant_batch(selection)
-    warn_of_concentration(selection, bank.groups)
+    warn_of_concentration(selection, bank.groups, collector.inputs)
     report_additive(root, adapter_name)
     return selection
 

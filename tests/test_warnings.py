@@ -140,37 +140,43 @@ def test_quantised_weights_are_meant_to_be_additive_so_they_are_only_logged(llam
     assert "2 of 6 layers" in record.message and "2 quantised (model.layers.0" in record.message
 
 
-# --- a budget in one module type ---------------------------------------------------------------------------------
+# --- a budget in modules of one input ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def only_v(llama):
-    """Q and K are zero, so that neither gets a gradient: every block that is worth training is in V."""
+    """Q and K are zero and the rest far from the loss, so that nearly every gradient is in V."""
     for layer in llama.model.layers:
+        layer.mlp.down_proj.weight.data.mul_(1e-3)
+        layer.self_attn.o_proj.weight.data.mul_(30)
         layer.self_attn.q_proj.weight.data.zero_()
         layer.self_attn.k_proj.weight.data.zero_()
     return llama
 
 
-def test_a_budget_in_one_module_type_is_named(only_v, batches):
-    [message] = warm_up(wrap(only_v, block_size=8, num_blocks=40), batches)
-    assert "100 % of 40 selected blocks are in v_proj, which has 25 % of the blocks that competed" in message
-    assert "scope='module'" in message and "num_blocks_pattern" in message
+def test_a_budget_in_modules_of_one_input_is_named(only_v, batches):
+    sizes = {name: module.weight.numel() for name, module in only_v.model.named_modules() if hasattr(module, "bias")}
+    fair = round(100 * sum(size for name, size in sizes.items() if name[-6] in "qkv") / sum(sizes.values()))
+    [message] = warm_up(wrap(only_v, target_modules="all-linear", block_size=8, num_blocks=40), batches)
+    assert f"100 % of 40 selected blocks are in k_proj q_proj v_proj, which has {fair} % of the blocks" in message
+    assert "scope='input'" in message and "num_blocks_pattern" in message
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"scope": "module"},
+        {"scope": "input"},
+        {"target_modules": ["q_proj", "k_proj", "v_proj"]},
         {"target_modules": ["v_proj"]},
         {"num_blocks": 5},
-        {"num_blocks": 160},
         {"target_modules": ["v_proj", "o_proj"], "num_blocks_pattern": {"v_proj": 40}},
     ],
-    ids=["every matrix has its share", "one type", "few blocks", "more than V has", "a budget of its own"],
+    ids=["every matrix", "every input", "one input", "one type", "few blocks", "a budget of its own"],
 )
 def test_a_budget_that_no_ranking_put_there_is_not(only_v, batches, options):
-    assert warm_up(wrap(only_v, **{"block_size": 8, "num_blocks": 40, **options}), batches) == []
+    options = {"target_modules": "all-linear", "block_size": 8, "num_blocks": 40, **options}
+    assert warm_up(wrap(only_v, **options), batches) == []
 
 
 # --- scores from one batch ---------------------------------------------------------------------------------------
