@@ -7,9 +7,11 @@ import importlib.util
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from stdlib_text import documentation, source_code
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -23,7 +25,8 @@ class Source:
 
     Attributes:
         model: folder of the pre-trained model, or "minilm".
-        train: JSON lines to learn: `text` (or `instruction` and `output`), a classifier `label` (or `answer`), too.
+        train: what to learn: a name in STDLIB, or JSON lines with `text` (or `instruction` and `output`), for a
+            classifier also `label` (or `answer`).
         old: JSON lines of the domain that the model comes from; its loss should not rise. Not for a classifier.
         test: JSON lines to test on. A classifier needs them; texts can do without: the first rows of `train`.
         kind: "text" or "classification".
@@ -36,6 +39,11 @@ class Source:
     kind: str = "text"
 
 
+STDLIB = {  # Python's own texts, in any environment
+    "stdlib-source": partial(source_code, "train"),
+    "stdlib-source-test": partial(source_code, "test"),
+    "stdlib-documentation-test": partial(documentation, "test"),
+}
 TINYSTORIES, BANKING, SNIPS = "data/tinystories", "data/classification/banking77", "data/classification/snips"
 VALID = f"{TINYSTORIES}/valid.jsonl"
 TESTBEDS = {
@@ -44,6 +52,9 @@ TESTBEDS = {
     "stories260K-gsm8k": Source("models/stories260K", "data/math/gsm8k_train.jsonl", VALID),
     "babyllama-lowercase": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v1_lowercase.jsonl", VALID),
     "babyllama-gpt4": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v2_gpt4.jsonl", VALID),
+    "tiny-llama-code": Source(
+        str(Path(__file__).with_name("tiny_llama")), "stdlib-source", "stdlib-documentation-test", "stdlib-source-test"
+    ),
     "minilm-banking77": Source("minilm", f"{BANKING}/train.jsonl", None, f"{BANKING}/test.jsonl", "classification"),
     "minilm-snips": Source("minilm", f"{SNIPS}/train.jsonl", None, f"{SNIPS}/test.jsonl", "classification"),
     "minilm-boolq": Source(
@@ -67,16 +78,19 @@ class TextTestbed:
         folder = shared / source.model
         self.model = AutoModelForCausalLM.from_pretrained(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        rows = self._rows(shared / source.train, tokens)
+        rows = self._rows(shared, source.train, tokens)
         held_out = min(len(rows) // 10, 96 * 256 // tokens)
         self.test, self.validation, self.train = rows[:held_out], rows[held_out : 2 * held_out], rows[2 * held_out :]
         if source.test:
-            self.test = self._rows(shared / source.test, tokens)[:held_out]
-        self.old = self._rows(shared / source.old, tokens)[:held_out] if source.old else None
+            self.test = self._rows(shared, source.test, tokens)[:held_out]
+        self.old = self._rows(shared, source.old, tokens)[:held_out] if source.old else None
         self.base = measure_all(self, self.model, ("test", "old"))
 
-    def _rows(self, path: Path, tokens: int) -> torch.Tensor:
-        texts = [row.get("text") or f"{row['instruction']}\n{row['output']}" for row in read(path)]
+    def _rows(self, shared: Path, name: str, tokens: int) -> torch.Tensor:
+        if name in STDLIB:
+            texts = list(STDLIB[name]())
+        else:
+            texts = [row.get("text") or f"{row['instruction']}\n{row['output']}" for row in read(shared / name)]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         ids = [token for text in encoded for token in (self.tokenizer.bos_token_id, *text)]
         return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)

@@ -48,6 +48,9 @@ class Settings:
     learning_rate: float = field(default=3e-3, metadata={"help": "highest learning rate"})
     weight_decay: float = field(default=0.3, metadata={"help": "AdamW's weight decay"})
     dropout: float = field(default=0.15, metadata={"help": "of what the embedding and each layer add to the residual"})
+    hidden_size: int = field(default=192, metadata={"help": "a multiple of 192; 768 and 12 layers: 79 million values"})
+    layers: int = field(default=4, metadata={"help": "decoder layers"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
     seed: int = field(default=0, metadata={"help": "of the initial weights, the order of the data and the dropout"})
 
@@ -65,12 +68,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Give an untrained model whose float32 weights take less than 8 MB."""
-    shape = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 512}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+def new_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
+    """Give an untrained model; with hidden size 192 and 4 layers its float32 weights take less than 8 MB."""
+    shape = {"hidden_size": hidden_size, "intermediate_size": hidden_size * 8 // 3, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": hidden_size // 32, "num_key_value_heads": hidden_size // 64}
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape, **heads, **special)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **shape, **heads, **special
+    )
     return LlamaForCausalLM(config)
 
 
@@ -90,7 +95,8 @@ def add_dropout(model: LlamaForCausalLM, probability: float) -> None:
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, sequences: torch.Tensor) -> float:
     """Give the mean loss per token."""
-    return sum(model.eval()(input_ids=x, labels=x).loss.item() * len(x) for x in sequences.split(16)) / len(sequences)
+    rows = sequences.to(model.device)
+    return sum(model.eval()(input_ids=x, labels=x).loss.item() * len(x) for x in rows.split(16)) / len(rows)
 
 
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, options: Settings) -> list[tuple]:
@@ -102,7 +108,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, opt
     rows, losses = [], []
     for step in (progress := tqdm(range(1, options.steps + 1), unit="step")):
         starts = torch.randint(len(tokens) - options.length + 1, (options.batch_size,))
-        batch = torch.stack([tokens[start : start + options.length] for start in starts])
+        batch = torch.stack([tokens[start : start + options.length] for start in starts]).to(model.device)
         loss = model.train()(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,7 +129,7 @@ def main(options: Settings) -> None:
     texts = {split: list(documentation(split)) for split in ("train", "test")}
     tokenizer = train_tokenizer(texts["train"])
     tokens = {split: pack(texts[split], tokenizer) for split in texts}
-    model = new_model(tokenizer)
+    model = new_model(tokenizer, options.hidden_size, options.layers).to(options.device)
     add_dropout(model, options.dropout)
     start = time.process_time()
     rows = train(model, tokens["train"], tokens["test"], options)
@@ -137,7 +143,7 @@ def main(options: Settings) -> None:
         tokens={split: len(tokens[split]) for split in tokens},
         minutes=seconds / 60,
         speed=options.steps * options.batch_size * options.length / seconds,
-        machine=f"a CPU ({system()} {machine()}) with Python {python_version()} and PyTorch {torch.__version__}",
+        machine=f"a {options.device} ({system()} {machine()}), Python {python_version()}, PyTorch {torch.__version__}",
         losses="\n".join("| {:,} | {:.3f} | {:.3f} |".format(*row) for row in rows),
     )
     (options.output / "README.md").write_text(readme)

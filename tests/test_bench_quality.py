@@ -184,6 +184,11 @@ def test_training_validation_and_test_have_no_row_in_common(short):
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
 
 
+def test_the_repositorys_own_testbed_needs_no_folder(tmp_path):
+    testbed = testbeds.load_testbed(TESTBEDS["tiny-llama-code"], tmp_path, 64)
+    assert testbed.base["test_loss"] > testbed.base["old_loss"]  # it knows documentation, not code
+
+
 def test_a_study_brings_its_own_testbed(sweep, short):
     texts = {name: short / f"data/tinystories/{name}.jsonl" for name in ("train_v2_gpt4", "valid")}
     source = {"model": "models/stories260K", "train": str(texts["train_v2_gpt4"]), "test": str(texts["valid"])}
