@@ -6,6 +6,7 @@ itself better moves into the package.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -21,7 +22,7 @@ from smt_peft.warmup import apply_selection, find_adapter
 
 RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}
 TYPES = ("smt", "full", "dense", *RANKED)  # dense: the target weights whole
-RANKINGS = ("score", "module_rms", "adam", "weight")
+RANKINGS = ("score", "module_rms", "adam", "weight", "movement")
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": BlockMuon}
 
 
@@ -32,9 +33,10 @@ class Recipe:
     Attributes:
         type: one of TYPES.
         warmup_testbed: select on this testbed's data instead of the run's own.
-        ranking: what blocks are ranked by. 'module_rms': the score divided by the root mean square of its module's
+            ranking: what blocks are ranked by. 'module_rms': the score divided by the root mean square of its module's
             scores. 'adam': the first-order decrease of the loss under an Adam step, sum of (E g)^2 / sqrt(E g^2), from
-            the block's l2 norms. 'weight': the score times the block's mean |w|.
+            the block's l2 norms. 'weight': the score times the block's mean |w|. 'movement': how far the block moves
+            in as many steps of training the target weights whole, which is what a score is to foretell.
         tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
         quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
         lora_share: share of the budget that becomes LoRA factors on the same modules.
@@ -146,6 +148,8 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     elif recipe.ranking == "weight":
         scores = [score * blocks_of(model, name, bank.block_size).abs().mean((2, 3)) for name, score in
                   zip(selection.names, scores, strict=True)]  # fmt: skip
+    elif recipe.ranking == "movement":
+        scores = movements(model, selection.names, bank.block_size, data)
     if recipe.tile:
         scores = [pooled(score, *recipe.tile) for score in scores]
     if recipe.quantile:
@@ -153,6 +157,20 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
         scores = [torch.where((score >= low) & (score <= high), score, 0) for score in scores]
     apply_selection(model, "default", select(scores, bank.groups, config.scope))
     return Selection(selection.names, bank.block_size, bank.index.cpu())
+
+
+def movements(model: nn.Module, names: list[str], size: int, data: list[dict]) -> list[torch.Tensor]:
+    """For each target the mean |change| of its blocks, [block rows, block columns], when all target weights train."""
+    dense = copy.deepcopy(model).unload().requires_grad_(False).train()
+    weights = [dense.get_submodule(name).weight.requires_grad_() for name in names]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for batch in data:
+        dense(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changes = [(weight.detach() - old).abs() for weight, old in zip(weights, before, strict=True)]
+    return [change.double().unfold(0, size, size).unfold(1, size, size).mean((2, 3)) for change in changes]
 
 
 def pooled(scores: torch.Tensor, rows: int, cols: int) -> torch.Tensor:

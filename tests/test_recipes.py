@@ -72,6 +72,14 @@ def test_the_ranking_by_weight_takes_the_mean_of_abs_w(select):
     assert chosen(select(SMT | {"ranking": "weight"})[1]) == best(scores, 200) != best(selection.scores, 200)
 
 
+def test_the_first_step_of_adam_moves_every_block_by_the_learning_rate(select, testbed):
+    model, bank, selection = select(SMT)
+    data = bench_quality.batches(RUN, testbed, 1)
+    for grid in recipes.movements(model, selection.names, bank.block_size, data):
+        torch.testing.assert_close(grid, torch.full_like(grid, 1e-3), rtol=0.05, atol=0)
+    assert chosen(select(SMT | {"ranking": "movement"})[1]) != best(selection.scores, 200)
+
+
 def test_the_ranking_by_adam_is_the_square_of_the_mean_gradient_over_its_mean_size(select, testbed):
     bank = select(SMT | {"ranking": "adam", "score": "l2"})[1]
     weights = [testbed.model.get_submodule(target.name).weight for target in bank.targets]
