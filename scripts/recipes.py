@@ -130,7 +130,7 @@ def rank_for(model: nn.Module, targets: list[str], budget: float, method: str) -
 
 def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict]]) -> Selection | None:
     """Select, by the package's rule or by one of this script's. `batches(count)` gives the first batches."""
-    if not recipe.needs_warmup or not any("smt_bank" in name for name, _ in model.named_parameters()):
+    if not recipe.needs_warmup:
         return None
     _, bank, config = find_adapter(model, "default")
     data = batches(config.warmup_steps)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 from torch.utils.flop_counter import FlopCounterMode
 
 from smt_peft import ops
@@ -256,10 +257,10 @@ def test_flops_are_those_of_the_dense_product():
 def test_opcheck(device):
     case = Case(16, 3, 2, 9, 4, torch.float32, "transposed", device)
     grad = torch.zeros(7, 16, 16, device=device)
-    torch.library.opcheck(ops.block_grad_, (grad, case.dy, case.x, case.slots, case.rows, case.cols))
-    torch.library.opcheck(ops.block_scores, (case.dy, case.x, 16, "l2"))
+    library.opcheck(ops.block_grad_, (grad, case.dy, case.x, case.slots, case.rows, case.cols))
+    library.opcheck(ops.block_scores, (case.dy, case.x, 16, "l2"))
     operands = case.x.requires_grad_(), case.delta().requires_grad_()
-    torch.library.opcheck(ops.block_matmul, (*operands, case.rows, case.cols, case.out_features))
+    library.opcheck(ops.block_matmul, (*operands, case.rows, case.cols, case.out_features))
 
 
 def test_compiles_without_graph_break():
