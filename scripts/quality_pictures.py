@@ -1,6 +1,7 @@
-"""Pictures of the quality study for scripts/report_quality.py: what is drawn follows from what varies in a study.
+"""Pictures of the quality study for scripts/report_quality.py.
 
-Every function gives the figure and a caption.
+A study says `x_axis: learning_rate` where the learning rates are the question; else its budgets are drawn, if there
+are several, or its methods one below the other. Every function gives the figure and a caption.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -26,17 +29,16 @@ STYLES = {
     "dense": [("#000000", "d")],
     "full": [("#000000", "*")],
 }
+MARKERS = "osphDvP^X*"
 REFERENCE, OTHERS = ("#D55E00", "D"), ("#0072B2", "o")
 BARS = "Mean over the seeds, each at the method's best learning rate; bars: ± the standard deviation."
 
 
 def draw(study: dict, results: Results, frames: Frames, path: Path) -> str:
-    """Draw what varies most in the study; returns the caption."""
-    rates = max(len(method["learning_rates"]) for method in study["methods"].values())
-    budgets = max(map(len, study["budgets"].values()))
-    if len(study["seeds"]) == 1 and rates > budgets:
+    """Draw what the study is about; returns the caption."""
+    if "x_axis" in study:
         figure, caption = draw_rates(study, results)
-    elif budgets > 1:
+    elif max(map(len, study["budgets"].values())) > 1:
         figure, caption = draw_budgets(study, results)
     else:
         figure, caption = draw_seeds(frames)
@@ -63,7 +65,8 @@ def draw_budgets(study: dict, results: Results) -> tuple[Figure, str]:
                 aside = 1.02 ** (place - len(study["methods"]) / 2)  # so that error bars do not hide each other
                 x = [aside * result.mean("trained_parameters") for result in found]
                 y = [result.mean(result.measure) for result in found]
-                axes.errorbar(x, y, [*map(spread, found)], capsize=2, linewidth=1.2, label=method, **look)
+                bars = [spread(result.values(result.measure)) for result in found]
+                axes.errorbar(x, y, bars, capsize=2, linewidth=1.2, label=method, **look)
         axes.set(xscale="log", xlabel="trained parameters", title=", ".join(panel))
         axes.set_xticks([*here], [f"{budget:,}" for budget in here])
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -99,18 +102,23 @@ def draw_rates(study: dict, results: Results) -> tuple[Figure, str]:
     add_legend(figure, study)
     above = " Above, left is better learnt, down less forgotten; the cross is the model before training." * remembers
     return figure, (
-        f"A line joins the learning rates of a method; filled: the one that validation chose.{above} Runs that end "
-        "with a greater test loss than before training are left out."
+        "A line joins the learning rates of a method with the first seed; filled: the one that validation chose, mean "
+        f"over the seeds, bars: ± the standard deviation.{above} Runs that end with a greater test loss than before "
+        "training are left out."
     )
 
 
 def join_rates(axes: Axes, result: Result, x: str, y: str, look: dict) -> None:
     """A line over the runs that have learnt anything, by learning rate, and a filled marker for the best."""
-    runs = [run for run in result.tried if run["test_loss"] <= run["base"]["test_loss"]]
-    runs.sort(key=lambda run: run["learning_rate"])
-    best = [run for run in result.runs[:1] if run in runs]
+    runs = sorted(filter(has_learnt, result.tried), key=lambda run: run["learning_rate"])
     axes.plot([run[x] for run in runs], [run[y] for run in runs], mfc="white", linewidth=1.2, markersize=6, **look)
-    axes.plot([run[x] for run in best], [run[y] for run in best], markersize=7, **look | {"label": None})
+    if all(map(has_learnt, result.runs)):
+        bars = {"xerr": spread(result.values(x)), "yerr": spread(result.values(y)), "capsize": 2}
+        axes.errorbar(result.mean(x), result.mean(y), markersize=7, **bars, **look | {"label": None})
+
+
+def has_learnt(run: dict) -> bool:
+    return run["test_loss"] <= run["base"]["test_loss"]
 
 
 def draw_seeds(frames: Frames) -> tuple[Figure, str]:
@@ -125,8 +133,8 @@ def draw_seeds(frames: Frames) -> tuple[Figure, str]:
         for name, (result, reference) in frame.items():
             row, seeds = names.index(name), result.values(result.measure)
             colour, marker = REFERENCE if result is reference else OTHERS
-            mean = result.mean(result.measure)
-            axes.errorbar(mean, row, xerr=spread(result), fmt=marker, color=colour, capsize=3, markersize=6)
+            look = {"fmt": marker, "color": colour, "capsize": 3, "markersize": 6}
+            axes.errorbar(result.mean(result.measure), row, xerr=spread(seeds), **look)
             axes.plot(seeds, [row + 0.25] * len(seeds), "o", color=colour, mfc="none", markersize=3.5)
         references = {id(reference): reference for _, reference in frame.values()}
         if len(references) == 1 and reference:
@@ -145,15 +153,21 @@ def draw_seeds(frames: Frames) -> tuple[Figure, str]:
 
 
 def styles(study: dict) -> dict[str, dict[str, str]]:
-    """Colour and marker of each method: methods of a type are alike, the first of it is the same in every study."""
-    of_type = {name: itertools.cycle(looks) for name, looks in STYLES.items()}
+    """Colour and marker of each method: methods of a type are alike, the first of it is the same in every study.
+
+    Where a type has more methods than looks, they go from dark to light instead.
+    """
+    of_type = {}
+    for type_, looks in STYLES.items():
+        count = sum(method["type"] == type_ for method in study["methods"].values())
+        shades = [to_hex(colormaps["viridis"](place / count)) for place in range(count)]
+        of_type[type_] = iter(looks if count <= len(looks) else zip(shades, itertools.cycle(MARKERS)))
     pairs = {name: next(of_type[method["type"]]) for name, method in study["methods"].items()}
     return {name: {"color": colour, "marker": marker} for name, (colour, marker) in pairs.items()}
 
 
-def spread(result: Result) -> float:
+def spread(values: list[float]) -> float:
     """Sample standard deviation over the seeds, 0 where there is one."""
-    values = result.values(result.measure)
     return stdev(values) if len(values) > 1 else 0.0
 
 

@@ -68,7 +68,15 @@ class Recipe:
         for name, allowed in {"type": TYPES, "ranking": RANKINGS, "optimizer": OPTIMIZERS}.items():
             if getattr(recipe, name) not in allowed:
                 raise SystemExit(f"{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}.")
+        if recipe.ranks_itself and recipe.config.get("scope") == "input":
+            raise SystemExit("scope input is seen by the package's own warm-up; with a ranking, a tile or a quantile "
+                             "of this script take model or module.")  # fmt: skip
         return recipe
+
+    @property
+    def ranks_itself(self) -> bool:
+        """Whether blocks are chosen by this script from the warm-up's scores, not by the package."""
+        return self.ranking != "score" or bool(self.tile or self.quantile)
 
     @property
     def needs_warmup(self) -> bool:
@@ -135,7 +143,7 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     _, bank, config = find_adapter(model, "default")
     data = batches(config.warmup_steps)
     selection = select_blocks(model, data, progress_bar=False)
-    if recipe.ranking == "score" and not recipe.tile and not recipe.quantile:
+    if not recipe.ranks_itself:
         return selection
     scores = [score.double() for score in selection.scores]
     if recipe.ranking == "module_rms":

@@ -50,6 +50,7 @@ TESTBEDS = {
     "stories260K-lowercase": Source("models/stories260K", f"{TINYSTORIES}/train_v1_lowercase.jsonl", VALID),
     "stories260K-gpt4": Source("models/stories260K", f"{TINYSTORIES}/train_v2_gpt4.jsonl", VALID),
     "stories260K-gsm8k": Source("models/stories260K", "data/math/gsm8k_train.jsonl", VALID),
+    "stories260K-mawps": Source("models/stories260K", "data/math/mawps_train.jsonl", VALID),
     "babyllama-lowercase": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v1_lowercase.jsonl", VALID),
     "babyllama-gpt4": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v2_gpt4.jsonl", VALID),
     "tiny-llama-code": Source(

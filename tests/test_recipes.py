@@ -114,6 +114,12 @@ def test_tiles_are_selected_whole_the_best_of_each_module(select, tile):
         assert blocks == {block[1:] for block in best([means], -(-count // (rows * cols)))}  # the last one in part
 
 
+@pytest.mark.parametrize("own", [{"ranking": "weight"}, {"tile": [4, 1]}, {"quantile": [0.0, 0.5]}])
+def test_a_ranking_of_this_script_does_not_know_who_reads_one_input(own):
+    with pytest.raises(SystemExit, match="take model or module"):
+        Recipe.parse(SMT | own | {"scope": "input"})
+
+
 def test_half_a_budget_in_low_rank_factors_trains_both(select, testbed):
     model, _, selection = select(SMT | {"lora_share": 0.5})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

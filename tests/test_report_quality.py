@@ -165,7 +165,7 @@ def test_more_targets_than_methods_stand_in_one_table(report):
     ("change", "drawn"),
     [
         ({"budgets": {"qkv": [1600, 3200]}}, "draw_budgets"),
-        ({"seeds": [0]}, "draw_rates"),
+        ({"x_axis": "learning_rate"}, "draw_rates"),
         ({}, "draw_seeds"),
     ],
 )
