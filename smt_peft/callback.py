@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from smt_peft.diagnostics import GradientNorms, report_additive
+from smt_peft.diagnostics import Divergence, report_additive
 from smt_peft.warmup import find_adapter, select_blocks
 
 OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its scale
@@ -25,7 +25,7 @@ class SMTWarmupCallback(TrainerCallback):
     It goes through the training data's first batches with the Trainer's own loss (label smoothing,
     compute_loss_func, TRL's losses); the batches that follow in training are the same as without it. A summary of
     where the selected blocks are is printed on the main process. Afterwards it watches the gradient norms in the
-    Trainer's log, and warns where one is not finite or leaps.
+    Trainer's log, and the deltas at every save and in the end, and warns where one is not finite or a norm leaps.
 
     Args:
         adapter_name: which adapter to select for.
@@ -37,11 +37,11 @@ class SMTWarmupCallback(TrainerCallback):
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         self.selection = None
-        self._norms = GradientNorms()
+        self._divergence = Divergence()
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         root, bank, _ = find_adapter(model, self.adapter_name)
-        self._norms = GradientNorms(patience=OVERFLOWS if args.fp16 else 0)
+        self._divergence = Divergence(patience=OVERFLOWS if args.fp16 else 0)
         trainer, resumed = _calling_trainer()
         if resumed:
             _refuse_half_written(resumed, args)
@@ -68,7 +68,13 @@ class SMTWarmupCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and logs.get("grad_norm") is not None:
-            self._norms.watch(state.global_step, float(logs["grad_norm"]))
+            self._divergence.watch_norm(state.global_step, float(logs["grad_norm"]))
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self._divergence.watch_deltas(state.global_step, find_adapter(model, self.adapter_name)[1].weight)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._divergence.watch_deltas(state.global_step, find_adapter(model, self.adapter_name)[1].weight)
 
 
 # What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).

@@ -76,7 +76,7 @@ def warn_of_concentration(
 ) -> None:
     """Warn where modules of different inputs competed in one ranking and one kind of them took nearly all.
 
-    Among modules that read one input (q, k and v) the ranking was right wherever it was measured: V is no fault.
+    Among modules that read one input (q, k, v) the ranking was never clearly worse than an even share: V is no fault.
 
     Args:
         selection: with its scores.
@@ -119,8 +119,8 @@ def warn_of_dominant_batch(selection: Selection) -> None:
         )
 
 
-class GradientNorms:
-    """Watches the gradient norms of a run and warns, once, where one is not finite or far above what it was.
+class Divergence:
+    """Watches a run and warns, once, where it diverges: by its gradient norms, where they are logged, and its deltas.
 
     Args:
         patience: norms in a row that may be not finite; float16's loss scaler ends single overflows by itself.
@@ -132,7 +132,8 @@ class GradientNorms:
         self._broken = 0  # norms in a row that are not finite
         self._warned = False
 
-    def watch(self, step: int, norm: float) -> None:
+    def watch_norm(self, step: int, norm: float) -> None:
+        """Warn of a norm that is not finite, or more than `SPIKE` times the median of the norms before it."""
         median = statistics.median(self._recent) if len(self._recent) >= FEWEST_NORMS else None
         if math.isfinite(norm):
             self._recent.append(norm)
@@ -141,14 +142,29 @@ class GradientNorms:
         else:
             self._broken += 1
             wrong = self._broken > self.patience
-        if wrong and not self._warned:
-            self._warned = True
+        if wrong:
             before = "" if median is None else f", after a median of {median:.3g}"
-            _warn(
+            self._warn_once(
                 f"The gradient norm is {norm:.3g} at step {step}{before}: training is about to diverge, or has. Lower "
                 "the learning rate, train in bfloat16 instead of float16, or set max_grad_norm=1.0; go on from a "
                 "checkpoint before this step."
             )
+
+    def watch_deltas(self, step: int, weight: nn.Parameter) -> None:
+        """Warn of deltas that are not finite. Of a sharded bank this process looks at its own part."""
+        part = weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+        broken = part.numel() - int(part.isfinite().sum())
+        if broken:
+            self._warn_once(
+                f"{broken} of {part.numel()} trained values are not finite at step {step}: training has diverged, and "
+                "no later step repairs it. Go on from a checkpoint before, with a lower learning rate, in bfloat16 "
+                "instead of float16, or with max_grad_norm=1.0; logging_steps=10 shows in the log when it begins."
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            _warn(message)
 
 
 def _warn(message: str) -> None:

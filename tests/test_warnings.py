@@ -11,10 +11,11 @@ import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
-from smt_peft.diagnostics import GradientNorms, report_additive
+from smt_peft.diagnostics import Divergence, report_additive
 
 
 def wrap(base, **options):
@@ -45,6 +46,14 @@ def arguments(tmp_path):
         )
 
     return make
+
+
+@pytest.fixture
+def mesh():
+    """Of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -113,16 +122,12 @@ def test_training_with_a_warm_up_says_it_once(llama, trainer):
     assert len([text for text in warned_of(run.train) if "additive" in text]) == 1
 
 
-def test_sharded_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, caplog):
+def test_sharded_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, mesh, caplog):
     model = wrap(llama, selection="random", num_blocks=60)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for layer in llama.model.layers:
-            fully_shard(layer, mesh=dist.init_device_mesh("cpu", (1,)))
-        caplog.set_level(logging.INFO, "smt_peft")
-        assert additive_warnings(model) == []
-    finally:
-        dist.destroy_process_group()
+    for layer in llama.model.layers:
+        fully_shard(layer, mesh=mesh)
+    caplog.set_level(logging.INFO, "smt_peft")
+    assert additive_warnings(model) == []
     [record] = caplog.records
     assert "6 of 6 layers" in record.message and "6 sharded by FSDP2 or ZeRO-3" in record.message
 
@@ -222,7 +227,7 @@ def test_activations_are_watched_too(llama, batches):
     assert "Batch 3 of 4 in the warm-up has 100 % of all scores" in message
 
 
-# --- gradient norms ----------------------------------------------------------------------------------------------
+# --- divergence --------------------------------------------------------------------------------------------------
 
 
 def watch(arguments, model, norms, **options) -> list[str]:
@@ -280,8 +285,23 @@ def test_a_trainer_that_diverges_is_named(selected, trainer):
     assert f"at step {first}" in message
 
 
+@pytest.mark.parametrize("options", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["end", "save"])
+def test_deltas_that_are_not_finite_are_named_once_whatever_is_logged(selected, trainer, options):
+    run = trainer(selected, learning_rate=1e38, logging_strategy="no", **options)
+    [message] = [text for text in warned_of(run.train) if "finite" in text]
+    assert f"of {selected.get_nb_trainable_parameters()[0]} trained values are not finite at step" in message
+
+
+def test_of_a_sharded_bank_the_own_part_is_looked_at(mesh):
+    whole = torch.ones(4, 2, 2)
+    whole[0, 0, 0] = math.inf
+    part = distribute_tensor(whole, mesh, [Shard(0)])
+    [message] = warned_of(lambda: Divergence().watch_deltas(7, torch.nn.Parameter(part)))
+    assert message.startswith("1 of 16 trained values are not finite at step 7")
+
+
 def test_only_the_main_process_of_a_distributed_run_speaks(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     for rank, messages in ((0, 1), (1, 0)):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        assert len(warned_of(lambda: GradientNorms().watch(1, math.nan))) == messages
+        assert len(warned_of(lambda: Divergence().watch_norm(1, math.nan))) == messages
