@@ -34,9 +34,9 @@ class Recipe:
         type: one of TYPES.
         warmup_testbed: select on this testbed's data instead of the run's own.
         ranking: what blocks are ranked by. 'module_rms': the score divided by the root mean square of its module's
-        scores. 'adam': the first-order decrease of the loss under an Adam step, sum of (E g)^2 / sqrt(E g^2), from
-        the block's l2 norms. 'weight': the score times the block's mean |w|. 'movement': how far the block moves
-        in as many steps of training the target weights whole, which is what a score is to foretell.
+            scores. 'adam': the first-order decrease of the loss under an Adam step, sum of (E g)^2 / sqrt(E g^2), from
+            the block's l2 norms. 'weight': the score times the block's mean |w|. 'movement': how far the block moves
+            in as many steps of training the target weights whole, which is what a score is to foretell.
         tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
         quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
         lora_share: share of the budget that becomes LoRA factors on the same modules.
