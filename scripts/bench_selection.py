@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
-from smt_peft.selection import Selection, layer_and_type, random_scores, select
+from smt_peft.selection import Selection, places_of, random_scores, select
 
 RATIO = 0.022  # the budget: what LoRA has with rank 1 on all linear layers of stories260K
 SCOPES = {"model": "whole model", "module": "per module"}
@@ -262,23 +262,14 @@ class Subject:
 
     def kinds(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for i, name in enumerate(self.modules):
-            found.setdefault(kind_of(name), []).append(i)
+        for i, place in enumerate(places_of([*self.modules])):
+            found.setdefault(place.kind, []).append(i)
         return found
 
     def places(self) -> dict[str, list[float]]:
         """Module type -> share of the whole model's selection in each layer."""
         chosen = torch.bincount(self.best(0, "model").index[:, 0], minlength=len(self.sizes)).tolist()
         return {kind: [chosen[i] / self.budget for i in targets] for kind, targets in self.kinds().items()}
-
-
-def kind_of(name: str) -> str:
-    """What a module is in its layer: "v_proj", "value", "output.dense"."""
-    layer, _ = layer_and_type(name)
-    inside = name.partition(f".{layer}.")[2]
-    for around in ("self_attn.", "mlp.", "attention.self."):
-        inside = inside.removeprefix(around)
-    return inside
 
 
 def tasks(subjects: dict[str, Subject]) -> dict[str, dict[str, Selection]]:

@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 from statistics import median, quantiles
 
+from smt_peft.plotting import BLUE, GREY, ORANGE, SKY, VERMILION
+
 DOCS = Path(__file__).parents[1] / "docs"
-# Okabe and Ito's colours, which colour-blind people can tell apart; the marker says the same once more.
 STYLES = {
-    "floor": ("#000000", "_"),
-    "smt": ("#0072B2", "o"),
-    "smt-additive": ("#56B4E9", "s"),
-    "lora": ("#D55E00", "^"),
-    "lora-bf16": ("#E69F00", "v"),
+    "floor": ("black", ""),
+    "smt": (BLUE, "o"),
+    "smt-additive": (SKY, "s"),
+    "lora": (VERMILION, "^"),
+    "lora-bf16": (ORANGE, "v"),
 }
+OTHERS = (GREY, "D")
 
 
 def main(docs: Path) -> None:
@@ -143,9 +145,11 @@ def draw_methods(result: dict, path: Path) -> None:
     memory, label = ("peak_bytes", "peak memory, GiB"), 2**30
     if not any("peak_bytes" in run["methods"][method] for method in methods):
         memory, label = ("saved_bytes", "saved for backward, MiB"), 2**20
-    figure, (times, bytes_) = plt.subplots(1, 2, figsize=(9, 0.35 * len(methods) + 1.3), sharey=True)
+    figure, (times, bytes_) = plt.subplots(
+        1, 2, figsize=(9, 0.35 * len(methods) + 1.3), sharey=True, layout="constrained"
+    )
     for row, method in enumerate(methods):
-        colour, _ = STYLES.get(method, ("#999999", "D"))
+        colour, _ = STYLES.get(method, OTHERS)
         quotients = ratios(run, method, "floor")
         low, *_, high = quantiles([*quotients, median(quotients)], n=5, method="inclusive")
         times.plot([low, high], [row, row], color=colour, linewidth=3, alpha=0.5)
@@ -157,7 +161,6 @@ def draw_methods(result: dict, path: Path) -> None:
     times.axvline(1, color="black", linewidth=0.8)
     times.set_yticks(range(len(methods)), methods)
     times.set_xlabel("step time / floor (median and p20 to p80 of the rounds)")
-    times.set_xlim(left=0)
     bytes_.set_xlabel(memory[1])
     bytes_.margins(x=0.15)
     _finish(figure, result, path)
@@ -171,21 +174,21 @@ def draw_sweep(result: dict, path: Path) -> None:
     values = [run["options"][sweep] for run in runs]
     by_name = isinstance(values[0], str)
     places = range(len(values)) if by_name else values
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4))
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axes, quantity in zip(panels, ("time", "FLOPs", "saved bytes"), strict=True):
         for method in runs[0]["methods"]:
-            colour, marker = STYLES.get(method, ("#999999", "D"))
+            colour, marker = STYLES.get(method, OTHERS)
             points = [(place, _in_floors(run, method, quantity)) for place, run in zip(places, runs, strict=True)]
             points = [point for point in points if point[1] is not None]  # out of memory
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=method)
+            label = "floor (1)" if method == "floor" else method
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label)
         axes.set_ylabel(f"{quantity} of a step / floor")
         axes.set_xlabel({"trainable_ratio": "budget (share of the model)"}.get(sweep, sweep.replace("_", " ")))
         if not by_name:
             axes.set_xscale("log")
         axes.set_xticks(places, [_value(value) for value in values])
         axes.minorticks_off()
-    panels[0].set_ylim(bottom=0)
-    panels[0].legend(frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     _finish(figure, result, path)
 
 
@@ -203,7 +206,6 @@ def _finish(figure, result: dict, path: Path) -> None:
     figure.suptitle(f"{options['setting']}: {shape}{options['dtype']}, {result['machine']}", fontsize=10)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 

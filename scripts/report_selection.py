@@ -42,26 +42,28 @@ def draw_batches(testbeds: dict[str, dict], scopes: dict[str, str], path: Path) 
 
 def draw_factors(testbeds: dict[str, dict], path: Path) -> None:
     """What makes a module type's best scores large or small beside V's, a panel per testbed."""
-    figure = Figure(figsize=(4.6 * len(testbeds), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(testbeds), 5.2), layout="constrained")
     axes = figure.subplots(1, len(testbeds), sharey=True, squeeze=False)[0]
     for ax, (name, figures) in zip(axes, testbeds.items(), strict=True):
         factors = figures["factors"]
         value = next(kind for kind in factors if kind in ("v_proj", "value"))
-        for (kind, own), colour, marker in zip(factors.items(), cycle(COLOURS), cycle(MARKERS)):
+        for place, (kind, colour, marker) in enumerate(zip(factors, cycle(COLOURS), cycle(MARKERS))):
+            own, aside = factors[kind], 0.11 * (place - (len(factors) - 1) / 2)  # or equal types would hide each other
             *ratios, product = [own[factor] / factors[value][factor] for factor in FACTORS]
             label = f"{kind}: {100 * own['selected']:.0f} %"
-            ax.plot(range(4), ratios, ":", color=colour, marker=marker, markersize=6, lw=1)
-            ax.plot(4, product, color=colour, marker=marker, markersize=9, label=label, ls="", mec="black")
-        ax.axvline(3.5, color="black", lw=0.8)
-        ax.set(yscale="log", title=name, xlim=(-0.4, 4.4))
+            ax.plot([aside + x for x in range(4)], ratios, ":", color=colour, marker=marker, markersize=6, lw=0.6)
+            ax.plot(4 + aside, product, color=colour, marker=marker, markersize=8, label=label, ls="", mec="black")
+        for x in range(4):
+            ax.axvline(x + 0.5, color="black", lw=0.8 if x == 3 else 0.2)
+        ax.set(yscale="log", title=name, xlim=(-0.5, 4.5))
         ax.set_xticks(range(5), FACTORS.values())
         ax.set_yticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5"])
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3, axis="y")
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2, "frameon": False}
-        ax.legend(**below, fontsize=8, title="share of the selection", title_fontsize=9)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 2, "frameon": False}
+        ax.legend(**below, title="share of the selection", columnspacing=1)
     axes[0].set_ylabel("times V's")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
 
 
 def draw_places(testbeds: dict[str, dict], path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from smt_peft.root import SMTRoot
-from smt_peft.selection import Selection, layer_and_type
+from smt_peft.selection import Selection, places_of
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,11 @@ def warn_of_concentration(
         groups: (positions of the targets that competed, their budget of blocks).
         inputs: a number per target, equal where targets read the same input.
     """
-    counts = Counter(selection.index[:, 0].tolist())
+    counts, places = Counter(selection.index[:, 0].tolist()), places_of(selection.names)
     for members, budget in groups:
-        kinds = {member: layer_and_type(selection.names[member])[1] for member in members}
         readers: dict[int, set[str]] = {}
         for member in members:
-            readers.setdefault(inputs[member], set()).add(kinds[member])
+            readers.setdefault(inputs[member], set()).add(places[member].kind)
         chosen, candidates = Counter(), Counter()
         for member in members:
             together = " ".join(sorted(readers[inputs[member]]))

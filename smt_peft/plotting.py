@@ -9,32 +9,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import adaptive_max_pool2d
 
-from smt_peft.selection import Selection, layer_and_type
+from smt_peft.selection import Place, Selection, layers_of, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#f0e442"]
-MARKERS = "osD^vPX*"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, GREY, YELLOW = COLOURS
+# One more than there are colours: when both begin again, they do so in other pairs.
+MARKERS = "osD^vPX*<"
+HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++", "oo", "--", "||"]
 DASHES = ["-", "--", "-.", ":"]
-HATCHES = ["", "///", "...", "xxx", "\\\\\\", "++", "oo", "--"]
-FRAME_COLOUR = "#e66100"  # orange, which every eye tells from grey; the white dot in each frame is for print
-WIDTH = 1.4  # of the widest module, in inches
-LAYERS_ABREAST = 8
+
+# plot_selection: every selected block is darker than every other, so that print tells them apart, too ...
+SHADES, SELECTED_SHADES = ["#ffffff", "#949494"], ["#d94801", "#7f2704"]
+# ... and its measures in inches: of all modules together, of a module, and of the room around one.
+PAGE = 9.5, 12.0
+NARROWEST, WIDEST = 0.2, 1.0
+FLATTEST, STEEPEST = 0.35, 1.6  # in terms of the width
+ABOVE, HEADING, BESIDE = 0.19, 0.25, 0.1
+FINEST = 1 / 75  # two pixels, or selected blocks would not be seen
 
 
 def plot_selection(selection: Selection, path: str | Path | None = None) -> Figure:
-    """Draw every target module as a grid of its blocks: the darker, the higher the score; framed, the selected ones.
+    """Draw every target module as a grid of its blocks: the darker, the higher the score; in colour, the selected.
 
-    There is a row of modules for each module type (q_proj, ...) and a column for each layer, eight layers abreast, all
-    on one logarithmic scale. The numbers above a module are its selected blocks and all its blocks.
+    There is a row of modules for each module type (q_proj, ...) and a column for each layer, as many abreast as suit
+    the page. All modules are of one width, and on one logarithmic scale from the 5th to the 99th percentile of the
+    scores. Where blocks are too fine to be seen, several share a cell, which shows the best of them. The numbers above
+    a module are its selected blocks and all its blocks.
 
     Args:
         selection: as `select_blocks` gives it and `SMTWarmupCallback.selection` keeps it.
@@ -46,42 +59,45 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
     """
     if selection.scores is None:
         raise ValueError("This selection has no scores to draw; select_blocks() gives one that has them.")
+    rows, width = _arrange(selection)
+    left, y = 0.3 + 0.085 * max(len(row.kind) for row in rows), 0.3
+    right = left + max(len(row.targets) for row in rows) * (width + BESIDE)
+    size = right + 1.2, max(2.8, y + sum(row.height(width) for row in rows) + 0.1)
+    figure = _figure(*size, layout="none")
+    sheet = figure.add_axes((0, 0, 1, 1))  # whose coordinates are inches from the left and from the top
     everything = torch.cat([scores.flatten() for scores in selection.scores])
-    rows, columns = _arrange(selection.names)
-    heights = [0] * (max(rows) + 1)
-    for row, scores in zip(rows, selection.scores, strict=True):
-        heights[row] = max(heights[row], len(scores))
-    abreast, widest = max(columns) + 1, max(scores.shape[1] for scores in selection.scores)
-    inches = WIDTH / widest  # the side of a block
-    figure = _figure(1.2 + abreast * (WIDTH + 0.08), 0.8 + sum(heights) * inches + 0.3 * len(heights))
-    axes = figure.subplots(len(heights), abreast, squeeze=False, height_ratios=heights)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    shades = _shades_of(everything)
-    for target, (name, scores) in enumerate(zip(selection.names, selection.scores, strict=True)):
-        layer, kind = layer_and_type(name)
-        ax = axes[rows[target], columns[target]]
-        ax.set_axis_on()
-        ax.set(xticks=[], yticks=[])
-        image = ax.imshow(scores.numpy(), interpolation="nearest", **shades)
-        blocks = selection.index[selection.index[:, 0] == target, 1:]
-        _frame(ax, blocks, points=72 * inches)
-        above = "" if layer is None or kind != layer_and_type(selection.names[0])[1] else f"layer {layer}\n"
-        ax.set_title(f"{above}{len(blocks)}/{scores.numel()}", fontsize=7, pad=2)
-        if columns[target] == 0:
-            ax.set_ylabel(kind)
-    figure.colorbar(image, ax=axes, label="score", fraction=0.02, aspect=30, pad=0.01)
-    size, total = selection.block_size, len(everything)
-    figure.suptitle(f"{len(selection.index)} of {total} blocks of {size} x {size} selected")
+    scale = _scale_of(everything)
+    chosen = [torch.zeros(scores.shape) for scores in selection.scores]
+    for target, *block in selection.index.tolist():
+        chosen[target][tuple(block)] = 1
+    for row in rows:
+        y += row.height(width)
+        top = y - width * row.steepness
+        sheet.text(left - 0.08, (top + y) / 2, row.kind, ha="right", va="center")
+        for column, (layer, target) in enumerate(zip(row.layers, row.targets, strict=True)):
+            x = left + column * (width + BESIDE)
+            if row.is_first:
+                sheet.text(x + width / 2, top - ABOVE, layer, ha="center", fontsize="small")
+            if target is not None:
+                _draw_blocks(sheet, (x, x + width, y, top), selection.scores[target], chosen[target], scale)
+                if width >= 0.4:  # there is room
+                    count = f"{int(chosen[target].sum())}/{chosen[target].numel()}"
+                    sheet.text(x + width / 2, top - 0.03, count, ha="center", fontsize=7)
+    _draw_scale(figure, right + 0.1, scale)
+    side, all_blocks = selection.block_size, len(everything)
+    title = f"{len(selection.index)} of {all_blocks} blocks of {side} x {side} selected"
+    sheet.text(size[0] / 2, 0.2, title, ha="center", fontsize="large")
+    sheet.set(xlim=(0, size[0]), ylim=(size[1], 0))
+    sheet.set_axis_off()
     return _saved(figure, path)
 
 
 def plot_shares(selection: Selection, path: str | Path | None = None) -> Figure:
     """Draw the share of the selected blocks in each layer, in a bar that is divided by module type."""
-    chosen = Counter(layer_and_type(selection.names[target]) for target in selection.index[:, 0].tolist())
-    layers = list(dict.fromkeys(layer for layer, _ in map(layer_and_type, selection.names)))
-    layers.sort(key=lambda layer: -1 if layer is None else layer)
-    figure = _figure(max(4.5, 2.5 + 0.25 * len(layers)), 3.2)
+    places = places_of(selection.names)
+    chosen = Counter((places[target].layer_name, places[target].kind) for target in selection.index[:, 0].tolist())
+    layers = layers_of(places)
+    figure = _figure(min(max(4.5, 2.5 + 0.25 * len(layers)), 11), 3.2)
     ax = figure.subplots()
     below = [0.0] * len(layers)
     for (kind, count), colour, hatch in zip(selection.counts_by_type().items(), cycle(COLOURS), cycle(HATCHES)):
@@ -89,9 +105,7 @@ def plot_shares(selection: Selection, path: str | Path | None = None) -> Figure:
         label = f"{kind}: {100 * count / len(selection.index):.0f} %"
         ax.bar(range(len(layers)), shares, 0.8, below, label=label, color=colour, hatch=hatch, edgecolor="black")
         below = [low + share for low, share in zip(below, shares, strict=True)]
-    step = -(-len(layers) // 16)
-    names = ["-" if layer is None else str(layer) for layer in layers]
-    ax.set_xticks(range(0, len(layers), step), names[::step])
+    ax.set_xticks(*_ticks(layers))
     ax.margins(x=0.02)
     ax.set(xlabel="layer", ylabel="% of the selected blocks", ylim=(0, 1.05 * max(below)))
     figure.legend(loc="outside right upper", frameon=False)
@@ -151,18 +165,18 @@ def plot_quality(
     figure = _figure(5.5, 3.6)
     ax = figure.subplots()
     for (name, points), colour, marker, dash in zip(methods.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
-        budgets, losses, *spreads = zip(*sorted(points), strict=True)
-        ax.errorbar(budgets, losses, *spreads, fmt=dash, color=colour, marker=marker, capsize=3, label=name)
+        budgets, losses, spreads = zip(*((*point, 0.0)[:3] for point in sorted(points)), strict=True)
+        ax.errorbar(budgets, losses, spreads, fmt=dash, color=colour, marker=marker, capsize=3, label=name)
     _label_budgets(ax, [budget for points in methods.values() for budget, *_ in points])
     return _saved(_with_legend(figure, xlabel=xlabel, ylabel=ylabel), path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("A picture needs matplotlib; run: pip install 'smt-peft[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def _points(name: str, log: Sequence[dict | tuple[float, float]], key: str) -> list[tuple[float, float]]:
@@ -198,38 +212,113 @@ def _saved(figure: Figure, path: str | Path | None) -> Figure:
     return figure
 
 
-def _shades_of(scores: torch.Tensor) -> dict:
-    """Greys on a logarithmic scale; a score of zero leaves its block white."""
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-
-    lowest, highest = scores[scores > 0].min().item(), scores.max().item()
-    greys = LinearSegmentedColormap.from_list("scores", ["#ffffff", "#333333"])  # frames must show on the darkest, too
-    return {"cmap": greys, "norm": LogNorm(lowest, max(highest, 1.1 * lowest))}
-
-
-def _frame(ax: Axes, blocks: torch.Tensor, points: float) -> None:
-    """Frame blocks [n, 2] of (row, column), each `points` wide on paper."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    row, column = blocks.T.numpy()
-    corners = (blocks.flip(1) - 0.42).tolist()  # a little inside, so that the frames of neighbours stay two
-    frames = [Rectangle(corner, 0.84, 0.84) for corner in corners]
-    width = min(2.0, 0.15 * points)
-    ax.add_collection(PatchCollection(frames, facecolor="none", edgecolor=FRAME_COLOUR, linewidth=width))
-    ax.scatter(column, row, s=(0.25 * points) ** 2, color="white", edgecolors="black", linewidths=0.2)
+def _ticks(layers: list[str]) -> tuple[list[int], list[str]]:
+    """Places and labels for about sixteen layers; below the first of a stack, its name."""
+    step = -(-len(layers) // 16)
+    ticks, firsts = {}, {}
+    for place, (stack, _, number) in enumerate(layer.rpartition(".") for layer in layers):
+        first = firsts.setdefault(stack, place)
+        if (place - first) % step == 0:
+            ticks[place] = f"{number}\n{stack}".strip() if place == first else number
+    return list(ticks), list(ticks.values())
 
 
-def _arrange(names: list[str]) -> tuple[list[int], list[int]]:
-    """Each module's row and column in the picture."""
-    places = [layer_and_type(name) for name in names]
-    layers = sorted({layer for layer, _ in places if layer is not None})
-    types = list(dict.fromkeys(kind for _, kind in places))
-    bands = -(-len(layers) // LAYERS_ABREAST) or 1
-    abreast = -(-len(layers) // bands)
-    rows, columns = [], []
-    for layer, kind in places:
-        band, column = divmod(layers.index(layer), abreast) if layer is not None else (0, 0)
-        rows.append(band * len(types) + types.index(kind))
-        columns.append(column)
-    return rows, columns
+# --- parts of plot_selection -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Row:
+    """Modules abreast.
+
+    Attributes:
+        kind: their type.
+        layers: their layers, as they stand above the first row that has them.
+        targets: their positions in the selection; None where a layer has no such module.
+        steepness: their height in terms of their width: the matrix's, within bounds.
+    """
+
+    kind: str
+    layers: list[str]
+    is_first: bool
+    targets: list[int | None]
+    steepness: float
+
+    def height(self, width: float) -> float:
+        """With the room above."""
+        return width * self.steepness + ABOVE + HEADING * self.is_first
+
+
+def _arrange(selection: Selection) -> tuple[list[_Row], float]:
+    """Rows of modules, and the width of a module: as many abreast as fill most of the page with modules."""
+    places = places_of(selection.names)
+    if len(set(places)) < len(places):
+        places = places_of(selection.names, numbered=True)
+    best: tuple[float, list[_Row], float] | None = None
+    for abreast in range(1, 1 + len(layers_of(places))):
+        rows = _rows(places, selection.scores, abreast)
+        down = PAGE[1] - sum(row.height(0) for row in rows)
+        width = min(WIDEST, PAGE[0] / abreast - BESIDE, down / sum(row.steepness for row in rows))
+        used = width * len(places) / (len(rows) * abreast)
+        if best is None or used >= best[0]:
+            best = used, rows, max(width, NARROWEST)
+    return best[1:]
+
+
+def _rows(places: list[Place], scores: list[torch.Tensor], abreast: int) -> list[_Row]:
+    """A row per type for every so many layers; stacks do not share rows, nor layers with what is outside of them."""
+    rows = []
+    for stack, is_outside in dict.fromkeys((place.stack, place.layer is None) for place in places):
+        here = {at: i for i, at in enumerate(places) if (at.stack, at.layer is None) == (stack, is_outside)}
+        layers = sorted({place.layer for place in here})
+        for band in (layers[start : start + abreast] for start in range(0, len(layers), abreast)):
+            names = [f"{stack or 'layer'} {band[0]}", *map(str, band[1:])]
+            for number, kind in enumerate(dict.fromkeys(place.kind for place in here if place.layer in band)):
+                targets = [here.get(Place(stack, layer, kind)) for layer in band]
+                shapes = [scores[target].shape for target in targets if target is not None]
+                steepness = max(height / width for height, width in shapes)
+                bounded = max(FLATTEST, min(steepness, STEEPEST))
+                rows.append(_Row(kind, names, number == 0 and not is_outside, targets, bounded))
+    return rows
+
+
+def _draw_blocks(
+    sheet: Axes, box: tuple[float, float, float, float], scores: torch.Tensor, chosen: torch.Tensor, scale: LogNorm
+) -> None:
+    """The picture of a module in the box (left, right, bottom, top)."""
+    left, right, bottom, top = box
+    finest = int((bottom - top) / FINEST), int((right - left) / FINEST)
+    cells = [max(1, min(sizes)) for sizes in zip(scores.shape, finest, strict=True)]
+    scores, chosen = (adaptive_max_pool2d(of[None].float(), cells)[0].numpy() for of in (scores, chosen))
+    places = scale(scores.clip(min=scale.vmin))
+    colours = _shades(SHADES)(places)
+    colours[chosen > 0] = _shades(SELECTED_SHADES)(places)[chosen > 0]
+    sheet.imshow(colours, extent=box, aspect="auto", interpolation="nearest")
+    sheet.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="black", linewidth=0.8)
+
+
+def _scale_of(scores: torch.Tensor) -> LogNorm:
+    """A logarithmic scale for what most scores are: those of a few modules are often a hundred times lower."""
+    from matplotlib.colors import LogNorm
+
+    in_order = scores[scores > 0].sort().values
+    lowest, highest = (in_order[int(share * (len(in_order) - 1))].item() for share in (0.05, 0.99))
+    return LogNorm(lowest, max(highest, 2 * lowest))
+
+
+def _shades(ends: list[str]) -> LinearSegmentedColormap:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("scores", ends)
+
+
+def _draw_scale(figure: Figure, x: float, scale: LogNorm) -> None:
+    """A bar for the selected blocks, and to its left one for the others."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import LogLocator
+
+    across, down = figure.get_size_inches()
+    for shades, left, label in ((SHADES, x, ""), (SELECTED_SHADES, x + 0.14, "score; in colour: selected")):
+        ax = figure.add_axes((left / across, 1 - 2.6 / down, 0.12 / across, 1.8 / down))
+        ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.0e}"}
+        figure.colorbar(ScalarMappable(scale, _shades(shades)), ax, extend="both", label=label, **ticks)
+        ax.minorticks_off()

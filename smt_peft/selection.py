@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 
@@ -142,16 +144,17 @@ class Selection:
         return chosen
 
     def counts_by_type(self) -> dict[str, int]:
-        """Blocks per module type (the last part of the module's name), most first."""
-        counts = Counter({layer_and_type(name)[1]: 0 for name in self.names})
-        counts.update(layer_and_type(self.names[target])[1] for target in self.index[:, 0].tolist())
+        """Blocks per module type (see `Place`), most first."""
+        places = places_of(self.names)
+        counts = Counter({place.kind: 0 for place in places})
+        counts.update(places[target].kind for target in self.index[:, 0].tolist())
         return dict(counts.most_common())
 
     def counts_by_layer(self) -> dict[str, int]:
-        """Blocks per layer number (the first number in the module's name)."""
-        layers = Counter(layer_and_type(self.names[target])[0] for target in self.index[:, 0].tolist())
-        in_order = sorted(layers, key=lambda layer: -1 if layer is None else layer)
-        return {"-" if layer is None else str(layer): layers[layer] for layer in in_order}
+        """Blocks per layer that has any: "3", or "decoder.3" where layers are counted more than once; "-" outside."""
+        places = places_of(self.names)
+        counts = Counter(places[target].layer_name for target in self.index[:, 0].tolist())
+        return {layer: counts[layer] for layer in layers_of(places) if layer in counts}
 
     def overlap(self, other: Selection) -> float:
         """Share of the blocks that both have, by module name: |A and B| / max(|A|, |B|).
@@ -187,7 +190,62 @@ class Selection:
         return "\n".join(lines)
 
 
-def layer_and_type(name: str) -> tuple[int | None, str]:
-    """A module's layer, the first number in its name, and its type, the last part."""
-    number = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(number.group(1)) if number else None, name.rpartition(".")[2]
+class Place(NamedTuple):
+    """Where a module is in its model.
+
+    Attributes:
+        stack: which layers, where a model counts them more than once: "encoder", "decoder"; otherwise "".
+        layer: the first number in the module's name, if there is one.
+        kind: the module's type: as much of the end of its name as tells it from other modules of its layer, such as
+            "q_proj", or "SelfAttention.q" where there is an "EncDecAttention.q", too.
+    """
+
+    stack: str
+    layer: int | None
+    kind: str
+
+    @property
+    def layer_name(self) -> str:
+        return "-" if self.layer is None else f"{self.stack}.{self.layer}".lstrip(".")
+
+
+def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
+    """The place of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
+    modules are in one place."""
+    before, layers, inside = zip(*map(_split, names), strict=True)
+    if not numbered:
+        inside = [re.sub(r"\b\d+\b", "*", path) for path in inside]
+    stacks = {stack: stack.split(".") for stack, layer in zip(before, layers, strict=True) if layer is not None}
+    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*stacks.values(), strict=False))))
+    stack_names = _shortest({stack: path[shared:] for stack, path in stacks.items()})
+    kinds = _shortest({path: path.split(".")[::-1] for path in inside})
+    return [
+        Place("" if layer is None else ".".join(stack_names[stack]), layer, ".".join(kinds[path][::-1]))
+        for stack, layer, path in zip(before, layers, inside, strict=True)
+    ]
+
+
+def layers_of(places: Sequence[Place]) -> list[str]:
+    """The names of all layers in their order, after what is outside of layers."""
+    stacks = list(dict.fromkeys(place.stack for place in places))
+    in_order = sorted(places, key=lambda at: (at.layer is not None, stacks.index(at.stack), at.layer))
+    return list(dict.fromkeys(place.layer_name for place in in_order))
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """What stands before a module's layer, the layer, and the module's path inside of it."""
+    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.+))?", name)
+    if not found:
+        return "", None, name
+    before, layer, inside = found.groups(default="")
+    return before, int(layer), inside or before or "module"
+
+
+def _shortest(paths: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Of every path the shortest beginning that no other has, and that does not stop at a number."""
+    found = {}
+    for name, path in paths.items():
+        beginnings = (path[:length] for length in range(1, len(path)) if not re.fullmatch(r"\d+|\*", path[length - 1]))
+        alone = (start for start in beginnings if sum(one[: len(start)] == start for one in paths.values()) == 1)
+        found[name] = next(alone, path)
+    return found

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_selection  # noqa: E402
-from bench_selection import Half, Setting, Subject, kind_of  # noqa: E402
+from bench_selection import Half, Setting, Subject  # noqa: E402
 
 BEDS = ("stories260K-lowercase", "stories260K-gpt4")
 COUNTS = [1, 3]
@@ -113,20 +113,6 @@ def test_criteria_see_what_they_are_named_after(aligned):
     blocks = {name: one.index.tolist() for name, one in aligned.criteria("model").items()}
     assert blocks["magnitude"] == [[0, 1, 1]] and blocks["abs_mean"] == blocks["l2, signed"] == [[1, 0, 0]]
     assert len(blocks) == 10
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("model.layers.3.self_attn.v_proj", "v_proj"),
-        ("model.layers.3.mlp.up_proj", "up_proj"),
-        ("bert.encoder.layer.0.attention.self.value", "value"),
-        ("bert.encoder.layer.0.attention.output.dense", "attention.output.dense"),
-        ("bert.encoder.layer.0.output.dense", "output.dense"),
-    ],
-)
-def test_modules_of_one_layer_have_kinds_of_their_own(name, kind):
-    assert kind_of(name) == kind
 
 
 # --- on a model ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tests of smt_peft/plotting.py."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,9 +20,22 @@ def selection_of(names: list[str], shapes: list[tuple[int, int]], budget: int) -
     return Selection(names, 4, index, scores)
 
 
-def titles(figure) -> dict[str, str]:
-    """What stands above the modules, by what is drawn in them."""
-    return [ax.get_title().split("\n")[-1] for ax in figure.axes if ax.images]
+def images(figure) -> list[torch.Tensor]:
+    """The picture of each module, [rows, columns, red green blue], in the order of reading."""
+    return [torch.as_tensor(image.get_array()[..., :3]) for image in figure.axes[0].images]
+
+
+def coloured(image: torch.Tensor) -> torch.Tensor:
+    return image[..., 0] != image[..., 2]
+
+
+def texts(figure) -> dict[str, tuple[float, float]]:
+    """What is written on the sheet -> inches from the left and the top."""
+    return {text.get_text(): text.get_position() for text in figure.axes[0].texts}
+
+
+def counts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts if "/" in text.get_text()]
 
 
 @pytest.fixture
@@ -31,34 +45,95 @@ def selection() -> Selection:
 
 
 def test_each_module_is_drawn_with_its_scores(selection):
-    drawn = [ax.images[0].get_array().data for ax in plot_selection(selection).axes if ax.images]
-    expected = [selection.scores[target] for target in (0, 2, 1, 3)]  # a row of layers for each type
-    assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(drawn, expected, strict=True))
+    for image, target in zip(images(plot_selection(selection)), (0, 2, 1, 3), strict=True):  # layers for each type
+        grey = image.mean(-1)[~coloured(image)]
+        assert image.shape[:2] == selection.scores[target].shape and (grey.diff() <= 0).all()
 
 
-def test_the_selected_blocks_are_framed_and_no_others(selection):
-    figure = plot_selection(selection)
-    framed = []
-    for ax, target in zip([ax for ax in figure.axes if ax.images], (0, 2, 1, 3), strict=True):
-        for frame in ax.collections[0].get_paths():
-            column, row = frame.vertices[:4].mean(0).round().astype(int).tolist()
-            framed.append([target, row, column])
-    assert sorted(framed) == selection.index.tolist()
+def test_the_selected_blocks_are_coloured_and_no_others(selection):
+    drawn = []
+    for image, target in zip(images(plot_selection(selection)), (0, 2, 1, 3), strict=True):
+        drawn += [[target, *block] for block in coloured(image).nonzero().tolist()]
+    assert sorted(drawn) == selection.index.tolist()
 
 
-def test_titles_count_the_selected_blocks(selection):
-    assert titles(plot_selection(selection)) == ["0/9", "2/9", "0/6", "6/6"]
+def test_selected_blocks_are_darker_than_all_others_whatever_their_scores():
+    scores = [torch.tensor([[1.0, 2.0, 4.0, 0.0]]), torch.tensor([[100.0, 200.0, 0.0, 50.0]])]
+    chosen = torch.tensor([[0, 0, 0], [0, 0, 3]])
+    everything = torch.cat(images(plot_selection(Selection(["layers.0.q", "layers.0.v"], 4, chosen, scores))))
+    darkness = (everything @ torch.tensor([0.3, 0.59, 0.11], dtype=everything.dtype)).flatten()
+    assert darkness[[0, 3]].max() < darkness[[1, 2, 4, 5, 6, 7]].min()
 
 
-def test_many_layers_are_wrapped_so_that_the_picture_fits_a_page():
-    names = [f"layers.{layer}.v_proj" for layer in range(32)]
-    width, height = plot_selection(selection_of(names, [(4, 4)] * 32, 10)).get_size_inches()
-    assert width < 14 and height < 14
+def test_a_few_extreme_scores_leave_the_others_their_shades():
+    scores = torch.linspace(1, 2, 400).view(20, 20)
+    scores[0, :4], scores[0, 4:8] = 1e-6, 1e6
+    [image] = images(plot_selection(Selection(["layers.0.q"], 4, torch.tensor([[0, 0, 4]]), [scores])))
+    assert image[1].mean() - image[-1].mean() > 0.25  # of the 0.42 between white and the darkest grey
+
+
+def test_counts_are_the_selected_blocks_and_all_blocks(selection):
+    assert counts(plot_selection(selection)) == ["0/9", "2/9", "0/6", "6/6"]
+
+
+@pytest.mark.parametrize("names", [
+    [f"{part}.block.{layer}.layer.{module}" for part in ("encoder", "decoder") for layer in range(3)
+     for module in ("0.SelfAttention.q", "1.EncDecAttention.q", "2.DenseReluDense.wi")],
+    [f"model.{part}.layers.{layer}.{module}" for part in ("encoder", "decoder") for layer in range(2)
+     for module in ("self_attn.q_proj", "encoder_attn.q_proj", "fc1")[:: 2 if part == "encoder" else 1]],
+    [f"layers.{layer}.mlp.{module}" for layer in range(2)
+     for module in ("gate", *(f"experts.{expert}.w{n}" for expert in range(4) for n in (1, 2)))],
+    [f"layer.{layer}.{module}" for layer in range(2)
+     for module in ("attention.output.dense", "intermediate.dense", "output.dense")],
+], ids=["t5", "bart", "experts", "bert"])  # fmt: skip
+def test_no_module_is_drawn_over_another(names):
+    figure = plot_selection(selection_of(names, [(2, 2)] * len(names), budget=9))
+    boxes = {tuple(image.get_extent()) for image in figure.axes[0].images}
+    assert len(boxes) == len(names) and len(counts(figure)) == len(names)
+
+
+def test_rows_and_columns_say_as_much_as_tells_modules_apart():
+    names = ["model.layers.3.self_attn.q_proj", "model.layers.4.self_attn.q_proj"]
+    assert {"q_proj", "layer 3", "4"} <= texts(plot_selection(selection_of(names, [(2, 2)] * 2, 2))).keys()
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    names += [
+        "decoder.block.0.layer.1.EncDecAttention.q",
+        "decoder.block.0.experts.3.w1",
+        "decoder.block.0.experts.2.w1",
+    ]
+    shown = texts(plot_selection(selection_of(names, [(2, 2)] * 5, 2)))
+    assert {"encoder 0", "decoder 0", "EncDecAttention.q", "experts.3.w1"} <= shown.keys()
+
+
+LLAMA_3_8B = {"self_attn.q_proj": (16, 16), "self_attn.k_proj": (4, 16), "self_attn.v_proj": (4, 16),
+              "self_attn.o_proj": (16, 16), "mlp.gate_proj": (56, 16), "mlp.up_proj": (56, 16),
+              "mlp.down_proj": (16, 56)}  # fmt: skip
+
+
+@pytest.mark.parametrize("modules", [
+    {"v_proj": (16, 16)},
+    dict.fromkeys(("q_proj", "k_proj", "v_proj"), (16, 16)),
+    LLAMA_3_8B,
+], ids=["v", "qkv", "all"])  # fmt: skip
+def test_a_real_model_fits_a_page_with_room_for_every_label(modules):
+    names = [f"layers.{layer}.{module}" for layer in range(32) for module in modules]
+    figure = plot_selection(selection_of(names, [*modules.values()] * 32, budget=900))
+    width, height = figure.get_size_inches()
+    assert 8 < width < 12 and height < 13
+    assert all(image.get_extent()[1] - image.get_extent()[0] > 0.4 for image in figure.axes[0].images)
+    rows = sorted(text.get_position()[1] for text in figure.axes[0].texts if text.get_text().endswith("proj"))
+    assert all(below - above > 0.2 for above, below in pairwise(rows))
+
+
+def test_a_selected_block_is_seen_where_blocks_are_finer_than_pixels():
+    scores = torch.ones(500, 500)
+    [image] = images(plot_selection(Selection(["layers.0.q"], 4, torch.tensor([[0, 249, 251]]), [scores])))
+    assert coloured(image).sum() == 1 and max(image.shape) <= 75
 
 
 def test_modules_outside_of_layers_and_equal_scores_can_be_drawn():
     selection = Selection(["head"], 4, torch.tensor([[0, 0, 1]]), [torch.ones(2, 2)])
-    assert titles(plot_selection(selection)) == ["1/4"]
+    assert counts(plot_selection(selection)) == ["1/4"]
 
 
 @pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("pdf", b"%PDF")])
@@ -120,6 +195,22 @@ def test_shares_need_no_scores_and_no_layers():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-", "3"]
 
 
+def test_layers_of_an_encoder_and_a_decoder_have_bars_of_their_own():
+    names = [f"{part}.block.{layer}.{kind}" for part in ("encoder", "decoder") for layer in range(2) for kind in "qv"]
+    ax = plot_shares(selection_of(names, [(2, 2)] * 8, budget=6)).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0\nencoder", "1", "0\ndecoder", "1"]
+    assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [
+        [0, 0, 0, pytest.approx(400 / 6)],
+        [0, 0, 0, pytest.approx(200 / 6)],
+    ]
+
+
+def test_types_beyond_the_palette_are_told_apart():
+    names = [f"layers.0.kind{number}" for number in range(20)]
+    bars = [bars[0] for bars in plot_shares(selection_of(names, [(1, 1)] * 20, budget=20)).axes[0].containers]
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 20
+
+
 def test_the_matrix_shows_every_pairs_overlap(selection):
     other = Selection(selection.names, 4, torch.cat([selection.index[:2], torch.tensor([[0, 0, 0]])]))
     ax = plot_overlap({"one": selection, "other": other}).axes[0]
@@ -162,6 +253,11 @@ def test_runs_differ_by_more_than_colour():
     assert len({line.get_color() for line in lines}) == len({line.get_marker() for line in lines}) == 8
 
 
+def test_runs_beyond_the_palette_are_told_apart():
+    lines = plot_losses({str(run): [(0, run), (1, run)] for run in range(20)}).axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
 def test_quality_stands_at_its_budget_with_its_spread():
     figure = plot_quality({"SMT": [(200, 1.5, 0.25), (100, 2.0, 0.5)], "full": [(900, 1.0)]})
     smt, full = figure.axes[0].containers
@@ -171,6 +267,11 @@ def test_quality_stands_at_its_budget_with_its_spread():
         [[200, 1.25], [200, 1.75]],
     ]
     assert full.lines[0].get_xydata().tolist() == [[900, 1.0]] and figure.axes[0].get_xscale() == "log"
+
+
+def test_points_without_a_spread_may_stand_among_others():
+    [smt] = plot_quality({"SMT": [(200, 1.5, 0.25), (100, 2.0)]}).axes[0].containers
+    assert [bar[:, 1].tolist() for bar in smt.lines[2][0].get_segments()] == [[2.0, 2.0], [1.25, 1.75]]
 
 
 @pytest.mark.parametrize("budgets", [[3200, 25600], [1e5, 1e7], [0.0086, 0.05]], ids=str)

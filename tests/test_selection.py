@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.selection import apportion, select
+from smt_peft.selection import apportion, places_of, select
 
 
 def selected(base, batches=None, **options) -> dict[str, list[list[int]]]:
@@ -130,3 +130,27 @@ def test_layers_are_counted_in_their_order_and_what_is_outside_of_them_first():
     names = ["layers.10.mlp", "head", "layers.2.mlp"]
     selection = Selection(names, 16, torch.tensor([[0, 0, 0], [1, 0, 0], [2, 0, 0], [2, 0, 1]]))
     assert list(selection.counts_by_layer().items()) == [("-", 1), ("2", 2), ("10", 1)]
+
+
+def test_layers_that_are_counted_more_than_once_are_not_added_up():
+    names = [f"model.{part}.layers.{layer}.q_proj" for part in ("encoder", "decoder") for layer in (0, 1)]
+    selection = Selection([*names, "head"], 16, torch.tensor([[0, 0, 0], [2, 0, 0], [2, 0, 1], [3, 0, 0], [4, 0, 0]]))
+    counts = {"-": 1, "encoder.0": 1, "decoder.0": 2, "decoder.1": 1}
+    assert list(selection.counts_by_layer().items()) == list(counts.items())
+    assert "encoder.0: 1, decoder.0: 2" in selection.summary()
+
+
+@pytest.mark.parametrize(
+    "modules, kinds",
+    [
+        (["self_attn.q_proj", "mlp.up_proj"], ["q_proj", "up_proj"]),
+        (["layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"], ["SelfAttention.q", "EncDecAttention.q"]),
+        (["attention.output.dense", "output.dense"], ["attention.output.dense", "output.dense"]),
+        (["experts.0.w1", "experts.1.w1", "experts.1.w2"], ["w1", "w1", "w2"]),
+        (["mlp.experts.0.w", "mlp.shared.w"], ["experts.*.w", "shared.w"]),
+    ],
+)
+def test_a_type_says_as_much_as_tells_it_from_others_of_its_layer(modules, kinds):
+    names = [f"model.layers.{layer}.{module}" for layer in (3, 4) for module in modules]
+    assert places_of(names) == [("", layer, kind) for layer in (3, 4) for kind in kinds]
+    assert len({*places_of(names, numbered=True)}) == len(names)
