@@ -17,11 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy
 import yaml
 from bench_quality import planned, validation_of
-from quality_pictures import draw
+from quality_pictures import draw, draw_overview
 from transformers import HfArgumentParser
 
+OVERVIEW = "quality_overview"
+LORA, PAPER = "LoRA", "SMT, whole model"  # names that studies give to LoRA and to the paper's recipe
 NAMES = {"test_loss": "test", "test_accuracy": "accuracy", "old_loss": "old domain"}
 
 
@@ -76,21 +79,23 @@ class Result:
         """What is compared: the accuracy of a classifier, the loss of a language model."""
         return "test_accuracy" if "test_accuracy" in self.runs[0] else "test_loss"
 
-    def minus(self, other: Result) -> list[float]:
+    def minus(self, other: Result, key: str) -> list[float]:
         """Differences to another method, one per seed that both have run with."""
-        theirs = {run["seed"]: run[self.measure] for run in other.runs}
-        return [run[self.measure] - theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
+        theirs = {run["seed"]: run[key] for run in other.runs}
+        return [run[key] - theirs[run["seed"]] for run in self.runs if run["seed"] in theirs]
 
 
 Results = dict[Place, dict[str, Result]]  # place -> method -> result, in the study's order
 # What stands in one table, or in one panel: title -> row -> its result and that of the method to compare with.
 Frames = dict[str, dict[str, tuple[Result, Result | None]]]
+# Where both were tuned: LoRA, the paper's SMT, and the SMT that validation prefers, with its name.
+Against = dict[Place, tuple[Result, Result, str, Result]]
 
 
 def main(argv: list[str]) -> None:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(["--studies", *argv])
     page = Path(options.page)
-    text, jobs = page.read_text(), []
+    text, jobs, lora_beside_smt = page.read_text(), [], {}
     for path in map(Path, options.studies):
         lines = Path(options.results) / f"quality_{path.stem}.jsonl"
         if lines.exists():
@@ -102,17 +107,29 @@ def main(argv: list[str]) -> None:
         study = yaml.safe_load(path.read_text())
         every = [json.loads(line) for line in lines.read_text().splitlines()]
         runs = runs_of(study, every)
-        picture = lines.with_suffix(".png")
-        body = [provenance(study, path, runs)]
-        if runs:
-            results = results_of(study, runs)
-            in_frames = frames(study, results)
-            caption = draw(study, results, in_frames, picture)
-            body += [f"![{path.stem}]({os.path.relpath(picture, page.parent)})", caption, tables(study, in_frames)]
-        text = put_into(text, lines.stem, "\n\n".join(body), page)
+        text = put_into(text, lines.stem, section(study, path, runs, lines.with_suffix(".png"), page), page)
+        lora_beside_smt |= against_lora(study, results_of(study, runs))
         left_out = f", {len(every) - len(runs)} more that the study does not ask for" * (len(every) > len(runs))
         print(f"{path}: {len(runs)} runs{left_out}")
+    if lora_beside_smt and f"<!-- {OVERVIEW} -->" in text:
+        picture = Path(options.results) / f"{OVERVIEW}.png"
+        draw_overview(lora_beside_smt, picture)
+        text = put_into(text, OVERVIEW, f"{link(picture, page)}\n\n{overview(lora_beside_smt)}", page)
     page.write_text(text)
+
+
+def section(study: dict, path: Path, runs: list[dict], picture: Path, page: Path) -> str:
+    """A study's part of the page; draws its picture."""
+    if not runs:
+        return provenance(study, path, runs)
+    results = results_of(study, runs)
+    in_frames = frames(study, results)
+    caption = draw(study, results, in_frames, picture)
+    return "\n\n".join([provenance(study, path, runs), link(picture, page), caption, tables(study, in_frames)])
+
+
+def link(picture: Path, page: Path) -> str:
+    return f"![{picture.stem.removeprefix('quality_')}]({os.path.relpath(picture, page.parent)})"
 
 
 def put_into(text: str, name: str, body: str, page: Path) -> str:
@@ -170,6 +187,17 @@ def frames(study: dict, results: Results) -> Frames:
     return found
 
 
+def against_lora(study: dict, results: Results) -> Against:
+    """The places of a study where LoRA and SMT were both tuned."""
+    found = {}
+    for place, methods in results.items():
+        blocks = {name: result for name, result in methods.items() if study["methods"][name]["type"] == "smt"}
+        if LORA in methods and PAPER in blocks:
+            best = min(blocks, key=lambda name: blocks[name].mean("validation_loss"))
+            found[place] = methods[LORA], blocks[PAPER], best, blocks[best]
+    return found
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +221,36 @@ def tables(study: dict, in_frames: Frames) -> str:
     return "\n\n".join(text)
 
 
+def overview(against: Against) -> str:
+    """One row per place: how far SMT is from LoRA in test loss, and in forgetting."""
+    head = ["testbed, parameters", "LoRA", "paper's SMT - LoRA", "best SMT", "best SMT - LoRA"]
+    head += ["seeds", "old domain at equal loss"]
+    rows = [head, ["---"] * len(head)]
+    for place, (lora, paper, name, best) in against.items():
+        differences = [shown(one.minus(lora, "test_loss"), "test_loss", "+") for one in (paper, best)]
+        loss, more = shown(lora.values("test_loss"), "test_loss"), shown(forgets_more(best, lora), "old_loss", "+")
+        name, seeds = name.removeprefix("SMT, "), str(len(best.runs))
+        where = f"{place.testbed}, {place.target}, {place.budget:,}"
+        rows.append([where, loss, differences[0], name, differences[1], seeds, more])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def forgets_more(result: Result, lora: Result) -> list[float]:
+    """The loss on the old domain minus LoRA's at equal test loss, with the first seed: mean over the losses that both
+    reach at learning rates up to their best, with straight lines between; nothing where they reach none in common."""
+    curves = []
+    for tried, rate in ((result.tried, result.rate), (lora.tried, lora.rate)):
+        runs = [run for run in tried if run["learning_rate"] <= rate and "old_loss" in run]
+        curves.append(sorted((run["test_loss"], run["old_loss"]) for run in runs))
+    if not all(curves):
+        return []
+    (mine_at, mine), (theirs_at, theirs) = (zip(*curve, strict=True) for curve in curves)
+    low, high = max(mine_at[0], theirs_at[0]), min(mine_at[-1], theirs_at[-1])
+    losses = numpy.linspace(low, high, 50)
+    difference = numpy.interp(losses, mine_at, mine) - numpy.interp(losses, theirs_at, theirs)
+    return [difference.mean()] if low < high else []
+
+
 def cells(study: dict, result: Result, reference: Result | None) -> dict[str, str]:
     """A row of a table, by column."""
     run, measure = result.runs[0], result.measure
@@ -202,7 +260,7 @@ def cells(study: dict, result: Result, reference: Result | None) -> dict[str, st
     if measure == "test_accuracy":
         row["accuracy"] = shown(result.values(measure), measure)
     if reference:
-        differences = result.minus(reference) if result is not reference else []
+        differences = result.minus(reference, measure) if result is not reference else []
         row[f"- {reference_of(study)}"] = shown(differences, measure, "+")
     if "old_loss" in run:
         row["old domain"] = shown(result.values("old_loss"), "old_loss")

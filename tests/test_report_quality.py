@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import quality_pictures
 import report_quality
 from bench_quality import planned
 
@@ -38,11 +40,11 @@ RESULTS = {
 }
 
 
-def lines_of(study: dict, kind: str = "text") -> list[dict]:
+def lines_of(study: dict, kind: str = "text", results: dict = RESULTS) -> list[dict]:
     """What a study leaves in its file, all of it."""
     lines = []
     for run in planned(study):
-        validation, test = RESULTS[run.method]
+        validation, test = results[run.method]
         _, best_rate = min((loss, rate) for rate, loss in validation.items() if not math.isnan(loss))
         best = run.learning_rate == best_rate
         for place, seed in enumerate(study["seeds"] if best else study["seeds"][:1]):
@@ -180,6 +182,102 @@ def test_the_picture_shows_what_varies(report, tmp_path, monkeypatch, change, dr
     page = report(STUDY | change, lines_of(STUDY | change, kind))
     assert called == [drawn] and "![tiny](results/quality_tiny.png)" in page
     assert (tmp_path / "docs/results/quality_tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+BUDGETS, RATES = {"budgets": {"qkv": [1600, 3200]}}, {"x_axis": "learning_rate"}
+
+
+@pytest.fixture
+def picture(report, monkeypatch):
+    """Report a study; gives its page and its figure."""
+    figures = []
+    monkeypatch.setattr(quality_pictures.Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+
+    def of(study: dict, lines: list[dict]):
+        page = report(study, lines)
+        figures[-1].draw_without_rendering()
+        return page, figures[-1]
+
+    return of
+
+
+@pytest.mark.parametrize("change", [BUDGETS, RATES, {}], ids=["budgets", "rates", "seeds"])
+def test_a_picture_of_one_seed_promises_neither_bars_nor_circles(picture, change):
+    circles = {}
+    for seeds in ([0], [0, 1, 2]):
+        study = STUDY | change | {"seeds": seeds}
+        page, figure = picture(study, lines_of(study))
+        assert ("bars:" in page) == ("ean over the seeds" in page) == (len(seeds) > 1)
+        circles[len(seeds)] = [line for line in figure.axes[0].get_lines() if line.get_markersize() == 3.5]
+        assert ("Small circles" in page) == bool(circles[len(seeds)])
+    assert not circles[1] and bool(circles[3]) == (change == {})
+
+
+def test_types_share_neither_colour_nor_dash_nor_marker():
+    looks = [(type_, dash, *look) for type_, (dash, looks) in quality_pictures.STYLES.items() for look in looks]
+    types, dashes, colours, markers = zip(*looks, strict=True)
+    assert len(set(types)) == len(set(dashes)) and len(looks) == len(set(colours)) == len(set(markers))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_methods_of_a_type_share_their_dash_but_neither_colour_nor_marker(count):
+    methods = {f"SMT {number}": {"type": "smt"} for number in range(count)}
+    smt = quality_pictures.styles({"methods": methods}).values()
+    assert len({look["linestyle"] for look in smt}) == 1
+    assert len({look["color"] for look in smt}) == len({look["marker"] for look in smt}) == count
+
+
+@pytest.mark.parametrize("change", [BUDGETS, RATES, {}], ids=["budgets", "rates", "seeds"])
+def test_noise_is_not_magnified(picture, change):
+    study = STUDY | change
+    lines = [line | {"test_loss": 1.5 + line["seed"] / 1e4, "old_loss": 1.4} for line in lines_of(study)]
+    _, figure = picture(study, lines)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    limits = [axes.get_ylim() for axes in panels] + [
+        axes.get_xlim() for axes in panels if axes.get_xscale() == "linear"
+    ]
+    assert all(round(high - low, 9) >= 0.02 for low, high in limits)
+
+
+@pytest.mark.parametrize(
+    "rates", [[5e-3, 1e-2, 2e-2, 3e-2], [5e-4, 1e-3, 2e-3, 5e-3], [1e-4, 3e-4, 1e-3, 1e-2, 5e-2], [1e-2]]
+)
+def test_learning_rates_do_not_run_together(picture, rates):
+    study = STUDY | RATES | {"methods": {"SMT": SMT | {"learning_rates": rates}}}
+    lines = [line | {"learning_rate": rate} for rate in rates for line in lines_of(STUDY) if line["method"] == "SMT"]
+    keys = {(run.learning_rate, seed): replace(run, seed=seed).key for run in planned(study) for seed in (0, 1, 2)}
+    _, figure = picture(study, [line | {"key": keys[line["learning_rate"], line["seed"]]} for line in lines])
+    low, high = figure.axes[-1].get_xlim()
+    ticks = [tick for tick in figure.axes[-1].xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [tick.label1.get_window_extent() for tick in ticks]
+    assert 2 <= len(boxes) <= 4 and all(one.x1 + 3 < other.x0 for one, other in pairwise(boxes))
+
+
+def test_the_overview_has_the_differences_that_a_hand_computes(report, tmp_path):
+    smt = dict.fromkeys(("SMT, whole model", "SMT, per input"), SMT)
+    study = STUDY | {"methods": {"LoRA": STUDY["methods"]["LoRA"], **smt}}
+    known = {"LoRA": ({0.001: 1.9, 0.01: 1.5, 0.1: 1.6}, [1.6, 1.8, 1.7])}
+    known |= {"SMT, whole model": ({0.01: 1.7}, [2.0, 2.0, 2.0]), "SMT, per input": ({0.01: 1.6}, [1.5, 1.6, 1.7])}
+    page = "<!-- quality_tiny -->\n<!-- /quality_tiny -->\n<!-- quality_overview -->\n<!-- /quality_overview -->\n"
+    [row] = [row for row in rows_of(report(study, lines_of(study, results=known), page)) if "best SMT" in row]
+    assert row["testbed, parameters"] == "stories260K-lowercase, qkv, 3,200" and row["LoRA"] == "1.700 ± 0.100"
+    assert row["paper's SMT - LoRA"] == "+0.300 ± 0.100" and row["seeds"] == "3"
+    assert row["best SMT"] == "per input" and row["best SMT - LoRA"] == "-0.100 ± 0.100"
+    assert (tmp_path / "docs/results/quality_overview.png").read_bytes().startswith(b"\x89PNG")
+
+
+def result_of(curve: list[tuple[float, float, float]], best: float) -> report_quality.Result:
+    """A method that ran with these (learning rate, test loss, old loss)."""
+    runs = [dict(zip(("learning_rate", "test_loss", "old_loss"), values, strict=True)) for values in curve]
+    return report_quality.Result([run for run in runs if run["learning_rate"] == best], runs)
+
+
+def test_forgetting_is_compared_at_equal_loss():
+    lora = result_of([(1, 2.0, 1.0), (2, 1.0, 2.0), (3, 1.5, 9.0)], best=2)  # 3 - loss, as far as its best
+    smt = result_of([(1, 1.8, 1.0), (2, 1.2, 1.6), (3, 3.0, 9.0)], best=2)  # 2.8 - loss
+    assert report_quality.forgets_more(smt, lora) == pytest.approx([-0.2])
+    assert report_quality.forgets_more(lora, smt) == pytest.approx([0.2])
+    assert report_quality.forgets_more(result_of([(1, 3.0, 1.0)], best=1), lora) == []  # none that both reach
 
 
 def test_a_page_keeps_what_stands_around_its_markers_and_is_the_same_the_second_time(report):
