@@ -1,20 +1,18 @@
 """Score a model, with or without an adapter, on the paper's tasks.
 
-    python scripts/evaluate.py --model MODEL --adapter ADAPTER --trained_on NAME --data DATA --output results.json
+    python scripts/evaluate.py --adapter runs/llama-7b_smt/smt --data LLM-Adapters/dataset --output results.json
 
-Options can also stand in a YAML file, given first; those after it win. Several GPUs share the rows of each task:
-`accelerate launch scripts/evaluate.py ...`. A task's score is saved as soon as it is done, and the same command goes
-on with the tasks that are left. What the model answered to each row is saved beside the scores, in the folder *.rows.
+Options can also stand in a YAML file, `--config FILE`; those beside it win. Several GPUs share the rows of each
+task: `accelerate launch scripts/evaluate.py ...`. Answers are saved batch by batch, and the same command goes on
+with what is left. What the model answered to each row is saved beside the scores, in the folder *.rows.
 """
 
-import json
 import os
 import platform
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,56 +23,59 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tasks import Task, choose, load_test_rows, prompt
+from answering import generate, most_likely, too_long
+from command_line import option, read_options
+from finetune import STDLIB, load_model
+from merge import base_model
+from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
+from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 import smt_peft  # registers SMT with PEFT
 
-SAMPLING = {"do_sample": True, "temperature": 0.1, "top_p": 0.75, "top_k": 40}
 FREE_TO_CHANGE = {"output", "tasks", "batch_size"}  # between a run and its continuation
-
-
-def _help(text: str, **default: Any) -> Any:
-    return field(metadata={"help": text}, **default)
 
 
 @dataclass
 class Options:
     """What to evaluate, and how; the defaults are the paper's protocol."""
 
-    model: str = _help("model, base or merged: a folder or a name on the Hugging Face hub")
-    data: str = _help("folder with commonsense/NAME_test.jsonl and math/NAME_test.jsonl, or NAME/test.json")
-    output: str = _help("JSON file for the scores; if it exists, the tasks in it are not repeated")
-    adapter: str | None = _help("folder of a PEFT adapter for the model", default=None)
-    trained_on: str | None = _help(
-        "training files of the model, comma-separated names or paths; their rows are left out of the tests. Needed "
-        'with an adapter ("none" if there are none)',
+    data: str = option("folder with commonsense/NAME_test.jsonl and math/NAME_test.jsonl, or NAME/test.json")
+    output: str = option("JSON file for the scores; if it exists, the tasks in it are not repeated")
+    model: str | None = option(
+        "model, base or merged: a folder or a name on the Hugging Face hub; without it the one that the adapter names",
         default=None,
     )
-    tasks: str = _help('comma-separated tasks, or "commonsense" or "math" for the paper\'s', default="commonsense")
-    mode: Literal["generate", "likelihood"] = _help(
-        "find the answer in generated text, or (for models too small for that) take the option with the highest mean "
-        "log-probability per token",
+    adapter: str | None = option("PEFT adapter of the model: a folder or a name on the hub", default=None)
+    trained_on: str | None = option(
+        "training files of the model, comma-separated names or paths; their rows are left out of the tests. Needed "
+        'with an adapter whose folder does not name them in training_data.json ("none" if there are none)',
+        default=None,
+    )
+    tasks: str = option('comma-separated tasks, or "commonsense" or "math" for the paper\'s', default="commonsense")
+    mode: Literal["generate", "text_likelihood", "label_likelihood"] = option(
+        "generate: find the answer in generated text, as the paper does. For models too small for that, take the "
+        "option with the highest mean log-probability per token: text_likelihood, of the option's text, for a model "
+        'that has not learnt the labels; label_likelihood, of its label ("answer1"), for one fine-tuned on them',
         default="generate",
     )
-    limit: int = _help("rows per task, from its start; 0 for all", default=0)
-    batch_size: int = _help("rows at a time on each device; likelihood runs all options of a row at once", default=16)
-    dtype: str = _help('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
-    num_beams: int = _help("beams", default=4)
-    do_sample: bool = _help(
+    limit: int = option("rows per task, from its start; 0 for all", default=0)
+    batch_size: int = option("rows at a time on each device; likelihood runs all options of a row at once", default=16)
+    dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
+    quantization: str = option("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
+    num_beams: int = option("beams", default=4)
+    do_sample: bool = option(
         "sample with temperature 0.1, top-p 0.75 and top-k 40. LLM-Adapters sets those three without this switch, so "
         "that they have no effect, and searches by beams alone; so does this script",
         default=False,
     )
-    seed: int = _help("seed, for sampling", default=0)
+    seed: int = option("seed, for sampling", default=0)
 
     def __post_init__(self) -> None:
-        if self.adapter and not self.trained_on:
-            raise ValueError(
-                f"nothing says what {self.adapter} was trained on, and some training files hold test rows (all of "
-                "math_data_train does); name its training files with --trained_on, or say --trained_on none"
-            )
+        self.quantization = yaml.safe_load(self.quantization)
+        if not (self.model or self.adapter):
+            raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.limit < 0 or self.batch_size < 1:
             raise ValueError(f"limit {self.limit} must be at least 0, and batch_size {self.batch_size} at least 1")
 
@@ -84,161 +85,82 @@ class Options:
         return [] if self.trained_on in (None, "none") else [name.strip() for name in self.trained_on.split(",")]
 
 
-def parse(argv: list[str]) -> Options:
-    """Read the options from a command line, on which a YAML file with further ones can come first."""
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        saved = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")) or {}
-        given = {f"--{name}": str(value) for name, value in saved.items() if value is not None}
-        argv = [part for pair in given.items() for part in pair] + argv[1:]
-    return HfArgumentParser(Options).parse_args_into_dataclasses(argv)[0]
+def complete(options: Options) -> list[str]:
+    """Fill in what the folders of adapter and model say of base model and training data, and give notes on them."""
+    notes = []
+    if options.adapter:
+        named = base_model(options.adapter)
+        options.model = options.model or named
+        if not options.model:
+            raise ValueError(f"{options.adapter} does not say what its base model is; give it with --model")
+        if named and Path(named).resolve() != Path(options.model).resolve():  # no error: it may be a copy
+            notes.append(f"{options.adapter} was made for {named}, and stands on {options.model} here")
+    if options.trained_on:
+        return notes
+    learnt = training_data(options.adapter or options.model)
+    if learnt is not None:  # and what an adapter's base model has learnt, if that was itself trained by these scripts
+        learnt = dict.fromkeys([*learnt, *(training_data(options.model) or [])])
+        options.trained_on = ",".join(name for name in learnt if name not in STDLIB) or "none"
+    elif options.adapter:
+        raise ValueError(
+            f"nothing says what {options.adapter} was trained on, and some training files hold test rows (all of "
+            "math_data_train does); name its training files with --trained_on, or say --trained_on none"
+        )
+    else:
+        notes.append("training data unknown: contamination was not removed (name the data with --trained_on, or none)")
+    return notes
 
 
 def load(options: Options, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """Load the model, its adapter if there is one, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    model = load_model(options)
+    if not options.quantization:  # else it is there already, and 8-bit weights refuse to be moved
+        model = model.to(device)
     if options.adapter:
         model = peft.PeftModel.from_pretrained(model, options.adapter)
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
-def generate(model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict], options: Options) -> list[dict]:
-    """Let the model answer the rows in its own words, and find the answers in them."""
-    prompts = [prompt(row["instruction"]) for row in rows]
-    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    tokens = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=task.new_tokens,
-        num_beams=options.num_beams,
-        pad_token_id=tokenizer.pad_token_id,
-        **(SAMPLING if options.do_sample else {"do_sample": False}),
-    )
-    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [{"prediction": task.extract(text), "text": text} for text in texts]
-
-
-def most_likely(model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict]) -> list[dict]:
-    """Take for each row the option that the model finds most likely."""
-    options = [task.options(row) for row in rows]
-    contexts = [prompt(row["instruction"]) + task.lead for row in rows]
-    pairs = [(context, text) for context, few in zip(contexts, options, strict=True) for text in few.values()]
-    values = iter(mean_log_probs(model, tokenizer, pairs))
-    scores = [{word: next(values) for word in few} for few in options]
-    return [{"prediction": max(few, key=few.get), "scores": few} for few in scores]
-
-
-def mean_log_probs(model: torch.nn.Module, tokenizer: Any, pairs: list[tuple[str, str]]) -> list[float]:
-    """Give the mean log-probability per token of each pair's second text, after its first; all in one batch."""
-    whole = tokenizer([context + text for context, text in pairs])["input_ids"]
-    contexts = tokenizer([context for context, _ in pairs])["input_ids"]
-    # Where a token spans the end of the context, it belongs to the text.
-    starts = torch.tensor([_shared(*both) for both in zip(whole, contexts, strict=True)], device=model.device)
-    padded = tokenizer.pad({"input_ids": whole}, padding_side="right", return_tensors="pt").to(model.device)
-    tokens, mask = padded["input_ids"], padded["attention_mask"]
-    # The logits before the shortest context's end are not needed; over a large vocabulary they would fill the memory.
-    first, length = int(starts.min()), tokens.shape[1]
-    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=length - first + 1).logits[:, :-1]
-    log_probs = logits.float().log_softmax(-1).gather(-1, tokens[:, first:, None]).squeeze(-1)
-    scored = mask[:, first:].bool() & (torch.arange(first, length, device=model.device) >= starts[:, None])
-    means = log_probs.where(scored, 0).sum(1) / scored.sum(1)
-    if not means.isfinite().all():
-        raise ValueError(f"a log-probability is {means.min():g}: the model overflows; try --dtype float32")
-    return means.tolist()
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """Count the tokens that two texts start with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+def rows_to_test(task: Task, options: Options) -> tuple[list[dict], list[str]]:
+    """Give a task's rows, and notes that belong beside its score."""
+    rows, notes = load_test_rows(task, Path(options.data), options.training_files)
+    if 0 < options.limit < len(rows):
+        rows, notes = rows[: options.limit], [*notes, f"only the first {options.limit} of {len(rows):,} rows"]
+    if options.mode != "generate":
+        for row in rows:  # refuses those without options
+            task.labels(row) if options.mode == "label_likelihood" else task.texts(row)
+    return rows, notes
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict], options: Options) -> list[dict]:
-    """Give for each row the model's prediction and whether it is right; the processes share the rows."""
+def answer(
+    model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict], options: Options, so_far: Unfinished
+) -> None:
+    """Add to the answers so far those to the other rows: the model's prediction, and whether it is right."""
     state = PartialState()
+    left = [number for number in range(len(rows)) if number not in so_far.answers]
     # Rows of like length go together, to pad little; the longest first, to run out of memory at once or never.
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["instruction"]))
-    order = order[state.process_index :: state.num_processes]
-    found = []
-    with tqdm(total=len(order), desc=task.name, unit="row", disable=not state.is_main_process) as bar:
-        for start in range(0, len(order), options.batch_size):
-            indices = order[start : start + options.batch_size]
-            batch = [rows[index] for index in indices]
-            if options.mode == "generate":
-                given = generate(model, tokenizer, task, batch, options)
+    left.sort(key=lambda number: -len(rows[number]["instruction"]))
+    step = options.batch_size * state.num_processes
+    done = {"total": len(rows), "initial": len(rows) - len(left)}
+    with tqdm(**done, desc=task.name, unit="row", disable=not state.is_main_process) as bar:
+        for start in range(0, len(left), step):
+            began = time.perf_counter()
+            numbers = left[start : start + step][state.process_index :: state.num_processes]
+            batch = [rows[number] for number in numbers]
+            if not batch:  # the last rows can be fewer than the processes
+                given = []
+            elif options.mode == "generate":
+                given = generate(model, tokenizer, task, batch, options.num_beams, options.do_sample)
             else:
-                given = most_likely(model, tokenizer, task, batch)
-            found += zip(indices, given, strict=True)
-            bar.update(len(batch))
-    predictions = [given for _, given in sorted(gather_object(found), key=lambda pair: pair[0])]
-    for prediction, row in zip(predictions, rows, strict=True):
-        prediction["right"] = task.is_right(prediction["prediction"], row["answer"])
-    return predictions
-
-
-def too_long(model: torch.nn.Module, tokenizer: Any, rows: list[dict]) -> list[str]:
-    """Give a note if some prompts are longer than the texts the model was made for."""
-    context = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    lengths = [len(tokens) for tokens in tokenizer([prompt(row["instruction"]) for row in rows])["input_ids"]]
-    count = sum(length > context for length in lengths)
-    return [f"{count:,} of its prompts are longer than the model's context of {context:,} tokens"] if count else []
-
-
-def score(given: list[dict], seconds: float, notes: list[str]) -> dict:
-    """Sum up a task: its accuracy in percent with the binomial standard error, and what to know about it."""
-    share = sum(one["right"] for one in given) / len(given)
-    error = (share * (1 - share) / len(given)) ** 0.5
-    numbers = {"accuracy": 100 * share, "standard_error": 100 * error, "rows": len(given)}
-    return numbers | {"seconds": round(seconds, 1), "notes": notes}
-
-
-def average(scores: dict[str, dict]) -> dict:
-    """Give the mean of the tasks' accuracies, each task counting the same, and its standard error."""
-    count = len(scores)
-    return {
-        "accuracy": sum(one["accuracy"] for one in scores.values()) / count,
-        "standard_error": sum(one["standard_error"] ** 2 for one in scores.values()) ** 0.5 / count,
-        "tasks": count,
-    }
-
-
-def open_results(options: Options) -> dict:
-    """Give the results so far: those in the output file, if it was made with the same settings, or empty ones."""
-    settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
-    folders = [Path(folder) for folder in (options.model, options.adapter) if folder]
-    settings["weights_written"] = [_newest_weights(folder) for folder in folders]
-    path = Path(options.output)
-    if not path.exists():
-        return {"settings": settings, "runs": [], "tasks": {}}
-    results = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{name} {results['settings'].get(name)!r} (now {value!r})"
-        for name, value in settings.items()
-        if results["settings"].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} has scores made with {', '.join(changed)}; name another file with --output, or delete this one"
-        )
-    return results
-
-
-def _newest_weights(folder: Path) -> str | None:
-    """Tell when a folder's weights were last written, so that scores are not taken for those of newer weights."""
-    times = [path.stat().st_mtime for path in folder.glob("*.safetensors")]
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(max(times))) if times else None
-
-
-def save(results: dict, name: str, given: list[dict], path: Path) -> None:
-    """Write the answers to one task's rows, and then the results, so that neither is ever half written."""
-    rows = path.with_suffix(".rows") / f"{name}.jsonl"
-    rows.parent.mkdir(parents=True, exist_ok=True)
-    texts = {rows: "".join(json.dumps(one) + "\n" for one in given), path: json.dumps(results, indent=2) + "\n"}
-    for file, text in texts.items():
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+                given = most_likely(model, tokenizer, task, batch, by_label=options.mode == "label_likelihood")
+            for one, row in zip(given, batch, strict=True):
+                one["right"] = task.is_right(one["prediction"], row["answer"])
+            found = gather_object(list(zip(numbers, given, strict=True)))
+            so_far.add(found, time.perf_counter() - began, write=state.is_main_process)
+            bar.update(len(found))
 
 
 def this_run(argv: list[str]) -> dict:
@@ -252,41 +174,36 @@ def this_run(argv: list[str]) -> dict:
     }
 
 
-def table(results: dict) -> str:
-    """Lay out the scores as a table."""
-    lines = [f"{'task':15}{'rows':>7}{'accuracy %':>12}{'± s.e.':>8}"]
-    for name, one in [*results["tasks"].items(), ("average", {"rows": "", "notes": []} | results["average"])]:
-        numbers = f"{one['rows']:>7}{one['accuracy']:>12.2f}{one['standard_error']:>8.2f}"
-        lines.append(f"{name:15}{numbers}  {'; '.join(one['notes'])}".rstrip())
-    return "\n".join(lines)
-
-
 def main(argv: list[str]) -> dict:
     """Evaluate what is not yet in the output file, print the table, and give the results."""
-    options = parse(argv)
+    [options] = read_options(argv, Options)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not see each other
-    results = open_results(options)
-    todo = [task for task in choose(options.tasks) if task.name not in results["tasks"]]
+    notes, output, run = complete(options), Path(options.output), this_run(argv)
+    settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
+    settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
+    results = open_results(output, settings) | {"notes": notes}
     # Whatever is wrong with the data shows before the model is loaded.
-    data = {task.name: load_test_rows(task, Path(options.data), options.training_files) for task in todo}
-    for task in todo if options.mode == "likelihood" else []:
-        task.options(data[task.name][0][0])
+    todo = {task: rows_to_test(task, options) for task in choose(options.tasks) if task.name not in results["tasks"]}
+    so_far = {
+        task: Unfinished(answers_file(output, task.name, ".unfinished"), rows, settings, run)
+        for task, (rows, _) in todo.items()
+    }
     if todo:
+        if state.is_main_process and notes:  # hours before the table says them again
+            print(*notes, sep="\n")
         transformers.set_seed(options.seed + state.process_index)
         model, tokenizer = load(options, state.device)
-        results["runs"].append(this_run(argv))
-    for task in todo:
-        rows, notes = data[task.name]
-        if 0 < options.limit < len(rows):
-            rows, notes = rows[: options.limit], [*notes, f"only the first {options.limit} of {len(rows):,} rows"]
-        start = time.perf_counter()
-        given = answers(model, tokenizer, task, rows, options)
-        notes = [*notes, *too_long(model, tokenizer, rows)]
-        results["tasks"][task.name] = score(given, time.perf_counter() - start, notes)
+    for task, (rows, about) in todo.items():
+        answer(model, tokenizer, task, rows, options, so_far[task])
+        about = [*about, *too_long(model, tokenizer, rows)]
+        results["tasks"][task.name] = score(so_far[task].in_order(), so_far[task].seconds, about)
         results["average"] = average(results["tasks"])
         results["seconds"] = round(sum(one["seconds"] for one in results["tasks"].values()), 1)
+        for one in so_far[task].runs:
+            if one not in results["runs"]:
+                results["runs"].append(one)
         if state.is_main_process:
-            save(results, task.name, given, Path(options.output))
+            save(results, task.name, so_far[task], output)
     if state.is_main_process:
         print(table(results))
     return results

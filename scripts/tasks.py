@@ -2,16 +2,21 @@
 
 A row is a dictionary with `instruction`, `output` (the text to learn) and `answer` (the gold answer). The prompt and
 the rules for finding an answer in a text are those of LLM-Adapters, so that scores compare with published ones.
+
+What a model was trained on stands beside its weights, in `training_data.json`: `{"train": [names or paths]}`.
 """
 
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 RESPONSE = "### Response:"
 TOLERANCE = 0.001  # between a predicted number and the right one
+OFFERED = r"Answer format: (\S+)\s*$"  # at the end of most instructions
+TRAINING_DATA = "training_data.json"
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,11 @@ class Task:
     folder: str
     words: tuple[str, ...]  # the possible answers; empty where they are numbers
     new_tokens: int
-    # To compare options by likelihood: the text before each, and how each is written, as in the texts to learn.
+    # To compare options by likelihood: what stands before a label, and how a label is written, in the texts to learn;
+    # and how the instruction announces an option's text, or "" where an option is just its label.
     lead: str = "the correct answer is"
-    option: str = " {}"
+    label: str = " {}"
+    heading: str = "{}:"
 
     def extract(self, text: str) -> str:
         """Give the answer in a generated text, or "" where there is none.
@@ -41,32 +48,50 @@ class Task:
 
     def is_right(self, prediction: str, answer: str) -> bool:
         """Tell whether a prediction, as `extract` gives it, is the gold answer; "" never is."""
-        if self.words or not prediction:
+        if not prediction:
+            return False
+        if self.words:
             return prediction == answer
         return abs(float(prediction) - float(answer)) <= TOLERANCE
 
-    def options(self, row: dict) -> dict[str, str]:
-        """Map each answer that the row offers to the text that states it after `lead`."""
+    def labels(self, row: dict) -> dict[str, str]:
+        """Map each answer that the row offers to its label, as the texts to learn write it after `lead`."""
         if not self.words:
             raise ValueError(f'{self.name}: its answers are numbers, there are no options to compare; use "generate"')
-        offered = re.search(r"Answer format: (\S+)\s*$", row["instruction"])
+        offered = re.search(OFFERED, row["instruction"])
         words = offered[1].split("/") if offered else self.words
-        return {word: self.option.format(word) for word in words}
+        return {word: self.label.format(word) for word in words}
+
+    def texts(self, row: dict) -> dict[str, str]:
+        """Map each answer that the row offers to its text, which the instruction lists."""
+        words = list(self.labels(row))
+        if not self.heading:
+            return dict(zip(words, words, strict=True))
+        headings = [self.heading.format(word.capitalize()) for word in words]
+        listed = "".join(rf"{re.escape(heading)}\s*(\S.*?)\s*" for heading in headings)
+        found = re.fullmatch(f".*{listed}", re.sub(OFFERED, "", row["instruction"]), re.DOTALL)
+        if not found:
+            raise ValueError(
+                f"{self.name}: no text for each of {', '.join(headings)} in {row['instruction']!r}; "
+                'compare labels instead, with "label_likelihood"'
+            )
+        return dict(zip(words, found.groups(), strict=True))
 
 
-def _commonsense(name: str, *words: str) -> Task:
-    return Task(name, "commonsense", words, new_tokens=32)
+def _commonsense(name: str, *words: str, **more: str) -> Task:
+    return Task(name, "commonsense", words, new_tokens=32, **more)
 
 
 def _math(name: str, *words: str) -> Task:
-    return Task(name, "math", words, new_tokens=256, lead="The answer is", option=" ({})")
+    written = {"lead": "The answer is", "label": " ({})", "heading": "({})"}
+    return Task(name, "math", words, new_tokens=256, **written)
 
 
 _ANSWERS = tuple(f"answer{number}" for number in range(1, 6))
 TASKS = {
     task.name: task
     for task in (
-        _commonsense("boolq", "true", "false"),
+        _commonsense("boolq", "true", "false", heading=""),
         _commonsense("piqa", "solution1", "solution2"),
         _commonsense("social_i_qa", *_ANSWERS),
         _commonsense("hellaswag", "ending1", "ending2", "ending3", "ending4"),
@@ -113,23 +138,14 @@ def prompt(instruction: str) -> str:
     )
 
 
-def training_text(row: dict) -> str:
-    """Give the prompt and the response to learn, without an end-of-text token.
-
-    Outer white space of the response goes: a line break at its start can fuse with the prompt's last one into a token
-    that the prompt alone, as in a test, does not end with.
-    """
-    return prompt(row["instruction"]) + row["output"].strip()
-
-
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path, needed: Iterable[str] = ("instruction", "output", "answer")) -> list[dict]:
     """Read the rows of a .jsonl file, or of a .json file that holds a list of them."""
     text = path.read_text(encoding="utf-8")
     rows = (
         json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
     )
     for number, row in enumerate(rows, start=1):
-        if missing := {"instruction", "output", "answer"} - row.keys():
+        if missing := set(needed) - row.keys():
             raise ValueError(f"{path}: row {number} has no {' and no '.join(sorted(missing))}; a row needs them all")
     return rows
 
@@ -151,7 +167,7 @@ def load_test_rows(task: Task, data: Path, trained_on: Iterable[str] = ()) -> tu
     if path.stem.endswith("_1k"):
         notes.append(f"a sample of {len(rows):,} rows, not the official test set")
     for name in trained_on:
-        seen = {_question(row) for row in load_training_rows(name, data)}
+        seen = _questions(name, data)
         kept = [row for row in rows if _question(row) not in seen]
         if len(kept) < len(rows):
             notes.append(f"{len(rows) - len(kept):,} of {len(rows):,} rows left out, they are in {name}")
@@ -161,10 +177,15 @@ def load_test_rows(task: Task, data: Path, trained_on: Iterable[str] = ()) -> tu
     return rows, notes
 
 
-def load_training_rows(name: str, data: Path) -> list[dict]:
-    """Read a training file, given as a path or by its name in the data folder, such as math_data_train."""
+@cache  # a training file can be large, and is asked for by every task
+def _questions(name: str, data: Path) -> frozenset[str]:
+    """Give the questions of a training file, named by its path or by its name in the data folder."""
     names = [data / folder / f"{name}.jsonl" for folder in ("commonsense", "math")]
-    return read_rows(_first_file(f"training rows {name!r}", *names, Path(name)))
+    try:
+        rows = read_rows(_first_file(f"training rows {name!r}", *names, Path(name)), needed=["instruction"])
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}; name the model's training files with --trained_on, or say none") from error
+    return frozenset(map(_question, rows))
 
 
 def _question(row: dict) -> str:
@@ -177,3 +198,9 @@ def _first_file(what: str, *paths: Path) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"no file with the {what}: there is no {', no '.join(map(str, paths))}")
+
+
+def training_data(folder: str) -> list[str] | None:
+    """Give the training files that a folder with weights names, or None where it names none."""
+    path = Path(folder, TRAINING_DATA)
+    return json.loads(path.read_text(encoding="utf-8"))["train"] if path.is_file() else None

@@ -1,0 +1,50 @@
+"""Options of finetune.py and evaluate.py: dataclasses, filled from a YAML file and the command line."""
+
+import argparse
+import json
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+BUDGETS = {"num_blocks", "trainable_ratio"}  # SMT takes one of them
+
+
+def option(text: str, **default: Any) -> Any:
+    """Give a dataclass field that shows `text` under --help."""
+    return field(metadata={"help": text}, **default)
+
+
+def read_options(argv: list[str], *kinds: type) -> tuple:
+    """Fill dataclasses with the options of a YAML file, if --config names one, and with those beside it, which win.
+
+    An option that is null in the file keeps its default. `--mapping.key value` sets one entry of a mapping; of SMT's
+    two budgets, one given so takes the place of either in the file.
+    """
+    if argv and not argv[0].startswith("-"):
+        raise SystemExit(f"{argv[0]!r} is not an option; a file of options goes after --config: --config {argv[0]}")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    file, argv = parser.parse_known_args(argv)
+    values = (yaml.safe_load(file.config.read_text(encoding="utf-8")) or {}) if file.config else {}
+    given, entries = [], {}
+    words = iter(argv)
+    for word in words:
+        mapping, dot, entry = word.removeprefix("--").partition(".")
+        if word.startswith("--") and dot and mapping.isidentifier():
+            key, equals, value = entry.partition("=")
+            entries.setdefault(mapping, {})[key] = yaml.safe_load(value if equals else next(words, ""))
+        else:
+            given.append(word)
+    for mapping, own in entries.items():
+        replaced = BUDGETS if BUDGETS & own.keys() else set()
+        values[mapping] = {k: v for k, v in (values.get(mapping) or {}).items() if k not in replaced} | own
+    from_file = [
+        (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+        for key, value in values.items()
+        if value is not None
+    ]
+    parser = HfArgumentParser(kinds, allow_abbrev=False, epilog="--config FILE reads options from a YAML file.")
+    return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
