@@ -2,15 +2,19 @@
 
     python scripts/finetune.py --config configs/quickstart.yaml [--key value ...]
 
-Options are those of `Options` below and of TrainingArguments, in the YAML file or after it; `--smt.num_blocks 40` sets
-one entry of a mapping. For several processes: `accelerate launch scripts/finetune.py ...`. The adapters and the
-numbers go to `output_dir`; `scripts/merge.py` makes a plain model of an adapter.
+Options are those of `Options` below and of TrainingArguments, in the YAML file or beside it, where they win;
+`--smt.num_blocks 40` sets one entry of a mapping. For several processes: `accelerate launch scripts/finetune.py ...`.
+
+`output_dir` gets the numbers (results.json), the losses of training (losses.png), and a folder per method with its
+adapter or weights, the name of their training data (for scripts/evaluate.py) and, for SMT, pictures of where the
+selected blocks are (selection.png, shares.png). `scripts/merge.py` makes a plain model of an adapter.
 """
 
+import contextlib
 import copy
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,70 +22,64 @@ import datasets
 import torch
 import transformers
 import yaml
+from accelerate.utils.memory import clear_device_cache
+from command_line import option, read_options
 from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_text import documentation, source_code
-from tasks import prompt
+from tasks import TRAINING_DATA, prompt, training_data
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import unset_hf_deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from smt_peft import SMTConfig, SMTWarmupCallback
-from smt_peft.plotting import plot_selection
+from smt_peft.plotting import plot_losses, plot_selection, plot_shares
 
+METHODS = ("smt", "lora", "dora", "full")
 STDLIB = {"stdlib-source": source_code, "stdlib-documentation": documentation}
-
-
-def _help(text: str, **default: Any) -> Any:
-    return field(metadata={"help": text}, **default)
 
 
 @dataclass
 class Options:
     """What to train, and on what; how to train is in TrainingArguments."""
 
-    model: str = _help("model: a folder or a name on the Hugging Face hub")
-    data: str = _help(
+    model: str = option("model: a folder or a name on the Hugging Face hub")
+    data: str = option(
         "what to learn: stdlib-source, stdlib-documentation, a .jsonl file or a dataset on the hub. A row has `text`, "
-        "or `instruction`, perhaps `input`, and `output`, and then just the output is learnt"
+        "or `instruction`, perhaps `input`, and `output`; then just the output is learnt, not the prompt"
     )
-    old_data: str | None = _help("what not to forget: like data, but only evaluated", default=None)
-    methods: str = _help("smt, lora, full, or one after the other: smt,lora", default="smt")
-    smt: str = _help("options of SMTConfig, a mapping", default="{}")
-    lora: str = _help("options of LoraConfig, a mapping", default="{}")
-    lora_learning_rate: float | None = _help("learning_rate for LoRA, if another", default=None)
-    quantization: str = _help("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
-    max_length: int = _help("tokens per row", default=512)
-    eval_rows: int = _help("rows of each domain that are held out, to evaluate on", default=128)
-    prompt: str = _help("text to continue, before and after", default="def ")
-    dtype: str = _help('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
+    old_data: str | None = option("what not to forget: like data, but only evaluated", default=None)
+    methods: str = option(
+        "smt, lora, dora, full, or one after the other: smt,lora. Each has a folder of its own in output_dir, and "
+        "--resume_from_checkpoint true goes on from the last checkpoint there",
+        default="smt",
+    )
+    smt: str = option(
+        "options of SMTConfig, a mapping. A budget on the command line (--smt.num_blocks or --smt.trainable_ratio) "
+        "takes the place of the file's, whichever of the two that is",
+        default="{}",
+    )
+    lora: str = option("options of LoraConfig, a mapping; for dora, too", default="{}")
+    lora_learning_rate: float | None = option("learning_rate for lora and dora, if another", default=None)
+    quantization: str = option("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
+    max_length: int = option("tokens per row", default=512)
+    eval_rows: int = option("rows of each domain that are held out, to evaluate on; half of a small one", default=128)
+    prompt: str | None = option("text to continue, before and after; else the start of a held-out row", default=None)
+    dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
 
     def __post_init__(self) -> None:
         self.smt, self.lora = yaml.safe_load(self.smt), yaml.safe_load(self.lora)
         self.quantization = yaml.safe_load(self.quantization)
-        if set(self.methods.split(",")) - {"smt", "lora", "full"}:
-            raise SystemExit(f"methods is {self.methods!r}; it can be smt, lora, full, or several, as in smt,lora")
-
-
-def parse(argv: list[str]) -> tuple[Options, TrainingArguments]:
-    """Read the YAML file, if the command line starts with --config, and then the rest of the command line."""
-    values, given = {}, []
-    if argv[:1] == ["--config"]:
-        values, argv = yaml.safe_load(Path(argv[1]).read_text(encoding="utf-8")), argv[2:]
-    words = iter(argv)
-    for word in words:
-        if word.startswith(("--smt.", "--lora.")):
-            mapping, key = word[2:].split(".", 1)
-            values.setdefault(mapping, {})[key] = yaml.safe_load(next(words, ""))
-        else:
-            given.append(word)
-    from_file = [(f"--{key}", json.dumps(v) if isinstance(v, dict) else str(v)) for key, v in values.items()]
-    parser = HfArgumentParser((Options, TrainingArguments), allow_abbrev=False)
-    return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
+        if set(self.methods.split(",")) - set(METHODS):
+            raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
+        if self.eval_rows < 1:
+            raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
 
 
 def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
@@ -105,6 +103,8 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
     def answer(row: dict) -> dict:
         question = prompt("\n\n".join(filter(None, [row["instruction"], row.get("input")])))
         start = len(tokenizer(question)["input_ids"])
+        # Outer white space of the answer goes: a line break at its start can fuse with the prompt's last one into a
+        # token that the prompt alone, as in a test, does not end with.
         tokens = [*tokenizer(question + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": tokens[:length], "labels": ([-100] * start + tokens[start:])[:length]}
 
@@ -119,70 +119,116 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
     return rows
 
 
+def start_of(row: dict, tokenizer: Any) -> str:
+    """Give the prompt of an encoded row, or the first tokens of one that is plain text."""
+    return tokenizer.decode(row["input_ids"][: row["labels"].count(-100) or 16], skip_special_tokens=True)
+
+
 def load_model(options: Options) -> torch.nn.Module:
     quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
 
 
-def fine_tune(method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict) -> dict:
-    """Train one adapter, or all weights, save, check, and give the numbers."""
-    args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir, method))
-    args.eval_on_start = True  # Trainer.evaluate() before train() would leave the model out of DDP
-    transformers.set_seed(args.seed)
-    warmup, model = SMTWarmupCallback(), load_model(options)
+def adapted(method: str, model: torch.nn.Module, options: Options) -> torch.nn.Module:
+    """Give the model with the method's adapter; with every parameter to train, if the method is full."""
+    if method == "full":
+        return model
     if method == "smt":
-        model = get_peft_model(model, SMTConfig(task_type="CAUSAL_LM", **options.smt))
-    elif method == "lora":
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options.lora))
-        args.learning_rate = options.lora_learning_rate or args.learning_rate
+        return get_peft_model(model, SMTConfig(task_type="CAUSAL_LM", **options.smt))
+    settings = options.lora | ({"use_dora": True} if method == "dora" else {})
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+class TrainingDataNote(TrainerCallback):
+    """Names the training data beside the weights, in every checkpoint, so that tests on these rows are noticed."""
+
+    def __init__(self, options: Options):
+        earlier = training_data(options.model) or []
+        self.text = json.dumps({"train": list(dict.fromkeys([*earlier, options.data]))}) + "\n"
+
+    def write(self, folder: str | Path) -> None:
+        Path(folder, TRAINING_DATA).write_text(self.text, encoding="utf-8")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.write(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+
+
+def fine_tune(
+    method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict
+) -> tuple[dict, torch.Tensor]:
+    """Train one adapter, or all weights, and save; give the numbers, and the trained model's logits for the prompt."""
+    transformers.set_seed(args.seed)
+    warmup, note = SMTWarmupCallback(), TrainingDataNote(options)
     trainer = Trainer(
-        model,
+        adapted(method, load_model(options), options),
         args,
         train_dataset=train,
         eval_dataset=test,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
         processing_class=tokenizer,
-        callbacks=[warmup] if method == "smt" else [],
+        callbacks=[note, warmup] if method == "smt" else [note],
     )
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     after = trainer.evaluate()
     trainer.save_model()
-    if warmup.selection and trainer.is_world_process_zero():
-        plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        note.write(args.output_dir)
+        if warmup.selection:
+            with contextlib.suppress(ImportError):  # without matplotlib, no picture
+                plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
+                plot_shares(warmup.selection, Path(args.output_dir, "shares.png"))
     trainer.accelerator.wait_for_everyone()
-    parameters = (getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    parameters = (getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     numbers = {"parameters": sum(parameters), "seconds": run["train_runtime"]}
     before = {key: value for entry in reversed(trainer.state.log_history) for key, value in entry.items()}
     numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return numbers | check(trained, options, args.output_dir, tokenizer)
+    numbers["text_after"] = continued(trained, tokenizer, options.prompt)
+    logits = logits_of(trained, tokenizer, options.prompt)
+    trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which else outlives the trainer
+    return numbers, logits
 
 
 @torch.no_grad()
-def check(trained: torch.nn.Module, options: Options, saved: str, tokenizer: Any) -> dict:
-    """Compare the trained model with what was saved, loaded and then merged; write text before and after."""
-    inputs = dict(tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(trained.device))
-    logits = trained.eval()(**inputs).logits
-    base = load_model(options).to(trained.device)
-    wanted = {"max_new_tokens": 60, "do_sample": False, "repetition_penalty": 1.15}
-    outputs = [base.generate(**inputs, **wanted)[0], trained.generate(**inputs, **wanted)[0]]
-    if isinstance(trained, PeftModel):
-        reloaded = PeftModel.from_pretrained(base, saved)
-        errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
-        errors["merged"] = (reloaded.merge_and_unload()(**inputs).logits - logits).abs().max().item()
+def logits_of(model: torch.nn.Module, tokenizer: Any, text: str) -> torch.Tensor:
+    """Give the logits for a text, in the model's data type, on the CPU."""
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    return model.eval()(**inputs).logits.to("cpu", model.dtype)
+
+
+def continued(model: torch.nn.Module, tokenizer: Any, text: str) -> str:
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    [tokens] = model.eval().generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.15)
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def check(logits: torch.Tensor, options: Options, args: TrainingArguments, tokenizer: Any) -> dict:
+    """Compare the trained model's logits with those of what was saved, loaded and then merged; let the base model
+    continue the text, too. One model is in memory at a time."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would load each model in pieces
+    saved = args.output_dir
+    model = load_model(options).to(args.device)
+    found = {"text_before": continued(model, tokenizer, options.prompt)}
+    if Path(saved, "adapter_config.json").is_file():
+        model = PeftModel.from_pretrained(model, saved)
+        others = {"reloaded": logits_of(model, tokenizer, options.prompt)}
+        others["merged"] = logits_of(model.merge_and_unload(), tokenizer, options.prompt)
     else:
-        reloaded = AutoModelForCausalLM.from_pretrained(saved, dtype=trained.dtype).to(trained.device)
-        errors = {"reloaded": (reloaded(**inputs).logits - logits).abs().max().item()}
+        del model
+        model = AutoModelForCausalLM.from_pretrained(saved, dtype=logits.dtype).to(args.device)
+        others = {"reloaded": logits_of(model, tokenizer, options.prompt)}
+    errors = {name: (other - logits).abs().max().item() for name, other in others.items()}
     if options.quantization:  # merging rounds to the grid of the quantised weight
         print(f"logits of the merged model differ by {errors.pop('merged', 0.0):.3g}")
-    if max(errors.values()) > torch.finfo(trained.dtype).eps ** 0.5 * logits.abs().max():
-        raise RuntimeError(f"the logits of {saved} are off those of the trained model by {errors}")
-    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-    return {"logits_off_by": errors, "text_before": texts[0], "text_after": texts[1]}
+    tolerance = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max().item()
+    if not all(error <= tolerance for error in errors.values()):  # NaN is off, too
+        raise RuntimeError(f"the logits of {saved} are off those of the trained model by {errors}; do not use it")
+    return found | {"logits_off_by": errors}
 
 
-def report(results: dict) -> str:
+def report(results: dict, output_dir: str) -> str:
     """Lay out the results: the texts, the checks, and a table of the losses."""
     domains = next(iter(results.values()))["losses"]
     table = [f"{'':6}{'parameters':>12}{'seconds':>9}" + "".join(f"{f'loss, {Path(d).stem}':>30}" for d in domains)]
@@ -192,11 +238,42 @@ def report(results: dict) -> str:
         table.append(f"{method:6}{one['parameters']:>12,}{one['seconds']:>9.1f}{losses}")
         lines += [f"--- before {method}", one["text_before"], f"--- after {method}", one["text_after"]]
         lines += [f"--- logits differ from the trained model's by {one['logits_off_by']}", ""]
-    return "\n".join(lines + table)
+    return "\n".join([*lines, f"Adapters, numbers and pictures are in {output_dir}", "", *table])
+
+
+def write(results: dict, args: TrainingArguments) -> None:
+    if args.process_index == 0:
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def draw_losses(output_dir: str, methods: list[str]) -> None:
+    """Draw every method's training loss, where it was logged (`logging_steps`)."""
+    states = {method: Path(output_dir, method, "trainer_state.json") for method in methods}
+    logs = {method: json.loads(state.read_text(encoding="utf-8"))["log_history"] for method, state in states.items()}
+    logs = {method: log for method, log in logs.items() if any("loss" in entry for entry in log)}
+    if logs:
+        with contextlib.suppress(ImportError):  # without matplotlib, no picture
+            plot_losses(logs, path=Path(output_dir, "losses.png"))
+
+
+def arguments_of(method: str, options: Options, args: TrainingArguments) -> TrainingArguments:
+    """Give a method's own arguments: its folder, its learning rate, its last checkpoint."""
+    args = copy.copy(args)
+    args.output_dir = str(Path(args.output_dir, method))
+    args.eval_on_start = True  # Trainer.evaluate() before train() would leave the model out of DDP
+    if method in ("lora", "dora"):
+        args.learning_rate = options.lora_learning_rate or args.learning_rate
+    if (args.resume_from_checkpoint or "").lower() == "true":
+        is_there = Path(args.output_dir).is_dir()
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if is_there else None
+    return args
 
 
 def main(argv: list[str]) -> None:
-    options, args = parse(argv)
+    options, args = read_options(argv, Options, TrainingArguments)
+    methods = options.methods.split(",")
+    if args.deepspeed_plugin and methods[1:]:
+        raise SystemExit(f"methods is {options.methods!r}, but DeepSpeed takes one per launch; launch once for each")
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
@@ -205,10 +282,18 @@ def main(argv: list[str]) -> None:
         train = encode(parts[options.data][0], tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
-    results = {m: fine_tune(m, options, args, tokenizer, train, test) for m in options.methods.split(",")}
+    options.prompt = options.prompt or start_of(test[options.data][0], tokenizer)
+    results = {}
+    for method in methods:
+        own = arguments_of(method, options, args)
+        results[method], logits = fine_tune(method, options, own, tokenizer, train, test)
+        write(results, args)  # at once: the check loads models, and may run out of memory
+        clear_device_cache(garbage_collection=True)  # the model and the optimizer, which are in cycles
+        results[method] |= check(logits, options, own, tokenizer)
+        write(results, args)
     if args.process_index == 0:
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-        print(report(results))
+        draw_losses(args.output_dir, methods)
+        print(report(results, args.output_dir))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tests of scripts/bench_quality.py, its testbeds, and the files in configs/study and configs/paper."""
+"""Tests of scripts/bench_quality.py, its testbeds, and the files in configs/study."""
 
 import importlib.util
 import json
@@ -10,21 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftConfig
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_quality  # noqa: E402
-import finetune  # noqa: E402
 import recipes  # noqa: E402
 import testbeds  # noqa: E402
 from recipes import Recipe  # noqa: E402
 from testbeds import TESTBEDS, Source  # noqa: E402
 
 STUDIES = sorted((ROOT / "configs/study").glob("*.yaml"))
-PAPER = sorted((ROOT / "configs/paper").glob("*.yaml"))
 BUDGET = 3200  # on q, k and v 200 blocks of 4, or LoRA of rank 2
 SMT = {"type": "smt", "block_size": 4, "warmup_steps": 2}
 METHODS = {
@@ -254,29 +251,3 @@ def test_every_study_can_be_planned_and_its_methods_can_be_made(path):
         recipe = Recipe.parse(json.loads(run.settings))
         if recipe.type in configs:
             configs[recipe.type](target_modules=json.loads(run.modules), **recipe.config)
-
-
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_every_setting_of_the_paper_is_one_that_finetune_takes(path):
-    options, args = finetune.parse(["--config", str(path), "--use_cpu", "true"])
-    finetune.SMTConfig(**options.smt)
-    finetune.LoraConfig(**options.lora)
-    assert args.learning_rate < 1e-3  # a number, not the text that YAML makes of 9.65e-6
-
-
-@pytest.mark.parametrize("path", [path for path in PAPER if path.stem.endswith("_smt")], ids=lambda path: path.stem)
-def test_methods_of_a_model_differ_in_a_few_lines(path):
-    smt = yaml.safe_load(path.read_text())
-    others = [other for other in PAPER if other.stem.startswith(path.stem.removesuffix("smt")) and other != path]
-    for other in others:
-        values = yaml.safe_load(other.read_text())
-        different = {key for key in smt | values if smt.get(key) != values.get(key)}
-        assert different <= {"methods", "smt", "lora", "learning_rate", "output_dir"}, other.name
-    assert len(others) == 3
-
-
-def test_the_experiment_for_pefts_comparison_trains_what_lora_of_rank_32_does():
-    [folder] = (ROOT / "configs/paper/peft-method-comparison/smt").iterdir()
-    config = PeftConfig.from_pretrained(str(folder))
-    lora = 28 * 32 * ((3072 + 3072) + (3072 + 1024))  # q and v of 28 layers of Llama-3.2-3B
-    assert isinstance(config, recipes.SMTConfig) and config.num_blocks * config.block_size**2 == lora

@@ -1,24 +1,36 @@
 """Tests of scripts/finetune.py and scripts/merge.py."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import finetune  # noqa: E402
 import merge  # noqa: E402
+import tasks  # noqa: E402
+from command_line import read_options  # noqa: E402
 
+KINDS = (finetune.Options, TrainingArguments)
 ROWS = [{"instruction": f"Say {n}.", "input": "Now." * (n % 2), "output": f"It is {n}."} for n in range(12)]
 PLAIN_LOGITS = """
 import sys, torch, transformers
@@ -67,11 +79,12 @@ def run(files) -> dict:
         lora: {{r: 2}}
         max_length: 256
         eval_rows: 4
-        prompt: Say
         output_dir: {files}/out
         learning_rate: 1e-2
         max_steps: 3
-        save_strategy: "no"
+        logging_steps: 1
+        save_strategy: steps
+        save_steps: 2
         """
     )
     # The last option wins over the file, and leaves the other entries of `smt` alone.
@@ -129,8 +142,20 @@ def test_the_summary_has_a_line_for_each_method(run):
     assert smt.split()[:2] == ["smt", "1,024"] and lora.split()[0] == "lora"
 
 
-def test_a_picture_of_the_selection_is_written(adapter):
-    assert (adapter / "selection.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("picture", ["losses", "smt/selection", "smt/shares"])
+def test_a_picture_is_written(run, files, picture):
+    assert (files / f"out/{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prompt_of_the_data_is_continued(run):
+    assert run["smt"]["text_before"].startswith("Below is an instruction")
+    assert "### Response:" in run["smt"]["text_after"]
+
+
+def test_the_training_data_is_named_beside_all_saved_weights(run, files):
+    folders = [path.parent for path in (files / "out").rglob("adapter_config.json")]
+    assert {folder.name for folder in folders} == {"smt", "lora", "checkpoint-2", "checkpoint-3"}
+    assert all(tasks.training_data(folder) == [f"{files}/rows.jsonl"] for folder in folders)
 
 
 def test_plain_transformers_loads_what_merge_writes(files, adapter):
@@ -146,32 +171,146 @@ def test_plain_transformers_loads_what_merge_writes(files, adapter):
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_quickstart_is_a_valid_configuration():
-    options, _ = finetune.parse(["--config", str(ROOT / "configs/quickstart.yaml")])
-    finetune.SMTConfig(**options.smt)
-    finetune.LoraConfig(**options.lora)
-
-
 @pytest.mark.parametrize(
     "wrong, message",
     [
         (["--learning_rat", "1"], "--learning_rat"),
-        (["--methods", "smt,dora"], "smt,dora"),
+        (["--methods", "smt,dorra"], "smt,dorra"),
+        (["--eval_rows", "0"], "eval_rows is 0"),
         (["--max_length", "long"], "invalid int value: 'long'"),
     ],
 )
 def test_a_wrong_option_is_named(wrong, message, capsys):
     with pytest.raises((SystemExit, ValueError)) as error:
-        finetune.parse(["--model", "m", "--data", "d", *wrong])
+        read_options(["--model", "m", "--data", "d", *wrong], *KINDS)
     assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_a_file_without_config_before_it_gets_the_way_out():
+    with pytest.raises(SystemExit, match=r"goes after --config: --config some\.yaml"):
+        read_options(["some.yaml"], *KINDS)
 
 
 def test_a_missing_file_of_options_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
-        finetune.parse(["--config", "nowhere.yaml"])
+        read_options(["--config", "nowhere.yaml"], *KINDS)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
+def read(folder: Path, text: str, *words: str) -> tuple[finetune.Options, TrainingArguments]:
+    (folder / "some.yaml").write_text(text)
+    always = ["--model", "m", "--data", "d", "--use_cpu", "true"]
+    return read_options(["--config", str(folder / "some.yaml"), *always, *words], *KINDS)
+
+
+def test_an_option_that_is_null_in_the_file_keeps_its_default(tmp_path):
+    options, args = read(tmp_path, "{old_data: null, prompt: , smt: , max_length: null, learning_rate: null}")
+    assert options == finetune.Options("m", "d") and args.learning_rate == TrainingArguments.learning_rate
+
+
+@pytest.mark.parametrize("words", [["--smt.trainable_ratio", "0.01"], ["--smt.trainable_ratio=0.01"]])
+def test_a_budget_on_the_command_line_takes_the_place_of_the_files(tmp_path, words):
+    options, _ = read(tmp_path, "smt: {num_blocks: 890, block_size: 256}", *words)
+    assert options.smt == {"block_size": 256, "trainable_ratio": 0.01}
+
+
+def test_a_folder_with_a_dot_is_no_entry_of_a_mapping(tmp_path):
+    assert read(tmp_path, "", "--output_dir=runs/v1.5")[1].output_dir == "runs/v1.5"
+
+
+def test_deepspeed_is_asked_for_one_method_at_a_time(monkeypatch):
+    options = finetune.Options("m", "d", methods="smt,lora")
+    monkeypatch.setattr(finetune, "read_options", lambda *_: (options, SimpleNamespace(deepspeed_plugin=object())))
+    with pytest.raises(SystemExit, match=r"'smt,lora', but DeepSpeed takes one"):
+        finetune.main([])
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [("true", "{out}/smt/checkpoint-10"), ("elsewhere/checkpoint-3", "elsewhere/checkpoint-3"), (None, None)],
+)
+def test_each_method_resumes_from_its_own_last_checkpoint(tmp_path, given, found):
+    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "lora"):
+        (tmp_path / name).mkdir(parents=True)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=given)
+    options = finetune.Options("m", "d", lora_learning_rate=1e-2)
+    resumed = finetune.arguments_of("smt", options, args).resume_from_checkpoint
+    assert resumed == (found and found.format(out=tmp_path))
+    if given == "true":  # and begins where there is none
+        assert finetune.arguments_of("lora", options, args).resume_from_checkpoint is None
+        assert finetune.arguments_of("full", options, args).resume_from_checkpoint is None
+
+
+# --- what a bad end leaves ------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_written_and_the_memory_is_free_before_the_check(files, tmp_path, monkeypatch):
+    models, load = [], finetune.load_model
+
+    def load_model(options):
+        model = load(options)
+        models.append(weakref.ref(model))
+        return model
+
+    def check(*_):
+        assert [model() for model in models] == [None]
+        raise MemoryError
+
+    monkeypatch.setattr(finetune, "load_model", load_model)
+    monkeypatch.setattr(finetune, "check", check)
+    few = ["--max_steps", "1", "--eval_rows", "1", "--smt", "{num_blocks: 2, block_size: 16, warmup_steps: 1}"]
+    words = ["--model", files / "model", "--data", files / "rows.jsonl", "--output_dir", tmp_path, "--use_cpu", *few]
+    gc.disable()  # so that what is freed here is freed by the script
+    try:
+        with pytest.raises(MemoryError):
+            finetune.main([str(word) for word in words])
+    finally:
+        gc.enable()
+    numbers = json.loads((tmp_path / "results.json").read_text())["smt"]
+    assert len(numbers["losses"][f"{files}/rows.jsonl"]) == 2 and numbers["text_after"]
+
+
+def test_an_adapter_with_a_nan_does_not_pass(files, adapter, tokenizer, tmp_path):
+    options = finetune.Options(str(files / "model"), "d", prompt="Say")
+    args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    [delta] = [value for key, value in weights.items() if "weight" in key]
+    model = PeftModel.from_pretrained(finetune.load_model(options), adapter)
+    logits = finetune.logits_of(model, tokenizer, "Say")
+    delta[0, 0, 0] = float("nan")
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    with pytest.raises(RuntimeError, match="nan"):
+        finetune.check(logits, options, args, tokenizer)
+
+
+@pytest.mark.parametrize("log, has_matplotlib", [([{"step": 1, "loss": 2.0}], False), ([{"step": 1}], True)])
+def test_a_picture_that_cannot_be_drawn_is_left_out(tmp_path, monkeypatch, log, has_matplotlib):
+    if not has_matplotlib:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "smt").mkdir()
+    (tmp_path / "smt/trainer_state.json").write_text(json.dumps({"log_history": log}))
+    finetune.draw_losses(str(tmp_path), ["smt"])
+    assert not (tmp_path / "losses.png").exists()
+
+
+# --- methods and data -----------------------------------------------------------------------------------------------
+
+
+def test_dora_is_lora_with_magnitudes(files):
+    options = finetune.Options(str(files / "model"), "d", lora="{r: 2}")
+    names = [name for name, _ in finetune.adapted("dora", finetune.load_model(options), options).named_parameters()]
+    assert any("lora_magnitude_vector" in name for name in names) and any("lora_A" in name for name in names)
+
+
+def test_what_the_base_model_was_trained_on_is_named_too(tmp_path):
+    finetune.TrainingDataNote(finetune.Options("m", "first.jsonl")).write(tmp_path)
+    finetune.TrainingDataNote(finetune.Options(str(tmp_path), "second.jsonl")).write(tmp_path)
+    assert tasks.training_data(tmp_path) == ["first.jsonl", "second.jsonl"]
+
+
+def test_the_start_of_plain_text_is_its_first_tokens(tokenizer):
+    [row] = finetune.encode(Dataset.from_dict({"text": ["abcdefghijklmnopqrstuvwxyz"]}), tokenizer, 26)
+    assert finetune.start_of(row, tokenizer) == "abcdefghijklmnop"
 
 
 def test_a_missing_data_file_is_named():
