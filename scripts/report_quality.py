@@ -35,7 +35,7 @@ class Options:
     page: str = field(default="docs/experiments.md", metadata={"help": "page to put tables and pictures into"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Place:
     """What methods are compared in: each trains about `budget` parameters of the target."""
 
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
         left_out = f", {len(every) - len(runs)} more that the study does not ask for" * (len(every) > len(runs))
         print(f"{path}: {len(runs)} runs{left_out}")
     if lora_beside_smt and f"<!-- {OVERVIEW} -->" in text:
+        lora_beside_smt = {place: lora_beside_smt[place] for place in sorted(lora_beside_smt)}
         picture = Path(options.results) / f"{OVERVIEW}.png"
         draw_overview(lora_beside_smt, picture)
         text = put_into(text, OVERVIEW, f"{link(picture, page)}\n\n{overview(lora_beside_smt)}", page)
