@@ -42,7 +42,8 @@ def peft_tests(tmp_path: Path) -> Path:
             pytest.skip(f"pip found no {archive.name}: {fetch.stderr.strip().splitlines()[-1:]}")
     with tarfile.open(archive) as file:
         members = [member for member in file if member.name.startswith(f"{name}/tests/")]
-        file.extractall(tmp_path, members, filter="data")
+        file.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
+        file.extractall(tmp_path, members)
     if not members:
         pytest.skip(f"{archive.name} carries no tests")
     (tmp_path / name / "tests/__init__.py").touch()
