@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         results = Results(Path(options.output) / f"quality_{path.stem}.jsonl")
         shared, known = Path(options.shared), sources(study)
         results.fill(tuning[path], f"{path.stem}, all learning rates", known, shared)
-        others = results.best_with_seeds(tuning[path], study["seeds"][1:])
+        others = best_with_seeds(tuning[path], study["seeds"][1:], results.of)
         results.fill(others, f"{path.stem}, other seeds", known, shared)
         print(f"{path}: {results.path}")
 
@@ -88,13 +88,18 @@ class Results:
             with self.path.open("a") as file:
                 file.write(json.dumps(self.of[run.key]) + "\n")
 
-    def best_with_seeds(self, runs: list[Run], seeds: list[int]) -> list[Run]:
-        """For each method and setting the run with the least validation loss, with other seeds."""
-        best: dict[Run, Run] = {}
-        for run in runs:
-            setting = replace(run, learning_rate=0.0)
-            best[setting] = min(best.get(setting, run), run, key=lambda one: validation_of(self.of[one.key]))
-        return [replace(run, seed=seed) for seed in seeds for run in best.values()]
+
+def best_with_seeds(runs: list[Run], seeds: list[int], lines: dict[str, dict]) -> list[Run]:
+    """For each method and setting the run with the least validation loss, with other seeds.
+
+    Args:
+        lines: what the runs left, by their keys.
+    """
+    best: dict[Run, Run] = {}
+    for run in runs:
+        setting = replace(run, learning_rate=0.0)
+        best[setting] = min(best.get(setting, run), run, key=lambda one: validation_of(lines[one.key]))
+    return [replace(run, seed=seed) for seed in seeds for run in best.values()]
 
 
 def validation_of(line: dict) -> float:

@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 
 import numpy
 import yaml
-from bench_quality import planned, validation_of
+from bench_quality import best_with_seeds, planned, validation_of
 from quality_pictures import draw, draw_overview
 from transformers import HfArgumentParser
 
@@ -148,8 +148,9 @@ def put_into(text: str, name: str, body: str, page: Path) -> str:
 def runs_of(study: dict, lines: list[dict]) -> list[dict]:
     """The runs that the study asks for, in its order."""
     by_key = {line["key"]: line for line in lines}
-    keys = [replace(run, seed=seed).key for seed in study["seeds"] for run in planned(study)]
-    return [by_key[key] for key in keys if key in by_key]
+    tried = [run for run in planned(study) if run.key in by_key]
+    asked = [*tried, *best_with_seeds(tried, study["seeds"][1:], by_key)]
+    return [by_key[run.key] for run in asked if run.key in by_key]
 
 
 def results_of(study: dict, runs: list[dict]) -> Results:
