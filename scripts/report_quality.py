@@ -107,8 +107,10 @@ def main(argv: list[str]) -> None:
         study = yaml.safe_load(path.read_text())
         every = [json.loads(line) for line in lines.read_text().splitlines()]
         runs = runs_of(study, every)
-        text = put_into(text, lines.stem, section(study, path, runs, lines.with_suffix(".png"), page), page)
-        lora_beside_smt |= against_lora(study, results_of(study, runs))
+        results = results_of(study, runs)
+        body = [provenance(study, path, runs), *section(study, results, lines.with_suffix(".png"), page)]
+        text = put_into(text, lines.stem, "\n\n".join(body), page)
+        lora_beside_smt |= against_lora(study, results)
         left_out = f", {len(every) - len(runs)} more that the study does not ask for" * (len(every) > len(runs))
         print(f"{path}: {len(runs)} runs{left_out}")
     if lora_beside_smt and f"<!-- {OVERVIEW} -->" in text:
@@ -119,14 +121,13 @@ def main(argv: list[str]) -> None:
     page.write_text(text)
 
 
-def section(study: dict, path: Path, runs: list[dict], picture: Path, page: Path) -> str:
-    """A study's part of the page; draws its picture."""
-    if not runs:
-        return provenance(study, path, runs)
-    results = results_of(study, runs)
+def section(study: dict, results: Results, picture: Path, page: Path) -> list[str]:
+    """A study's picture, which this draws, its caption and tables; nothing where nothing has run."""
+    if not results:
+        return []
     in_frames = frames(study, results)
     caption = draw(study, results, in_frames, picture)
-    return "\n\n".join([provenance(study, path, runs), link(picture, page), caption, tables(study, in_frames)])
+    return [link(picture, page), caption, tables(study, in_frames)]
 
 
 def link(picture: Path, page: Path) -> str:

@@ -37,10 +37,12 @@ class SMTWarmupCallback(TrainerCallback):
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         self.selection = None
+        self._bank = None
         self._divergence = Divergence()
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         root, bank, _ = find_adapter(model, self.adapter_name)
+        self._bank = bank  # in the end another callback may have merged the adapter
         self._divergence = Divergence(patience=OVERFLOWS if args.fp16 else 0)
         trainer, resumed = _calling_trainer()
         if resumed:
@@ -70,11 +72,12 @@ class SMTWarmupCallback(TrainerCallback):
         if logs and logs.get("grad_norm") is not None:
             self._divergence.watch_norm(state.global_step, float(logs["grad_norm"]))
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        self._divergence.watch_deltas(state.global_step, find_adapter(model, self.adapter_name)[1].weight)
+    def on_save(self, args, state, control, **kwargs):
+        self._divergence.watch_deltas(state.global_step, self._bank.weight)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._divergence.watch_deltas(state.global_step, find_adapter(model, self.adapter_name)[1].weight)
+    def on_train_end(self, args, state, control, **kwargs):
+        self._divergence.watch_deltas(state.global_step, self._bank.weight)
+        self._bank = None
 
 
 # What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).

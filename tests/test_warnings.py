@@ -11,8 +11,8 @@ import torch.distributed as dist
 from accelerate import cpu_offload
 from peft import get_peft_model
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor, Shard
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 from smt_peft.diagnostics import Divergence, report_additive
@@ -285,19 +285,41 @@ def test_a_trainer_that_diverges_is_named(selected, trainer):
     assert f"at step {first}" in message
 
 
-@pytest.mark.parametrize("options", [{}, {"save_strategy": "steps", "save_steps": 1}], ids=["end", "save"])
-def test_deltas_that_are_not_finite_are_named_once_whatever_is_logged(selected, trainer, options):
-    run = trainer(selected, learning_rate=1e38, logging_strategy="no", **options)
+@pytest.mark.parametrize(
+    "options, step", [({}, 5), ({"save_strategy": "steps", "save_steps": 4}, 4)], ids=["end", "save"]
+)
+def test_deltas_that_are_not_finite_are_named_once_whatever_is_logged(selected, trainer, options, step):
+    run = trainer(selected, learning_rate=1e38, logging_strategy="no", max_steps=5, **options)
     [message] = [text for text in warned_of(run.train) if "finite" in text]
-    assert f"of {selected.get_nb_trainable_parameters()[0]} trained values are not finite at step" in message
+    count = selected.get_nb_trainable_parameters()[0]
+    assert f"of {count} trained values are not finite at step {step}" in message
 
 
-def test_of_a_sharded_bank_the_own_part_is_looked_at(mesh):
+def test_an_adapter_that_another_callback_merged_in_the_end_is_no_error(selected, trainer):
+    class Merge(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            model.merge_and_unload()
+
+    run = trainer(selected)
+    run.callback_handler.callbacks.insert(0, Merge())
+    run.train()
+
+
+def test_of_a_sharded_bank_the_own_part_is_looked_at():
     whole = torch.ones(4, 2, 2)
     whole[0, 0, 0] = math.inf
-    part = distribute_tensor(whole, mesh, [Shard(0)])
-    [message] = warned_of(lambda: Divergence().watch_deltas(7, torch.nn.Parameter(part)))
-    assert message.startswith("1 of 16 trained values are not finite at step 7")
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        fsdp = torch.nn.Parameter(DTensor.from_local(whole[:2], mesh, [Shard(0)], run_check=False))
+        [message] = warned_of(lambda: Divergence().watch_deltas(7, fsdp))
+    finally:
+        dist.destroy_process_group()
+    assert message.startswith("1 of 8 trained values are not finite at step 7")
+    zero3 = torch.nn.Parameter(torch.empty(0))
+    zero3.ds_tensor = whole.flatten()[:6]
+    [message] = warned_of(lambda: Divergence().watch_deltas(7, zero3))
+    assert message.startswith("1 of 6 trained values are not finite at step 7")
 
 
 def test_only_the_main_process_of_a_distributed_run_speaks(monkeypatch):
