@@ -40,6 +40,8 @@ NARROWEST = 0.02  # nats, or 2 points of accuracy: on a shorter axis noise would
 
 def draw(study: dict, results: Results, frames: Frames, path: Path) -> str:
     """Draw what the study is about; returns the caption."""
+    if study.get("x_axis", "learning_rate") != "learning_rate":
+        raise SystemExit(f"x_axis {study['x_axis']} is not learning_rate; leave it out to draw budgets or methods.")
     if "x_axis" in study:
         figure, caption = draw_rates(study, results)
     elif max(map(len, study["budgets"].values())) > 1:

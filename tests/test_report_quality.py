@@ -213,6 +213,12 @@ def test_a_picture_of_one_seed_promises_neither_bars_nor_circles(picture, change
     assert not circles[1] and bool(circles[3]) == (change == {})
 
 
+def test_another_x_axis_is_named(report):
+    study = STUDY | {"x_axis": "budget"}
+    with pytest.raises(SystemExit, match="x_axis budget is not learning_rate"):
+        report(study, lines_of(study))
+
+
 def test_types_share_neither_colour_nor_dash_nor_marker():
     looks = [(type_, dash, *look) for type_, (dash, looks) in quality_pictures.STYLES.items() for look in looks]
     types, dashes, colours, markers = zip(*looks, strict=True)
