@@ -43,8 +43,8 @@ class Recipe:
         restart: {step, keep}: a second selection at this step, the first delta kept in the weights or dropped.
         optimizer: "adamw" or "muon".
         optimizer_options: of that optimizer.
-        block_scale: 'weight_rms' scales each block's updates by the root mean square of its module's weight over
-            that of all modules.
+        delta_scale: the weights become base + delta_scale * trained values, as with LoRA's alpha / r: a number, or
+            'weight_rms', for each block the root mean square of its module's weight over the mean of all modules.
         config: everything else, for the method's config.
     """
 
@@ -57,7 +57,7 @@ class Recipe:
     restart: dict | None = None
     optimizer: str = "adamw"
     optimizer_options: dict = field(default_factory=dict)
-    block_scale: str | None = None
+    delta_scale: float | str = 1.0
     config: dict = field(default_factory=dict)
 
     @classmethod
@@ -208,23 +208,24 @@ def make_optimizer(
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, **recipe.optimizer_options}
     groups = [group for group in groups if group["params"]]
     optimizer = OPTIMIZERS[recipe.optimizer](groups, lr=learning_rate, **options)
-    if recipe.block_scale:
-        scale_updates(optimizer, model)
+    if recipe.delta_scale != 1.0:
+        scale_delta(optimizer, model, recipe.delta_scale)
     return optimizer
 
 
-def scale_updates(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Scale each block's updates by the root mean square of its module's weight over the mean of all modules."""
+def scale_delta(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float | str) -> None:
+    """Train delta / scale: by the chain rule its gradient is scale times the delta's. The bank holds the delta."""
     _, bank, _ = find_adapter(model, "default")
-    rms = torch.stack([blocks_of(model, target.name, 1).square().mean().sqrt() for target in bank.targets])
-    scale = (rms / rms.mean())[bank.index[:, 0].long()][:, None, None]
-    before = torch.empty_like(bank.weight)
+    if scale == "weight_rms":
+        rms = torch.stack([blocks_of(model, target.name, 1).square().mean().sqrt() for target in bank.targets])
+        scale = (rms / rms.mean())[bank.index[:, 0].long()][:, None, None]
 
-    def remember(*_: object) -> None:
-        before.copy_(bank.weight.detach())
+    def to_values(*_: object) -> None:
+        bank.weight.data.div_(scale)
 
-    def rescale(*_: object) -> None:
-        bank.weight.data.sub_(before).mul_(scale).add_(before)
+    def to_delta(*_: object) -> None:
+        bank.weight.data.mul_(scale)
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(rescale)
+    bank.weight.register_hook(lambda gradient: gradient * scale)
+    optimizer.register_step_pre_hook(to_values)
+    optimizer.register_step_post_hook(to_delta)

@@ -53,6 +53,8 @@ TESTBEDS = {
     "stories260K-mawps": Source("models/stories260K", "data/math/mawps_train.jsonl", VALID),
     "babyllama-lowercase": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v1_lowercase.jsonl", VALID),
     "babyllama-gpt4": Source("models/babyllama-973K-tok361", f"{TINYSTORIES}/train_v2_gpt4.jsonl", VALID),
+    "babyllama-gsm8k": Source("models/babyllama-973K-tok361", "data/math/gsm8k_train.jsonl", VALID),
+    "babyllama-mawps": Source("models/babyllama-973K-tok361", "data/math/mawps_train.jsonl", VALID),
     "tiny-llama-code": Source(
         str(Path(__file__).with_name("tiny_llama")), "stdlib-source", "stdlib-documentation-test", "stdlib-source-test"
     ),

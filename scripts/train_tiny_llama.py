@@ -12,7 +12,7 @@ from platform import machine, python_version, system
 
 import torch
 import transformers
-from stdlib_text import documentation
+from stdlib_text import documentation, source_code
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -48,10 +48,12 @@ class Settings:
     learning_rate: float = field(default=3e-3, metadata={"help": "highest learning rate"})
     weight_decay: float = field(default=0.3, metadata={"help": "AdamW's weight decay"})
     dropout: float = field(default=0.15, metadata={"help": "of what the embedding and each layer add to the residual"})
+    source_code: bool = field(default=False, metadata={"help": "learn Python's source code, too"})
     hidden_size: int = field(default=192, metadata={"help": "a multiple of 192; 768 and 12 layers: 79 million values"})
     layers: int = field(default=4, metadata={"help": "decoder layers"})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
+    bfloat16: bool = field(default=False, metadata={"help": "autocast; faster where the processor has it"})
     seed: int = field(default=0, metadata={"help": "of the initial weights, the order of the data and the dropout"})
 
 
@@ -109,7 +111,8 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, opt
     for step in (progress := tqdm(range(1, options.steps + 1), unit="step")):
         starts = torch.randint(len(tokens) - options.length + 1, (options.batch_size,))
         batch = torch.stack([tokens[start : start + options.length] for start in starts]).to(model.device)
-        loss = model.train()(input_ids=batch, labels=batch).loss
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bfloat16):
+            loss = model.train()(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -126,7 +129,8 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, opt
 def main(options: Settings) -> None:
     torch.set_num_threads(options.threads)
     transformers.set_seed(options.seed)
-    texts = {split: list(documentation(split)) for split in ("train", "test")}
+    corpora = (documentation, source_code) if options.source_code else (documentation,)
+    texts = {split: [text for corpus in corpora for text in corpus(split)] for split in ("train", "test")}
     tokenizer = train_tokenizer(texts["train"])
     tokens = {split: pack(texts[split], tokenizer) for split in texts}
     model = new_model(tokenizer, options.hidden_size, options.layers).to(options.device)

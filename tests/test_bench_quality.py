@@ -46,7 +46,7 @@ METHODS = {
     "restart, dropped": SMT | {"restart": {"step": 1, "keep": False}},
     "Muon": SMT | {"optimizer": "muon"},
     "weight decay": SMT | {"optimizer_options": {"weight_decay": 0.1}},
-    "scaled": SMT | {"block_scale": "weight_rms"},
+    "scaled": SMT | {"delta_scale": "weight_rms"},
 }
 STUDY = {
     "testbeds": ["stories260K-lowercase"],

@@ -139,12 +139,12 @@ def test_a_second_selection_keeps_the_first_delta_or_drops_it(short, testbed):
     assert dropped[:2] == plain[:2] and dropped[2] == pytest.approx(base, abs=1e-4)
 
 
-def test_updates_are_scaled_by_the_weight_of_their_module(select):
+def test_the_delta_is_scaled_by_the_weight_of_its_module(select):
     model, bank, _ = select(SMT)
     rms = {t.name: model.get_submodule(f"base_model.model.{t.name}").get_base_layer().weight.square().mean().sqrt()
            for t in bank.targets}  # fmt: skip
     changes = []
-    for settings in (SMT, SMT | {"block_scale": "weight_rms"}):
+    for settings in (SMT, SMT | {"delta_scale": "weight_rms"}):
         bank.weight.data.zero_()
         bank.weight.grad = torch.ones_like(bank.weight)
         recipes.make_optimizer(Recipe.parse(settings), model, 1e-2, None, 0.0).step()
@@ -152,3 +152,25 @@ def test_updates_are_scaled_by_the_weight_of_their_module(select):
     mean = sum(rms.values()) / len(rms)
     expected = torch.stack([rms[bank.targets[module].name] / mean for module in bank.index[:, 0].tolist()])
     torch.testing.assert_close(changes[1], changes[0] * expected[:, None, None])
+
+
+def test_a_scaled_delta_trains_as_autograd_on_base_plus_scale_times_values(select, testbed):
+    """The bank holds scale * values: after steps of AdamW on the dense truth's values, with their weight decay."""
+    settings = SMT | {"delta_scale": 3.0, "optimizer_options": {"weight_decay": 0.5}}
+    model, bank, _ = select(settings)
+    data = bench_quality.batches(RUN, testbed, 3)
+    optimizer = recipes.make_optimizer(Recipe.parse(settings), model, 1e-2, None, 0.0)
+    dense, values = testbed.model.requires_grad_(False), torch.zeros_like(bank.weight).requires_grad_()
+    truth = torch.optim.AdamW([values], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.5)
+    for batch in data:
+        model(**batch).loss.backward()
+        weights = {f"{target.name}.weight": dense.get_submodule(target.name).weight.clone() for target in bank.targets}
+        for value, (module, row, col) in zip(values, bank.index.tolist(), strict=True):
+            weight = weights[f"{bank.targets[module].name}.weight"]
+            weight[4 * row : 4 * row + 4, 4 * col : 4 * col + 4] += 3.0 * value
+        torch.func.functional_call(dense, weights, kwargs=batch).loss.backward()
+        torch.testing.assert_close(bank.weight.grad, values.grad, rtol=1e-3, atol=1e-6)
+        for one in (optimizer, truth):
+            one.step()
+            one.zero_grad()
+    torch.testing.assert_close(bank.weight, 3.0 * values, rtol=1e-3, atol=1e-4)
