@@ -7,7 +7,8 @@ learning rates (see `Recipe` in recipes.py for what a method can be). A testbed 
 study's `own_testbeds`, with the fields of `Source`: any model and any JSON lines. All learning rates run with the
 first seed; the one with the best validation loss runs with the others, too. What is reported is the test loss of
 those, never used to choose anything. Every run is one line of OUTPUT/quality_STUDY.jsonl; runs that are there already
-are skipped, so an interrupted study goes on where it was. scripts/report_quality.py makes tables and pictures of it.
+are skipped, so an interrupted study goes on where it was. A GPU is used where there is one. scripts/report_quality.py
+makes tables and pictures of the results.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
 
     def prepared(model: nn.Module):
         model = recipes.adapted(recipe, model, run.modules or "[]", run.budget, run.seed, testbed.modules_to_save)
-        chosen = recipes.warm_up(recipe, model, lambda count: batches(run, warmup_testbed, count))
+        with testbed.autocast():
+            chosen = recipes.warm_up(recipe, model, lambda count: batches(run, warmup_testbed, count))
         heads, head_rate = testbed.modules_to_save, testbed.head_learning_rate
         return model, chosen, recipes.make_optimizer(recipe, model, run.learning_rate, heads, head_rate)
 
@@ -157,7 +159,8 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
             model, selection, optimizer = prepared(plain)
             schedule = get_linear_schedule_with_warmup(optimizer, run.steps // 20 - step, run.steps - step)
         model.train()
-        loss = model(**batch).loss
+        with testbed.autocast():
+            loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)

@@ -159,7 +159,7 @@ class Subject:
             raise SystemExit(f"There are no settings for {name}; there are some for {', '.join(SETTINGS)}.")
         self.name, self.setting, self.source = name, SETTINGS[name], TESTBEDS[name]
         self.testbed = load_testbed(self.source, shared, self.setting.tokens)
-        model, size = self.testbed.model, self.setting.block_size
+        model, size = self.testbed.model.cpu(), self.setting.block_size  # all statistics are kept on the CPU
         names = target_names(model, "all-linear", self.testbed.modules_to_save or [])
         self.modules = {name: model.get_submodule(name) for name in names}
         self.grids = [tuple(side // size for side in module.weight.shape) for module in self.modules.values()]

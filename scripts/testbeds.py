@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from stdlib_text import documentation, source_code
+from peft.utils import infer_device
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,6 +31,7 @@ class Source:
         old: JSON lines of the domain that the model comes from; its loss should not rise. Not for a classifier.
         test: JSON lines to test on. A classifier needs them; texts can do without: the first rows of `train`.
         kind: "text" or "classification".
+        bfloat16: train and measure under autocast, which is faster where the processor has it.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Source:
     old: str | None = None
     test: str | None = None
     kind: str = "text"
+    bfloat16: bool = False
 
 
 STDLIB = {  # Python's own texts, in any environment
@@ -71,6 +74,7 @@ class TextTestbed:
 
     Attributes:
         train, validation, test, old: int64 [rows, tokens].
+        autocast: a context for forward passes, which does nothing unless the source says bfloat16.
         base: what `measure` gives on test and old before training.
     """
 
@@ -79,7 +83,8 @@ class TextTestbed:
 
     def __init__(self, source: Source, shared: Path, tokens: int):
         folder = shared / source.model
-        self.model = AutoModelForCausalLM.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).to(infer_device())
+        self.autocast = partial(torch.autocast, infer_device(), torch.bfloat16, enabled=source.bfloat16)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         rows = self._rows(shared, source.train, tokens)
         held_out = min(len(rows) // 10, 96 * 256 // tokens)
@@ -99,13 +104,15 @@ class TextTestbed:
         return torch.tensor(ids[: len(ids) // tokens * tokens]).view(-1, tokens)
 
     def batch(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = rows.to(self.model.device)
         return {"input_ids": rows, "labels": rows}
 
     @torch.no_grad()
     def measure(self, model: nn.Module, rows: torch.Tensor) -> dict[str, float]:
         """Mean loss per token, in nats."""
         model.eval()
-        losses = [len(part) * model(**self.batch(part)).loss.item() for part in rows.split(32)]
+        with self.autocast():
+            losses = [len(part) * model(**self.batch(part)).loss.item() for part in rows.split(32)]
         return {"loss": sum(losses) / len(rows)}
 
 
@@ -131,7 +138,9 @@ class ClassificationTestbed:
         random.Random(0).shuffle(test)
         self.test, self.validation, self.train = test[:1000], train[:500], train[500:]
         torch.manual_seed(0)  # of the new classifier
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(self.labels))
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(self.labels))
+        self.model = model.to(infer_device())
+        self.autocast = partial(torch.autocast, infer_device(), torch.bfloat16, enabled=source.bfloat16)
         self.base = measure_all(self, self.model, ("test",))
 
     def _rows(self, path: Path) -> list[tuple[str, str]]:
@@ -142,7 +151,8 @@ class ClassificationTestbed:
         encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.tokens, return_tensors="pt"
         )
-        return {**encoded, "labels": torch.tensor([self.labels.index(label) for label in labels])}
+        encoded["labels"] = torch.tensor([self.labels.index(label) for label in labels])
+        return {**encoded.to(self.model.device)}
 
     @torch.no_grad()
     def measure(self, model: nn.Module, rows: list[tuple[str, str]]) -> dict[str, float]:
@@ -152,7 +162,8 @@ class ClassificationTestbed:
         loss = right = 0.0
         for start in range(0, len(rows), 50):
             batch = self.batch(rows[start : start + 50])
-            output = model(**batch)
+            with self.autocast():
+                output = model(**batch)
             loss += output.loss.item() * len(batch["labels"])
             right += (output.logits.argmax(1) == batch["labels"]).sum().item()
         return {"loss": loss / len(rows), "accuracy": right / len(rows)}

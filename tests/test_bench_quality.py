@@ -198,6 +198,18 @@ def test_a_study_brings_its_own_testbed(sweep, short):
     assert line["base"]["test_loss"] == pytest.approx(valid, abs=0.05)  # the same text, cut off elsewhere
 
 
+def test_a_testbed_in_bfloat16_trains_and_measures_under_autocast(short, sweep):
+    source = asdict(TESTBEDS["stories260K-lowercase"]) | {"bfloat16": True}
+    study = study_of(SMT=SMT) | {"testbeds": ["half"], "own_testbeds": {"half": source}}
+    sweep(study_of(SMT=SMT))
+    exact, line = sweep(study)
+    for name in ("test_loss", "old_loss"):
+        assert line[name] != exact[name] and line[name] == pytest.approx(exact[name], rel=2e-2)
+    assert line["train_loss"][0] != exact["train_loss"][0]
+    assert line["base"]["test_loss"] == pytest.approx(exact["base"]["test_loss"], rel=2e-2)
+    assert line["trained_parameters"] == exact["trained_parameters"]
+
+
 @pytest.fixture(scope="module")
 def intents(shared, tmp_path_factory) -> Source:
     """Banking77 cut short; one text of the test is also one of the training."""
