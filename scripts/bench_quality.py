@@ -142,22 +142,22 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
     torch.manual_seed(run.seed)  # after loading, which may draw random numbers
     started, started_cpu = time.perf_counter(), time.process_time()
 
-    def prepared(model: nn.Module):
+    def prepared(model: nn.Module, step: int):
         model = recipes.adapted(recipe, model, run.modules or "[]", run.budget, run.seed, testbed.modules_to_save)
         with testbed.autocast():
             chosen = recipes.warm_up(recipe, model, lambda count: batches(run, warmup_testbed, count))
         heads, head_rate = testbed.modules_to_save, testbed.head_learning_rate
-        return model, chosen, recipes.make_optimizer(recipe, model, run.learning_rate, heads, head_rate)
+        optimizer = recipes.make_optimizer(recipe, model, run.learning_rate, heads, head_rate)
+        start, end = (mark - step for mark in recipe.part_of(step, run.steps))  # the schedule's, from here
+        return model, chosen, optimizer, get_linear_schedule_with_warmup(optimizer, start + run.steps // 20, end)
 
-    model, selection, optimizer = prepared(copy.deepcopy(testbed.model))
+    model, selection, optimizer, schedule = prepared(copy.deepcopy(testbed.model), 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    schedule = get_linear_schedule_with_warmup(optimizer, run.steps // 20, run.steps)
     losses = []
     for step, batch in enumerate(batches(run, testbed, run.steps)):
-        if recipe.restart and step == recipe.restart["step"]:
+        if recipe.restart and step in recipe.restart["steps"]:
             plain = model.merge_and_unload() if recipe.restart["keep"] else model.unload()
-            model, selection, optimizer = prepared(plain)
-            schedule = get_linear_schedule_with_warmup(optimizer, run.steps // 20 - step, run.steps - step)
+            model, selection, optimizer, schedule = prepared(plain, step)
         model.train()
         with testbed.autocast():
             loss = model(**batch).loss

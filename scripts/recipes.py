@@ -40,7 +40,8 @@ class Recipe:
         tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
         quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
         lora_share: share of the budget that becomes LoRA factors on the same modules.
-        restart: {step, keep}: a second selection at this step, the first delta kept in the weights or dropped.
+        restart: {steps, keep, warm}: select anew at these steps; what was trained is kept in the weights, or dropped;
+            with `warm` the learning rate rises and falls again after each.
         optimizer: "adamw" or "muon".
         optimizer_options: of that optimizer.
         delta_scale: the weights become base + delta_scale * trained values, as with LoRA's alpha / r: a number, or
@@ -77,6 +78,11 @@ class Recipe:
     def ranks_itself(self) -> bool:
         """Whether blocks are chosen by this script from the warm-up's scores, not by the package."""
         return self.ranking != "score" or bool(self.tile or self.quantile)
+
+    def part_of(self, step: int, steps: int) -> tuple[int, int]:
+        """The first step and the end of the learning rate's schedule at a step of a training."""
+        starts = [0, *self.restart["steps"]] if self.restart and self.restart.get("warm") else [0]
+        return next(part for part in zip(starts, [*starts[1:], steps], strict=True) if step < part[1])
 
     @property
     def needs_warmup(self) -> bool:

@@ -132,11 +132,26 @@ def test_half_a_budget_in_low_rank_factors_trains_both(select, testbed):
 def test_a_second_selection_keeps_the_first_delta_or_drops_it(short, testbed):
     plain, kept, dropped = (
         bench_quality.train(replace(RUN, settings=json.dumps(SMT | more)), testbeds.TESTBEDS, short)["train_loss"]
-        for more in ({}, {"restart": {"step": 2, "keep": True}}, {"restart": {"step": 2, "keep": False}})
+        for more in ({}, {"restart": {"steps": [2], "keep": True}}, {"restart": {"steps": [2], "keep": False}})
     )
     base = testbed.model(**bench_quality.batches(RUN, testbed, 3)[2]).loss.item()
     assert kept[:3] == pytest.approx(plain[:3], abs=2e-4) and abs(base - plain[2]) > 1e-3
     assert dropped[:2] == plain[:2] and dropped[2] == pytest.approx(base, abs=1e-4)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_learning_rate_goes_on_falling_or_rises_again_after_a_selection(short, monkeypatch, warm):
+    rates, make = [], recipes.make_optimizer
+
+    def watched(*args) -> torch.optim.Optimizer:
+        optimizer = make(*args)
+        optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return optimizer
+
+    monkeypatch.setattr(recipes, "make_optimizer", watched)
+    settings = json.dumps(SMT | {"restart": {"steps": [2], "keep": True, "warm": warm}})
+    bench_quality.train(replace(RUN, settings=settings), testbeds.TESTBEDS, short)
+    assert rates == pytest.approx([1e-2, 5e-3, 1e-2, 5e-3] if warm else [1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
 def test_the_delta_is_scaled_by_the_weight_of_its_module(select):
