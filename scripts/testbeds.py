@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stdlib_text import documentation, source_code
 from peft.utils import infer_device
+from stdlib_text import documentation, source_code
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
