@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,7 +114,10 @@ def main(argv: list[str]) -> None:
         lora_beside_smt |= against_lora(study, results)
         left_out = f", {len(every) - len(runs)} more that the study does not ask for" * (len(every) > len(runs))
         print(f"{path}: {len(runs)} runs{left_out}")
-    if lora_beside_smt and f"<!-- {OVERVIEW} -->" in text:
+    on_page = set(re.findall(r"<!-- (quality_\w+) -->", text))
+    if on_page - {lines.stem for _, lines in jobs} - {OVERVIEW}:
+        print(f"{page}: the overview stays as it is, because it needs all the studies that the page has")
+    elif lora_beside_smt and OVERVIEW in on_page:
         lora_beside_smt = {place: lora_beside_smt[place] for place in sorted(lora_beside_smt)}
         picture = Path(options.results) / f"{OVERVIEW}.png"
         draw_overview(lora_beside_smt, picture)

@@ -272,6 +272,15 @@ def test_the_overview_has_the_differences_that_a_hand_computes(report, tmp_path)
     assert (tmp_path / "docs/results/quality_overview.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_part_of_the_pages_studies_leaves_the_overview_alone(report, capsys):
+    study = STUDY | {"methods": {"LoRA": STUDY["methods"]["LoRA"], "SMT, whole model": SMT}}
+    other = "<!-- quality_other -->\n<!-- /quality_other -->\n<!-- quality_overview -->\nas before\n"
+    lines = lines_of(study, results={"LoRA": RESULTS["LoRA"], "SMT, whole model": RESULTS["LoRA"]})
+    page = report(study, lines, f"<!-- quality_tiny -->\n<!-- /quality_tiny -->\n{other}")
+    assert page.endswith(other) and "| LoRA |" in page
+    assert "the overview stays as it is" in capsys.readouterr().out
+
+
 def result_of(curve: list[tuple[float, float, float]], best: float) -> report_quality.Result:
     """A method that ran with these (learning rate, test loss, old loss)."""
     runs = [dict(zip(("learning_rate", "test_loss", "old_loss"), values, strict=True)) for values in curve]
