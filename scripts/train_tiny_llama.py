@@ -21,7 +21,7 @@ README = """\
 # Tiny LLaMA
 
 A LLaMA of {parameters:,} parameters and its tokenizer, for demonstrations and tests only: it was trained on the
-documentation of Python's standard library, writes what looks like documentation, and knows nothing. Made by
+{corpora} of Python's standard library, writes what looks like that, and knows nothing. Made by
 
     python scripts/train_tiny_llama.py {options}
 
@@ -142,6 +142,7 @@ def main(options: Settings) -> None:
     tokenizer.save_pretrained(options.output)
     readme = README.format(
         parameters=model.num_parameters(),
+        corpora=" and the ".join(corpus.__name__.replace("_", " ") for corpus in corpora),
         options=" ".join(f"--{name} {value}" for name, value in vars(options).items() if name != "output"),
         bytes={split: sum(len(text.encode()) for text in texts[split]) for split in texts},
         tokens={split: len(tokens[split]) for split in tokens},
