@@ -1,0 +1,42 @@
+"""Tests of scripts/train_tiny_llama.py: the model that it writes, from short texts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import train_tiny_llama
+
+DOCUMENTATION = [f"Return the {number}th item of a list, or raise an error." for number in range(40)]
+SOURCE_CODE = [f"def item_{number}(values):\n    return values[{number}]" for number in range(40)]
+
+
+def documentation(split: str) -> list[str]:
+    return DOCUMENTATION if split == "train" else DOCUMENTATION[:4]
+
+
+def source_code(split: str) -> list[str]:
+    return SOURCE_CODE if split == "train" else SOURCE_CODE[:4]
+
+
+@pytest.mark.parametrize("larger", [False, True], ids=["as shipped", "source code, bfloat16"])
+def test_the_written_model_has_learnt_its_texts_and_says_how_it_was_made(tmp_path, monkeypatch, larger):
+    monkeypatch.setattr(train_tiny_llama, "documentation", documentation)
+    monkeypatch.setattr(train_tiny_llama, "source_code", source_code)
+    short = {"steps": 20, "warmup_steps": 2, "batch_size": 2, "length": 16, "layers": 1}
+    more = {"source_code": larger, "bfloat16": larger}
+    train_tiny_llama.main(train_tiny_llama.Settings(output=tmp_path, **short, **more))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    losses = {}
+    for name, texts in {"documentation": DOCUMENTATION, "source code": SOURCE_CODE}.items():
+        ids = train_tiny_llama.pack(texts, tokenizer)[:256].view(-1, 16)
+        losses[name] = train_tiny_llama.evaluate(model, ids)
+    untrained = train_tiny_llama.evaluate(train_tiny_llama.new_model(tokenizer, 192, 1), ids)
+    assert losses["documentation"] < untrained - 1
+    assert (losses["source code"] < untrained - 1) == larger
+    page = (tmp_path / "README.md").read_text()
+    assert ("documentation and the source code of Python" in page) == larger
+    assert f"--source_code {larger}" in page and f"--bfloat16 {larger}" in page
