@@ -93,6 +93,8 @@ def draw_budgets(study: dict, results: Results) -> tuple[Figure, str]:
                 bars = [spread(result.values(result.measure)) for result in found]
                 axes.errorbar(x, y, bars, capsize=2, label=method, **look)
         axes.set(xscale="log", xlabel="trained parameters", title=", ".join(panel))
+        low, high = axes.get_xlim()  # of one budget alone it would spread what lies aside
+        axes.set_xlim(min(low, min(here) / 2), max(high, max(here) * 2))
         axes.set_xticks([*here], [f"{budget:,}" for budget in here])
         axes.xaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel(measured(results))
