@@ -69,6 +69,11 @@ class Recipe:
         for name, allowed in {"type": TYPES, "ranking": RANKINGS, "optimizer": OPTIMIZERS}.items():
             if getattr(recipe, name) not in allowed:
                 raise SystemExit(f"{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}.")
+        if isinstance(recipe.delta_scale, str) and recipe.delta_scale != "weight_rms":
+            raise SystemExit(f"delta_scale {recipe.delta_scale!r} is neither a number nor weight_rms; for YAML 5e-1 "
+                             "is text, 0.5 a number.")  # fmt: skip
+        if recipe.restart and {"steps", "keep"} - set(recipe.restart):
+            raise SystemExit(f"restart {recipe.restart} needs steps, a list, and keep, true or false.")
         if recipe.ranks_itself and recipe.config.get("scope") == "input":
             raise SystemExit("scope input is seen by the package's own warm-up; with a ranking, a tile or a quantile "
                              "of this script take model or module.")  # fmt: skip

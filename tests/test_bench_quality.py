@@ -155,6 +155,8 @@ def test_full_fine_tuning_runs_once_for_all_budgets_and_targets_and_whole_weight
         ({"methods": {"x": {"type": "lorax", "learning_rates": [1]}}}, "type lorax is not one of smt, full"),
         ({"methods": {"x": SMT | {"ranking": "best", "learning_rates": [1]}}}, "ranking best is not one of score"),
         ({"methods": {"x": SMT | {"optimizer": "sgd", "learning_rates": [1]}}}, "optimizer sgd is not one of adamw"),
+        ({"methods": {"x": SMT | {"delta_scale": "5e-1", "learning_rates": [1]}}}, "delta_scale '5e-1' is neither"),
+        ({"methods": {"x": SMT | {"restart": {"step": 9}, "learning_rates": [1]}}}, "restart .* needs steps"),
     ],
 )
 def test_what_there_is_not_is_refused_before_any_work(sweep, tmp_path, change, message):
