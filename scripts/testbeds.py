@@ -41,6 +41,9 @@ class Source:
     kind: str = "text"
     bfloat16: bool = False
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(infer_device(), torch.bfloat16, enabled=self.bfloat16)
+
 
 STDLIB = {  # Python's own texts, in any environment
     "stdlib-source": partial(source_code, "train"),
@@ -60,6 +63,9 @@ TESTBEDS = {
     "babyllama-mawps": Source("models/babyllama-973K-tok361", "data/math/mawps_train.jsonl", VALID),
     "tiny-llama-code": Source(
         str(Path(__file__).with_name("tiny_llama")), "stdlib-source", "stdlib-documentation-test", "stdlib-source-test"
+    ),
+    "llama-33m-stories": Source(  # configs/study/llama_33m.yaml says how to make the model
+        "models/llama_33m", f"{TINYSTORIES}/train_v2_gpt4.jsonl", "stdlib-documentation-test", bfloat16=True
     ),
     "minilm-banking77": Source("minilm", f"{BANKING}/train.jsonl", None, f"{BANKING}/test.jsonl", "classification"),
     "minilm-snips": Source("minilm", f"{SNIPS}/train.jsonl", None, f"{SNIPS}/test.jsonl", "classification"),
@@ -84,7 +90,7 @@ class TextTestbed:
     def __init__(self, source: Source, shared: Path, tokens: int):
         folder = shared / source.model
         self.model = AutoModelForCausalLM.from_pretrained(folder).to(infer_device())
-        self.autocast = partial(torch.autocast, infer_device(), torch.bfloat16, enabled=source.bfloat16)
+        self.autocast = source.autocast
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         rows = self._rows(shared, source.train, tokens)
         held_out = min(len(rows) // 10, 96 * 256 // tokens)
@@ -140,7 +146,7 @@ class ClassificationTestbed:
         torch.manual_seed(0)  # of the new classifier
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(self.labels))
         self.model = model.to(infer_device())
-        self.autocast = partial(torch.autocast, infer_device(), torch.bfloat16, enabled=source.bfloat16)
+        self.autocast = source.autocast
         self.base = measure_all(self, self.model, ("test",))
 
     def _rows(self, path: Path) -> list[tuple[str, str]]:

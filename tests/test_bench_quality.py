@@ -204,7 +204,15 @@ def test_a_testbed_in_bfloat16_trains_and_measures_under_autocast(short, sweep):
     source = asdict(TESTBEDS["stories260K-lowercase"]) | {"bfloat16": True}
     study = study_of(SMT=SMT) | {"testbeds": ["half"], "own_testbeds": {"half": source}}
     sweep(study_of(SMT=SMT))
-    exact, line = sweep(study)
+    seen = set()  # whether forward passes are under autocast: in the warm-up, training and measuring
+
+    def look(module: torch.nn.Module, _: object) -> None:
+        if isinstance(module, torch.nn.Linear):
+            seen.add(torch.is_autocast_enabled("cpu"))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        exact, line = sweep(study)
+    assert seen == {True}
     for name in ("test_loss", "old_loss"):
         assert line[name] != exact[name] and line[name] == pytest.approx(exact[name], rel=2e-2)
     assert line["train_loss"][0] != exact["train_loss"][0]

@@ -141,6 +141,8 @@ def test_the_warm_up_for_pefts_comparison_runs_with_the_loss_of_its_training_loo
     batches = [dict(tokenizer(few, return_token_type_ids=False)) for few in texts]
     [snippet] = re.findall(r"```python\n(.*?)```", (COMPARISON / "README.md").read_text(), re.DOTALL)
     here = {"model": model, "tokenizer": tokenizer, "iterator_train": batches}
+    whole = AutoModelForCausalLM.from_config(base.config)
+    exec(snippet, here | {"model": whole})  # full fine-tuning, which has nothing to warm up
     exec(snippet, here)
     assert model.base_model.model.smt_bank["default"].is_selected
 

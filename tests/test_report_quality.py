@@ -245,6 +245,13 @@ def test_noise_is_not_magnified(picture, change):
     assert all(round(high - low, 9) >= 0.02 for low, high in limits)
 
 
+def test_one_budget_alone_does_not_spread_what_is_drawn_beside_it(picture):
+    study = STUDY | {"targets": STUDY["targets"] | {"v": ["v_proj"]}, "budgets": {"qkv": [3200, 6400], "v": [3200]}}
+    _, figure = picture(study, lines_of(study))
+    low, high = figure.axes[1].get_xlim()
+    assert low <= 1600 and high >= 6400
+
+
 @pytest.mark.parametrize(
     "rates", [[5e-3, 1e-2, 2e-2, 3e-2], [5e-4, 1e-3, 2e-3, 5e-3], [1e-4, 3e-4, 1e-3, 1e-2, 5e-2], [1e-2]]
 )

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -28,7 +29,15 @@ def test_the_written_model_has_learnt_its_texts_and_says_how_it_was_made(tmp_pat
     monkeypatch.setattr(train_tiny_llama, "source_code", source_code)
     short = {"steps": 20, "warmup_steps": 2, "batch_size": 2, "length": 16, "layers": 1}
     more = {"source_code": larger, "bfloat16": larger}
-    train_tiny_llama.main(train_tiny_llama.Settings(output=tmp_path, **short, **more))
+    seen = set()  # whether training's forward passes are under autocast
+
+    def look(module: torch.nn.Module, _: object) -> None:
+        if isinstance(module, torch.nn.Linear) and module.training:
+            seen.add(torch.is_autocast_enabled("cpu"))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        train_tiny_llama.main(train_tiny_llama.Settings(output=tmp_path, **short, **more))
+    assert seen == {larger}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     losses = {}
     for name, texts in {"documentation": DOCUMENTATION, "source code": SOURCE_CODE}.items():
