@@ -1,26 +1,23 @@
-"""The delta bank: the one parameter of an adapter, and the index that says where its blocks sit."""
+"""The bank: the one parameter of an adapter, the index that says where its blocks lie, and each layer's part of it.
+
+Gradients come home by autograd alone. The bank is split into one view per target; a layer's block product takes its
+view as an input and returns that view's gradient; autograd joins the parts into the bank's gradient, once a backward.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+import torch.distributed as dist
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from smt_peft.tape import Anchor
-
-_optimizer_steps = 0
-
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from smt_peft import ops
 
 
 class Target(NamedTuple):
@@ -38,6 +35,25 @@ class Group(NamedTuple):
     budget: int
 
 
+class Layout(NamedTuple):
+    """What follows from the index alone.
+
+    Attributes:
+        index, version: of what.
+        slots: per target its slots in the bank, int64 [n] on the CPU.
+        places: per target the (block rows, block columns) of these slots.
+        order: None where slots are in the order of the targets, as every selection of this package is; else all slots.
+        plans: device -> per target its plan there; None where it has no blocks.
+    """
+
+    index: Tensor
+    version: int
+    slots: tuple[Tensor, ...]
+    places: list[tuple[Tensor, Tensor]]
+    order: Tensor | None
+    plans: dict[torch.device, list[ops.Plan | None]]
+
+
 class DeltaBank(nn.Module):
     """Every delta of one adapter.
 
@@ -51,99 +67,173 @@ class DeltaBank(nn.Module):
         super().__init__()
         self.block_size, self.targets, self.groups = block_size, list(targets), list(groups)
         self.num_blocks = num_blocks = sum(group.budget for group in groups)
-        self.weight = nn.Parameter(torch.zeros(num_blocks, block_size, block_size, device=device))
-        index_device = "cpu" if torch.device(device).type == "meta" else device
-        self.register_buffer("index", torch.full((num_blocks, 3), -1, dtype=torch.int32, device=index_device))
-        self.register_buffer("fingerprint", torch.tensor([self._hash_targets()], device=index_device))
-        self.gradient: torch.Tensor | None = None  # of the running backward, until an Anchor hands it to `weight`
-        self.generation = 0  # counts changes of the index
-        self._plan: tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]] | None = None
-        self._gathered: torch.Tensor | None = None
+        device = torch.device(device)
+        with torch.inference_mode(False):  # or it could never be trained
+            self.weight = nn.Parameter(torch.zeros(num_blocks, block_size, block_size, device=device))
+            index_device = "cpu" if device.type == "meta" else device
+            self.register_buffer("index", torch.full((num_blocks, 3), -1, dtype=torch.int32, device=index_device))
+            self.register_buffer("fingerprint", torch.tensor([self._hash_targets()], device=index_device))
+        self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
+        self._views: tuple | None = None
+        self._layout: Layout | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_checkpoints)
-        self.register_load_state_dict_post_hook(_forget_plan)
+        self.register_load_state_dict_post_hook(_forget_layout)
 
-    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor | None:
-        """Let the gradient of what follows `x` reach the bank: an identity that takes `weight` as a second input.
+    # --- the deltas --------------------------------------------------------------------------------------------
 
-        Called rather than read, because DeepSpeed ZeRO-3 gathers a module's parameters when the module is called.
+    def view(self, target: int) -> Tensor | None:
+        """The deltas of one target [n, b, b]. What uses it brings gradients to `weight`, also if made under no_grad.
+
+        Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
+        values needs no new ones; a training step makes new ones all the same, since autograd's graph has been used.
         """
-        if hasattr(self.weight, "ds_id"):
-            self._gathered = self.weight.detach()
-        return None if x is None else Anchor.apply(x, self.weight, self)
+        if torch.compiler.is_compiling():
+            return (self.split() if self.running is None else self.running)[target]
+        weight = self._parameters["weight"]
+        if hasattr(weight, "ds_id"):
+            return (self.split() if self.running is None else self.running)[target]
+        if isinstance(weight, DTensor) or self.layout().order is not None:  # copies, which could go stale
+            return self.split()[target]
+        if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
+            remove_hook_from_module(self)
+            weight = self._parameters["weight"]
+        state = (weight.data_ptr(), _version(weight), weight.requires_grad, self._layout)
+        cached = self._views
+        if cached is None or cached[0] is not weight or cached[1] != state:
+            cached = self._views = None  # first let go of the old graph
+            cached = self._views = (weight, state, self.split())
+        return cached[2][target]
 
-    def values(self) -> torch.Tensor:
-        """The current delta [num_blocks, b, b], detached, gathered if it is sharded."""
-        if hasattr(self.weight, "ds_id"):
-            if self._gathered is None:
-                self()
-            return self._gathered
+    def split(self) -> tuple[Tensor, ...]:
+        """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
+        weight, layout = self._parameters["weight"], self.layout()
+        if torch.compiler.is_compiling():
+            return _split(weight, layout)
+        with torch.inference_mode(False), torch.enable_grad():
+            if hasattr(weight, "ds_id"):
+                weight = self()
+            elif isinstance(weight, DTensor):
+                weight = weight.full_tensor()
+            return _split(weight, layout)
+
+    def forward(self) -> Tensor:
+        """A copy of the bank. Called rather than read where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
+        return self.weight.clone()
+
+    def begin_forward(self) -> None:
+        """Make what the layers need in a forward of the whole model and could not make themselves.
+
+        A copy of the bank under ZeRO-3, and in a compiled model the one split whose parts all layers take.
+        """
+        is_sharded = hasattr(self._parameters["weight"], "ds_id")
+        if not self.is_selected:
+            self.running = None
+        elif is_sharded or torch.compiler.is_compiling():
+            self.running = self.split()
+        else:
+            self.view(0)
+            self.running = self._views and self._views[2]  # for layers that are compiled one by one
+
+    def local(self) -> Tensor:
+        """The part of `weight` that this process holds, detached."""
         weight = self.weight.detach()
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-    def forget_gathered(self) -> None:
-        """Drop the copy that ZeRO-3 gathered: a forward begins, the delta may have changed."""
-        self._gathered = None
-
-    def stamp(self) -> tuple:
-        """Changes whenever the delta or the index may have changed; costs no look at the device.
-
-        PyTorch's version counter alone misses fused optimizers and DeepSpeed, so optimizer steps are counted too.
-        """
-        return (id(self.weight), self.weight._version, self.weight.data_ptr(), self.generation, _optimizer_steps)
-
-    def add_gradient(self) -> torch.Tensor:
-        """The buffer [num_blocks, b, b] that the running backward adds block gradients to."""
-        if self.gradient is None:
-            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-            shape = (self.num_blocks, self.block_size, self.block_size)
-            self.gradient = torch.zeros(shape, dtype=dtype, device=self.index.device)
-        return self.gradient
-
-    def take_gradient(self) -> torch.Tensor | None:
-        """Hand the buffer over, in `weight`'s dtype; the next backward starts a new one."""
-        gradient, self.gradient = self.gradient, None
-        return None if gradient is None else gradient.to(self.weight.dtype)
+        return weight.to_local() if isinstance(weight, DTensor) else getattr(self.weight, "ds_tensor", weight)
 
     # --- the selection -----------------------------------------------------------------------------------------
 
     @property
     def is_selected(self) -> bool:
-        return bool(self.plan())
+        return bool(self.layout().slots)
 
-    def set_index(self, index: torch.Tensor) -> None:
+    def set_index(self, index: Tensor) -> None:
         """Write a selection, int [num_blocks, 3]. Raises ValueError where it does not fit the targets."""
         self._check(index)
-        self.index.copy_(index)
-        _forget_plan(self)
+        with torch.no_grad():
+            self.index.copy_(index)
+        _forget_layout(self)
 
-    def plan(self) -> list[tuple[torch.Tensor, ...]]:
-        """Per target its (slots, rows, cols) on the CPU; an empty list before the selection."""
-        if self._plan is None or self._plan[0] is not self.index:  # some loaders replace the buffer
-            index = self.index.detach().cpu()
-            self._check(index)
-            plan = []
-            if (index[:, 0] >= 0).all():
-                self._check_fingerprint(self.fingerprint)
-                order = torch.argsort(index[:, 0].long(), stable=True)
-                counts = torch.bincount(index[:, 0].long(), minlength=len(self.targets)).tolist()
-                for slots in order.split(counts):
-                    plan.append((slots, index[slots, 1].long(), index[slots, 2].long()))
-            self._plan = (self.index, plan)
-            self.generation += 1
-        return self._plan[1]
+    def layout(self) -> Layout:
+        """What follows from the index; without slots before the selection."""
+        index, layout = self._buffers["index"], self._layout
+        if torch.compiler.is_compiling() and layout is not None:
+            return layout
+        if layout is None or layout.index is not index or layout.version != _version(index):
+            layout = self._layout = self._lay_out(index)  # some loaders replace the buffer
+        return layout
+
+    def plan(self, target: int, device: torch.device) -> ops.Plan | None:
+        """Where the blocks of one target lie, for the operations on `device`; None where it has none."""
+        layout = self.layout()
+        if not layout.slots:
+            return None
+        plans = layout.plans.get(device)
+        if plans is None:
+            plans = layout.plans[device] = self._plans(layout, device)
+        return plans[target]
+
+    def places(self, target: int) -> tuple[Tensor, Tensor]:
+        """The (block rows, block columns) of one target's blocks, int64 [n] on the CPU, in the order of `view`."""
+        return self.layout().places[target]
 
     def selected_blocks(self) -> dict[str, list[list[int]]] | None:
         """The selection by name, as `SMTConfig.selected_blocks` holds it."""
-        plan = self.plan()
-        if not plan:
+        layout = self.layout()
+        if not layout.slots:
             return None
         return {
             target.name: torch.stack([rows, cols], 1).tolist()
-            for target, (_, rows, cols) in zip(self.targets, plan, strict=True)
+            for target, (rows, cols) in zip(self.targets, layout.places, strict=True)
             if len(rows)
         }
 
-    def _check(self, index: torch.Tensor) -> None:
+    def _lay_out(self, index: Tensor) -> Layout:
+        on_cpu = index.detach().cpu().long()
+        self._check(on_cpu)
+        if not (on_cpu[:, 0] >= 0).all():
+            return Layout(index, _version(index), (), [], None, {})
+        self._check_fingerprint(self.fingerprint)
+        order = torch.argsort(on_cpu[:, 0], stable=True)
+        counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
+        slots = order.split(counts)
+        places = [(on_cpu[mine, 1], on_cpu[mine, 2]) for mine in slots]
+        is_ordered = torch.equal(order, torch.arange(len(order), device="cpu"))
+        layout = Layout(index, _version(index), slots, places, None if is_ordered else order, {})
+        if index.device.type != "meta":  # a compiler can look plans up, but not make them
+            layout.plans[index.device] = self._plans(layout, index.device)
+        return layout
+
+    def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:
+        """Where the modules beside one another, which may read one input, would keep as much of it as there is or
+        more, each keeps the input itself: one tensor for all of them, and never more than LoRA keeps."""
+        read: dict[tuple[str, int], int] = {}
+        for target, (_, cols) in zip(self.targets, layout.places, strict=True):
+            siblings = target.name.rpartition(".")[0], target.cols
+            read[siblings] = read.get(siblings, 0) + len(cols.unique())
+        plans = []
+        for target, (rows, cols) in zip(self.targets, layout.places, strict=True):
+            keep_input = read[target.name.rpartition(".")[0], target.cols] >= target.cols
+            plans.append(ops.move(ops.plan(rows, cols, keep_input), device) if len(rows) else None)
+        return plans
+
+    # --- checks ------------------------------------------------------------------------------------------------
+
+    def check(self, weight: Tensor | None, index: Tensor | None, fingerprint: Tensor | None) -> None:
+        """Raise ValueError where what a checkpoint holds does not fit this bank."""
+        expected = (self.num_blocks, self.block_size, self.block_size)
+        if weight is not None and weight.numel() and tuple(weight.shape) != expected:
+            raise ValueError(
+                f"The checkpoint holds {' x '.join(map(str, weight.shape))} values, but the adapter was configured for "
+                f"{expected[0]} blocks of {expected[1]} x {expected[2]} (num_blocks, block_size); use the "
+                "adapter_config.json that was saved with it."
+            )
+        if weight is not None and not (index is not None and fingerprint is not None):
+            raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
+        if fingerprint is not None:
+            self._check_fingerprint(fingerprint)
+        if index is not None:
+            self._check(index)
+
+    def _check(self, index: Tensor) -> None:
         if tuple(index.shape) != (self.num_blocks, 3):
             raise ValueError(
                 f"The checkpoint holds {index.shape[0]} blocks, but the adapter's budget is {self.num_blocks}; "
@@ -154,7 +244,7 @@ class DeltaBank(nn.Module):
         if empty.all():
             return
         target = index[:, 0].clamp(max=len(self.targets) - 1)
-        grids = torch.tensor([(t.rows, t.cols) for t in self.targets])[target]
+        grids = torch.tensor([(t.rows, t.cols) for t in self.targets], device="cpu")[target]
         wrong = (empty | (index < 0).any(1) | (index[:, 0] != target) | (index[:, 1:] >= grids).any(1)).nonzero()
         if len(wrong):
             raise ValueError(
@@ -169,7 +259,7 @@ class DeltaBank(nn.Module):
         text = repr([self.block_size, *map(tuple, self.targets)])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
-    def _check_fingerprint(self, fingerprint: torch.Tensor) -> None:
+    def _check_fingerprint(self, fingerprint: Tensor) -> None:
         if int(fingerprint.item()) != self._hash_targets():
             raise ValueError(
                 f"The checkpoint was made for other target modules than this adapter's {len(self.targets)} targets "
@@ -177,31 +267,102 @@ class DeltaBank(nn.Module):
                 "or block size. Load it with the adapter_config.json saved beside it, on its own base model."
             )
 
+    def _apply(self, fn, recurse: bool = True) -> DeltaBank:
+        self._views = self.running = None  # or the views would keep the old storage
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "gradient": None, "_gathered": None, "_plan": None}
+        return {**super().__getstate__(), "running": None, "_views": None, "_layout": None}
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, targets={len(self.targets)}"
 
 
+class Banks(nn.ModuleDict):
+    """The banks of all adapters, at the root of the wrapped model (state key `smt_bank.<adapter>.weight`)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin_forward),
+            model.register_forward_hook(self._end_compiled_forward),
+        ]
+
+    def _begin_forward(self, model: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling():
+            _refuse_reentrant_checkpointing(model)
+        for bank in self.values():
+            bank.begin_forward()
+
+    def _end_compiled_forward(self, *_: object) -> None:
+        if torch.compiler.is_compiling():  # the graph need not hand the views out
+            for bank in self.values():
+                bank.running = None
+
+    def let_go(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Share(nn.Module):
+    """One layer's part of one adapter's bank.
+
+    It owns no parameter; its `parameters()` yields the bank's, so that PEFT's bookkeeping per layer (requires_grad,
+    status, trainability of the active adapter) reaches the one parameter there is.
+    """
+
+    def __init__(self, banks: Banks, adapter: str):
+        super().__init__()
+        self.__dict__["banks"] = banks  # not registered: their home is the root of the model
+        self.adapter = adapter
+        self.target = -1  # position among the bank's targets
+
+    @property
+    def bank(self) -> DeltaBank:
+        return self.banks[self.adapter]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if self.adapter in self.banks:
+            yield self.bank.weight
+
+
+def _split(weight: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    if layout.order is not None:
+        weight = weight.index_select(0, layout.order.to(weight.device))
+    return weight.split([len(slots) for slots in layout.slots])
+
+
+def _version(tensor: Tensor) -> int:
+    """PyTorch's count of changes in place; tensors made in inference mode have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _refuse_other_checkpoints(bank: DeltaBank, state_dict: dict, prefix: str, *_: object) -> None:
-    weight, index = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}index")
-    fingerprint = state_dict.get(f"{prefix}fingerprint")
-    expected = (bank.num_blocks, bank.block_size, bank.block_size)
-    if weight is not None and weight.numel() and tuple(weight.shape) != expected:
+    bank.check(*(state_dict.get(f"{prefix}{name}") for name in ("weight", "index", "fingerprint")))
+
+
+def _forget_layout(bank: DeltaBank, *_: object) -> None:
+    bank._layout = bank._views = bank.running = None
+    if bank.index.dtype != torch.int32:  # files hold int16 where that suffices, and some loaders keep a file's dtype
+        bank.index = bank.index.int()
+    bank.layout()
+
+
+def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """One parameter that many checkpointed segments use is more than DDP and ZeRO take from the reentrant kind."""
+    if not (model.training and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    reentrant = False
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            return
+        if vars(module).get("gradient_checkpointing"):
+            function = vars(module).get("_gradient_checkpointing_func")
+            reentrant |= bool(getattr(function, "keywords", {}).get("use_reentrant"))
+    if reentrant:
         raise ValueError(
-            f"The checkpoint holds {weight.shape[0]} blocks of {weight.shape[1]} x {weight.shape[2]}, but the adapter "
-            f"was configured for {expected[0]} blocks of {expected[1]} x {expected[2]} (num_blocks, block_size); "
-            "use the adapter_config.json that was saved with it."
+            "Reentrant gradient checkpointing cannot train an SMT adapter in several processes: DDP and ZeRO would "
+            "take the bank for finished after the first of the checkpointed segments. Use "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, the default of transformers 5.'
         )
-    if weight is not None and not (index is not None and fingerprint is not None):
-        raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
-    if index is not None:
-        if fingerprint is not None:
-            bank._check_fingerprint(fingerprint)
-        bank._check(index)
-
-
-def _forget_plan(bank: DeltaBank, *_: object) -> None:
-    bank._plan = None
-    bank.index = bank.index.int()  # files hold int16 where that suffices, and some loaders keep a file's dtype

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import os
 from collections.abc import Iterator
 
 import torch
@@ -13,10 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from smt_peft.diagnostics import Divergence, report_additive
 from smt_peft.warmup import find_adapter, select_blocks
-
-OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its scale
 
 
 class SMTWarmupCallback(TrainerCallback):
@@ -24,8 +20,7 @@ class SMTWarmupCallback(TrainerCallback):
 
     It goes through the training data's first batches with the Trainer's own loss (label smoothing,
     compute_loss_func, TRL's losses); the batches that follow in training are the same as without it. A summary of
-    where the selected blocks are is printed on the main process. Afterwards it watches the gradient norms in the
-    Trainer's log, and the deltas at every save and in the end, and warns where one is not finite or a norm leaps.
+    where the selected blocks are is printed on the main process.
 
     Args:
         adapter_name: which adapter to select for.
@@ -37,20 +32,12 @@ class SMTWarmupCallback(TrainerCallback):
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
         self.selection = None
-        self._bank = None
-        self._divergence = Divergence()
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        root, bank, _ = find_adapter(model, self.adapter_name)
-        self._bank = bank  # in the end another callback may have merged the adapter
-        self._divergence = Divergence(patience=OVERFLOWS if args.fp16 else 0)
-        trainer, resumed = _calling_trainer()
-        if resumed:
-            _refuse_half_written(resumed, args)
+        bank, _ = find_adapter(model, self.adapter_name)
         if bank.is_selected:
-            report_additive(root, self.adapter_name)
             return
-        loss_function, scale = None, 1.0
+        loss_function, scale, (trainer, _) = None, 1.0, calling_trainer()
         if trainer is not None:
             loss_function = _TrainerLoss(trainer)
             scaler = getattr(trainer.accelerator, "scaler", None)
@@ -67,17 +54,6 @@ class SMTWarmupCallback(TrainerCallback):
             )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs and logs.get("grad_norm") is not None:
-            self._divergence.watch_norm(state.global_step, float(logs["grad_norm"]))
-
-    def on_save(self, args, state, control, **kwargs):
-        self._divergence.watch_deltas(state.global_step, self._bank.weight)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._divergence.watch_deltas(state.global_step, self._bank.weight)
-        self._bank = None
 
 
 # What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).
@@ -132,19 +108,7 @@ class _TrainerLoss:
         return loss.mean()
 
 
-def _refuse_half_written(checkpoint: str, args) -> None:
-    """Raise where a rank died while the checkpoint was written: its random state is missing, so the run that goes on
-    from there would be another one. Trainer itself only logs that."""
-    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    files = os.listdir(checkpoint)
-    if any(file.startswith("rng_state") for file in files) and name not in files:
-        raise FileNotFoundError(
-            f"{checkpoint} has no {name}: rank {args.process_index} died while it was written, or the number of "
-            "processes was another. Resume from an earlier checkpoint, or with as many processes as wrote it."
-        )
-
-
-def _calling_trainer() -> tuple[Trainer | None, str | None]:
+def calling_trainer() -> tuple[Trainer | None, str | None]:
     """The Trainer whose event this is, and the checkpoint it resumes from.
 
     Events hand over the model and the data but not the Trainer, and only it knows the loss; it is found as the `self`

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from peft import PeftConfig, PeftType
 
-Selection = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
+SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
 Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
@@ -82,7 +82,7 @@ class SMTConfig(PeftConfig):
             "help": "Regex of module names -> a budget of their own. Modules that match none share the main budget."
         },
     )
-    selection: Selection = field(default="gradient", metadata={"help": "The rule that scores blocks."})
+    selection: SelectionRule = field(default="gradient", metadata={"help": "The rule that scores blocks."})
     scope: Scope = field(
         default="model",
         metadata={
@@ -139,7 +139,13 @@ class SMTConfig(PeftConfig):
                 file.write(HOW_TO_LOAD)
 
     def _check_choices(self) -> None:
-        choices = {"selection": Selection, "scope": Scope, "score": Score, "accumulation": Accumulation, "bias": Bias}
+        choices = {
+            "selection": SelectionRule,
+            "scope": Scope,
+            "score": Score,
+            "accumulation": Accumulation,
+            "bias": Bias,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
@@ -12,11 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank
-from smt_peft.compiled import compiled_forward
+from smt_peft.bank import Banks, DeltaBank, Share
 from smt_peft.quantized import Original, dequantized
-from smt_peft.resident import ResidentWeight
-from smt_peft.root import Blocks, LayerBlocks, SMTRoot
 
 
 class SMTLayer(BaseTunerLayer):
@@ -25,14 +21,15 @@ class SMTLayer(BaseTunerLayer):
     adapter_layer_names = ("smt_blocks",)
 
 
-class Linear(nn.Module, ResidentWeight, SMTLayer):
-    """A frozen Linear (or GPT-2's Conv1D) whose selected blocks are trained.
+class Linear(nn.Module, SMTLayer):
+    """A frozen Linear (or GPT-2's Conv1D) whose selected blocks are trained: y = base_layer(x) + blocks(x, delta).
 
     The deltas live in the banks at the root of the model; `smt_blocks` says which of them are this layer's. All block
-    coordinates are those of the matrix [out_features, in_features], also where Conv1D stores its transpose.
+    coordinates are those of the matrix [out_features, in_features], also where Conv1D stores its transpose. Nothing
+    but `merge` writes to the base weight.
     """
 
-    def __init__(self, base_layer: nn.Module, root: SMTRoot, parent: str, shared_weight: bool, quantization: dict):
+    def __init__(self, base_layer: nn.Module, banks: Banks, shared_weight: bool, quantization: dict):
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = self._sides()
@@ -40,13 +37,10 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
         self.smt_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.__dict__["root"] = root  # not registered: the banks' home is the root of the model
-        self.parent = parent  # name of the module that holds this one: its other children may read the same input
+        self.__dict__["banks"] = banks  # not registered: their home is the root of the model
         self._shared_weight = shared_weight
-        self.written = []
-        self._original: Original | None = None  # a quantised weight while a merged one stands in for it
-        self.register_load_state_dict_pre_hook(_restore_before)
-        self.register_state_dict_pre_hook(_restore_before)
+        self._before: list[tuple] = []  # what merging wrote over, last written last: (rows, cols, blocks [n, b, b])
+        self._original: Original | None = None  # a weight while a merged one stands in for it
 
     def _sides(self) -> tuple[int, int]:
         if isinstance(self.base_layer, Conv1D):
@@ -59,17 +53,17 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
 
     def update_layer(self, adapter_name: str) -> None:
         """Make this layer a target of another adapter."""
-        self.smt_blocks[adapter_name] = LayerBlocks(self.root, adapter_name)
+        self.smt_blocks[adapter_name] = Share(self.banks, adapter_name)
 
     # --- what this layer's adapters are ----------------------------------------------------------------------------
 
-    def bank(self, adapter: str) -> DeltaBank:
-        return self.root[adapter]
-
-    def blocks(self, adapter: str) -> Blocks | None:
-        """The layer's selected blocks of an adapter; None where it has none."""
-        shares = self.smt_blocks
-        return shares[adapter].on(self.device) if adapter in shares and adapter in self.root else None
+    def _bank(self, adapter: str) -> tuple[DeltaBank | None, int]:
+        """The bank of an adapter and this layer's target in it; None where the layer has no blocks."""
+        share = self.smt_blocks._modules.get(adapter)
+        bank = None if share is None else self.banks._modules.get(adapter)
+        if bank is None or bank.plan(share.target, bank.index.device) is None:
+            return None, -1
+        return bank, share.target
 
     def get_base_layer(self) -> nn.Module:
         """As PEFT's, but without asking a module for what it lacks, which is slow: each forward comes here often."""
@@ -90,102 +84,68 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
         device = getattr(hook, "execution_device", None)
         return self.weight.device if device is None else torch.device(device)
 
-    def _active(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active_adapters if self.blocks(name) is not None)
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The adapter's delta as a dense matrix in the shape of the base weight, float32."""
-        size = self.bank(adapter).block_size
-        blocks = self.blocks(adapter)
-        delta = torch.zeros(
-            self.out_features // size, self.in_features // size, size, size, device=self.device, dtype=torch.float32
-        )
-        if blocks is not None:
-            delta[blocks.rows, blocks.cols] = blocks.of(self.bank(adapter).values()).to(delta)
+        """The adapter's delta as a dense matrix in the shape of the base weight, in the delta's dtype (float32)."""
+        size, device = self.banks[adapter].block_size, self.weight.device
+        grid = self.out_features // size, self.in_features // size
+        bank, target = self._bank(adapter)
+        if bank is None:
+            delta = torch.zeros(*grid, size, size, device=device)
+        else:
+            blocks = bank.view(target).detach().to(device)
+            delta = torch.zeros(*grid, size, size, device=device, dtype=blocks.dtype)
+            delta[tuple(index.to(device) for index in bank.places(target))] = blocks
         delta = delta.transpose(1, 2).reshape(self.out_features, self.in_features)
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
+
+    def requires_grad_(self, requires_grad: bool = True) -> Linear:
+        if not requires_grad and any(share.bank.weight.requires_grad for share in self.smt_blocks.values()):
+            raise ValueError(
+                "One layer of an SMT adapter cannot be frozen alone: the blocks of all layers are one parameter. Leave "
+                "the layer out with layers_to_transform, target_modules or exclude_modules, or freeze the adapter: "
+                "model.set_requires_grad(adapter_names, False)."
+            )
+        return super().requires_grad_(requires_grad)
 
     # --- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """The base layer's output [..., out_features] with the active adapters' deltas."""
-
-        def base(hidden: torch.Tensor) -> torch.Tensor:
-            return self.base_layer(hidden, *args, **kwargs)
-
-        if self.disable_adapters:
-            if self.merged:
-                with onload_layer(self):  # an offloaded weight comes in for this
-                    self.unmerge()
-            if self.written:
-                self._sync()
-            return base(x)
+        if self._disable_adapters and self.merged_adapters:
+            with onload_layer(self):  # an offloaded weight comes in for this
+                self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters:
+            return y
         if adapter_names is not None:
-            return self._mixed_batch(x, base, adapter_names)
-        if self.merged:
-            return base(x)
-        if torch.compiler.is_compiling():
-            return compiled_forward(self, x, base)
-        tape = self.root.tape
-        if tape.collector is not None and torch.is_grad_enabled() and tape.collector.wants(self):
-            record = tape.collector.keep(tape, x, self)
-            return self._caught(record, x, base, self._active(), tape.collector.consumers(self))
-        self._require_selection()
-        active = self._active()
-        trained = [name for name in active if self.bank(name).weight.requires_grad]
-        if not trained:
-            return self._with_deltas(x, base, active)
-        for name in trained:
-            tape.settle(name, self)
-        if not torch.is_grad_enabled():
-            return self._with_deltas(x, base, active)
-        record = tape.record(x, self, aside=not x.requires_grad)
-        self._anchor(record, x, trained)
-        return self._caught(record, x, base, active, self._keep(record, trained))
-
-    def _with_deltas(self, x: torch.Tensor, base, active: tuple[str, ...]) -> torch.Tensor:
-        """The forward without what training needs."""
-        if self.is_resident:
-            self._sync()
-            return base(x)
-        y = base(x)
-        for name in active:
-            y = y + self._additive(x, name, y.dtype)
+            return self._mixed_batch(x, y, adapter_names)
+        if self.merged_adapters:
+            return y
+        for name in self.active_adapters:
+            y = self._add_blocks(y, x, name)
         return y
 
-    def _additive(self, x: torch.Tensor, adapter: str, dtype: torch.dtype) -> torch.Tensor:
-        blocks = self.blocks(adapter)
-        delta = blocks.of(self.bank(adapter).values().to(x.device))
-        flat = x.reshape(-1, self.in_features).to(dtype)
-        y = ops.block_matmul(flat, delta, blocks.rows, blocks.cols, self.out_features)
-        return y.view(*x.shape[:-1], self.out_features)
+    def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        share = self.smt_blocks._modules.get(adapter)
+        bank = None if share is None else self.banks._modules.get(adapter)
+        if bank is None:
+            return y
+        plan = bank.plan(share.target, y.device)
+        if plan is None:
+            self._require_selection(bank, adapter)
+            return y
+        delta = bank.view(share.target)
+        if delta.device != y.device or x.device != y.device:  # a model spread over devices
+            delta, x = delta.to(y.device), x.to(y.device)
+        return ops.add_blocks(y, x, delta, plan, in_place=self._owns_output())
 
-    def _caught(self, record, x: torch.Tensor, base, active: tuple[str, ...], consumers: list) -> torch.Tensor:
-        """The forward, behind the nodes that bring gradients to the consumers."""
-        thread = self.root.tape.alias
-        return record.catch(self._with_deltas(x if record.aside else thread, base, active), thread, consumers)
+    def _owns_output(self) -> bool:
+        """Whether nothing but this layer can hold what the base layer returned."""
+        base_layer = self.base_layer
+        return type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
 
-    def _keep(self, record, trained: list[str]) -> list[tuple]:
-        """Save what this layer's block gradients need of its input; returns what computes them."""
-        tape, consumers = self.root.tape, []
-        for name in trained:
-            bank, blocks = self.bank(name), self.blocks(name)
-            width = bank.block_size
-            places = record.read(tape.columns(width, self.in_features // width, self.device), blocks)
-            consumers.append((width, partial(_add_block_gradients, bank, blocks, places)))
-        tape.alias = record.keep_columns(tape.alias)
-        return consumers
-
-    def _anchor(self, record, x: torch.Tensor, trained: list[str]) -> None:
-        """Put the banks' anchors before this layer if it is the first, or if nothing before it needs gradients."""
-        tape = self.root.tape
-        for name in trained:
-            if name not in record.anchored and (tape.homes[name] is self or not x.requires_grad):
-                record.anchored.add(name)
-                tape.alias = self.bank(name)(tape.alias)
-
-    def _mixed_batch(self, x: torch.Tensor, base, adapter_names: list[str]) -> torch.Tensor:
-        """Each sample of the batch with its own adapter (inference): the plain base output plus each one's delta."""
+    def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        """Each sample of the batch with its own adapter (inference): the base output `y` plus each one's delta."""
         if self.merged:
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -195,30 +155,23 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively; give one name per row."
             )
-        self._base_only = True
-        self.root.sync_layer(self)
-        y = base(x)
-        self._base_only = False
-        for name in {name for name in adapter_names if self.blocks(name) is not None}:
+        for name in sorted(set(adapter_names) - {"__base__"}):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-            y = y.index_add(0, rows, self._additive(x[rows], name, y.dtype))
+            y = y.index_copy(0, rows, self._add_blocks(y[rows], x[rows], name))
         return y
 
-    def _require_selection(self) -> None:
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        for name in self.active_adapters:
-            if name in self.smt_blocks and not self.bank(name).is_selected:
-                raise RuntimeError(
-                    f"Adapter {name!r} has no blocks yet: training needs a selection first. Pass "
-                    "callbacks=[SMTWarmupCallback()] to the Trainer, or call "
-                    "smt_peft.select_blocks(model, dataloader)."
-                )
+    def _require_selection(self, bank: DeltaBank, adapter: str) -> None:
+        if self.training and torch.is_grad_enabled() and bank.weight.requires_grad and not bank.is_selected:
+            raise RuntimeError(
+                f"Adapter {adapter!r} has no blocks yet: training needs a selection first. Pass "
+                "callbacks=[SMTWarmupCallback()] to the Trainer, or call "
+                "smt_peft.select_blocks(model, dataloader)."
+            )
 
-    # --- merge, disable, switch ----------------------------------------------------------------------------------
+    # --- merge -----------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Make the weight hold the active (or named) adapters for good, until `unmerge`.
+        """Write the active (or named) adapters into the base weight, until `unmerge`.
 
         With `safe_merge`, raise ValueError and leave the weight alone where the result has NaN or infinite entries.
         """
@@ -234,82 +187,76 @@ class Linear(nn.Module, ResidentWeight, SMTLayer):
             raise TypeError(
                 "A sharded weight cannot be merged into; save the adapter and merge it on an unsharded base model."
             )
-        if not self.is_plain():
-            self._original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
-        weight = self._base_weight()
         if safe_merge:
+            weight = self._base_weight()
             for name in adapter_names:
-                if not torch.isfinite(weight + self._delta_for_merge(name).to(weight.device)).all():
+                if not torch.isfinite(weight + self.get_delta_weight(name).to(weight.device)).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or "
                         "the base weight is not finite."
                     )
-        self.merged_adapters += adapter_names
-        if self.is_plain():
-            self.root.sync_layer(self)
-            return
-        weight = sum((self._delta_for_merge(name).to(weight) for name in adapter_names), weight)
-        if self._shared_weight:  # the other module keeps the original
+        if self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight:
+            for name in adapter_names:
+                self._merge_blocks(name)
+        else:
+            self._merge_whole(adapter_names)
+
+    @torch.no_grad()
+    def _merge_blocks(self, adapter: str) -> None:
+        """Write the sums of blocks and deltas, and remember the blocks first: whatever interrupts, they come back."""
+        bank, target = self._bank(adapter)
+        if bank is not None:
+            grid, places = self._grid(bank.block_size), tuple(i.to(self.weight.device) for i in bank.places(target))
+            blocks = grid[places]
+            self._before.append((*places, blocks))
+            wide = torch.promote_types(blocks.dtype, torch.float32)
+            grid[places] = (blocks.to(wide) + bank.view(target).to(blocks.device)).to(blocks.dtype)
+        self.merged_adapters.append(adapter)
+
+    def _merge_whole(self, adapters: list[str]) -> None:
+        """Put a new weight in the place of one that is quantised, or shared with a module that keeps the old one."""
+        self._original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
+        weight = self._base_weight()
+        weight = sum((self.get_delta_weight(name).to(weight) for name in adapters), weight)
+        if self._shared_weight:
             self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
         else:
             self.set_base_weight(weight)
-
-    def _delta_for_merge(self, adapter: str) -> torch.Tensor:
-        """The dense delta, or zero where the weight holds it already."""
-        delta = self.get_delta_weight(adapter)
-        return delta * 0 if any(written.adapter == adapter for written in self.written) else delta
+        self.merged_adapters += adapters
 
     def unmerge(self) -> None:
         """Take merged adapters out again: the weight is what it was, bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.merged_adapters.clear()
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo `merge`, also one that was interrupted: the base weight is what it was, bit for bit."""
+        for rows, cols, blocks in reversed(self._before):
+            device = self.weight.device
+            self._grid(blocks.shape[1])[rows.to(device), cols.to(device)] = blocks.to(self.weight)
+        self._before = []
         if self._original is not None:
             self.base_layer = self._original.put_back()
             self._original = None
-        else:
-            self.restore()  # also where accelerate brought the weight in for this call alone
-            self.root.sync_layer(self)
+        self.merged_adapters.clear()
 
-    def base_matrix(self) -> torch.Tensor:
-        """The base weight as [out_features, in_features], dequantised."""
+    def _grid(self, size: int) -> torch.Tensor:
+        """The base weight's storage as a grid of blocks, a view [rows, columns, size, size]."""
+        return self.matrix().unfold(0, size, size).unfold(1, size, size)
+
+    def matrix(self) -> torch.Tensor:
+        """The base weight as [out_features, in_features]; dequantised, or a view of its storage."""
         weight = self._base_weight()
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def _base_weight(self) -> torch.Tensor:
         return self.get_base_weight() if self.quantization_backend is None else dequantized(self)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        self.root.switched(self)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.root.switched(self)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.root.switched(self)
-        self.root.remove(adapter_name)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # blocks have full rank: an SVD would lose part of what was trained
 
     def __repr__(self) -> str:
         return "smt." + super().__repr__()
-
-
-def _add_block_gradients(bank: DeltaBank, blocks: Blocks, places: torch.Tensor, dy: torch.Tensor, x: torch.Tensor):
-    gradient = bank.add_gradient()
-    if gradient.device == dy.device:
-        ops.block_grad_(gradient, dy, x, blocks.slots, blocks.rows, places)
-    else:  # model spread over devices: the bank lives on one of them
-        part = torch.zeros(len(blocks.columns), *gradient.shape[1:], dtype=gradient.dtype, device=dy.device)
-        ops.block_grad_(part, dy, x, torch.arange(len(part), device=dy.device), blocks.rows, places)
-        gradient.index_add_(0, blocks.slots.to(gradient.device), part.to(gradient.device))
-
-
-def _restore_before(layer: Linear, *_: object) -> None:
-    """State dicts hold the base weight, not what stands in its blocks."""
-    layer.restore()

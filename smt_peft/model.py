@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from peft import TaskType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft import PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_peft.bank import DeltaBank, Target
+from smt_peft.bank import Banks, DeltaBank, Share, Target
 from smt_peft.config import SMTConfig
+from smt_peft.experts import ParamWrapper
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
-from smt_peft.parameter import ParamWrapper
-from smt_peft.root import SMTRoot
 from smt_peft.selection import diagonal_scores, random_scores, select, sort_index
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
@@ -48,24 +47,31 @@ class SMTModel(BaseTuner):
     ) -> None:
         """Wrap the targets and allocate the adapter's bank; on any error, leave the model as it was.
 
-        The config is copied: what is resolved here (block size, budget, selection) must not leak into the next model
-        that a user makes from the same config object.
+        An adapter that has this name already is replaced. The config is copied: what is resolved here (block size,
+        budget, selection) must not leak into the next model that a user makes from the same config object.
         """
-        _mirror_selections(model, self.peft_config)
+        _check_name(model, adapter_name)
+        _mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
             config.modules_to_save = [*(config.modules_to_save or []), *HEADS[config.task_type]]
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
-        if not hasattr(model, BANK):
-            setattr(model, BANK, SMTRoot(model))
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        if BANK not in model._modules:
+            setattr(model, BANK, Banks(model))
+        replaced = _Replaced(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
-        except Exception:
-            self._take_out(model, adapter_name)
+        except BaseException:
+            _take_out(model, adapter_name)
+            replaced.put_back(self.peft_config)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             raise
+        _unwrap(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -83,8 +89,7 @@ class SMTModel(BaseTuner):
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
                 "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
             )
-        parent_name, shared = current_key.rpartition(".")[0], id(target.weight) in self._shared
-        layer = Linear(target, getattr(self.model, BANK), parent_name, shared, quantization)
+        layer = Linear(target, getattr(self.model, BANK), id(target.weight) in self._shared, quantization)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -97,8 +102,7 @@ class SMTModel(BaseTuner):
                 f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
                 "Take it out of target_parameters."
             )
-        shared = id(weight) in self._shared
-        layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), key.rpartition(".")[0], shared)
+        layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), id(weight) in self._shared)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -110,7 +114,7 @@ class SMTModel(BaseTuner):
 
     def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
         config: SMTConfig = self.peft_config[adapter]
-        banks: SMTRoot = getattr(model, BANK)
+        banks: Banks = getattr(model, BANK)
         layers = {
             module.target_name(name): module
             for name, module in model.named_modules()
@@ -122,12 +126,12 @@ class SMTModel(BaseTuner):
         groups = share_budget(config, targets, base_parameters)
         bank = DeltaBank(size, targets, groups, "meta" if on_meta else next(iter(layers.values())).device)
         self._check_new_bank(config, bank)
+        bank.config = config
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank
         for position, layer in enumerate(layers.values()):
             layer.smt_blocks[adapter].target = position
-        banks.layers = [module for module in model.modules() if isinstance(module, Linear)]
         if not config.init_weights and not on_meta:
             nn.init.normal_(bank.weight, std=0.02)
         index = self._index_without_data(config, bank, list(layers.values()))
@@ -157,30 +161,9 @@ class SMTModel(BaseTuner):
         if config.selection == "diagonal":  # the same share everywhere: all diagonals tie
             return select(diagonal_scores(grids), bank.groups, "module")
         if config.selection == "magnitude":
-            scores = [reduce_blocks(layer.base_matrix(), bank.block_size, "abs_mean") for layer in layers]
+            scores = [reduce_blocks(layer.matrix(), bank.block_size, "abs_mean") for layer in layers]
             return select(scores, bank.groups, config.scope)
         return None
-
-    def _take_out(self, model: nn.Module, adapter: str) -> None:
-        """Undo an injection that failed."""
-        for name, layer in reversed(list(model.named_modules())):
-            if isinstance(layer, Linear):
-                layer.smt_blocks.pop(adapter) if adapter in layer.smt_blocks else None
-                if not len(layer.smt_blocks):
-                    parent = model.get_submodule(name.rpartition(".")[0])
-                    self._replace_module(parent, name.rpartition(".")[2], layer.base_layer, layer)
-        self._drop_bank(model, adapter)
-
-    @staticmethod
-    def _drop_bank(model: nn.Module, adapter: str | None = None) -> None:
-        """Take one adapter's bank off the model, or all; with the last one the container goes too."""
-        banks = getattr(model, BANK, None)
-        if banks is not None:
-            for name in [adapter] if adapter else list(banks):
-                banks.remove(name)
-            if not len(banks):
-                banks.remove(adapter)
-                delattr(model, BANK)
 
     # --- what PEFT finds inside layers for other methods, and at the model's root for this one ---------------------
 
@@ -196,26 +179,20 @@ class SMTModel(BaseTuner):
         if autocast_adapter_dtype and bank.weight.dtype in (torch.float16, torch.bfloat16):
             bank.weight = nn.Parameter(bank.weight.data.float(), requires_grad=bank.weight.requires_grad)
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        with getattr(self.model, BANK).one_switch():
-            super()._enable_adapter_layers(enabled)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        with getattr(self.model, BANK).one_switch():
-            super().set_adapter(adapter_name, inference_mode)
-
     def delete_adapter(self, adapter_name: str) -> None:
-        with getattr(self.model, BANK).one_switch():
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
+        banks: Banks = getattr(self.model, BANK)
+        if adapter_name in banks:
+            del banks[adapter_name]
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
-        layers: list[Linear] = getattr(self.model, BANK).layers
-        for layer in layers:
-            layer.restore()  # also when merging: a layer may hold an active adapter that is not to be merged
+        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
+        if not merge:
+            for layer in layers:
+                with onload_layer(layer):
+                    layer.restore()
         model = super()._unload_and_optionally_merge(merge=merge, **options)
-        for layer in layers:
-            layer.written = []  # the weight is the base model's from now on
-        self._drop_bank(model)
+        _remove_banks(model)
         return model
 
     # --- state dicts -----------------------------------------------------------------------------------------------
@@ -289,9 +266,72 @@ def _add_adapter_names(module, args, kwargs, names):
     return args, {**kwargs, "adapter_names": names}
 
 
-def _find_banks(model: nn.Module) -> tuple[str, SMTRoot]:
+class _Replaced:
+    """An adapter on its way out for a new one of its name: its bank and its layers' shares, to be put back if need be."""
+
+    def __init__(self, model: nn.Module, adapter: str):
+        self.adapter, self.banks = adapter, getattr(model, BANK)
+        self.layers = [m for m in model.modules() if isinstance(m, Linear) and adapter in m.smt_blocks]
+        if any(adapter in layer.merged_adapters for layer in self.layers):
+            raise ValueError(
+                f"The model has an adapter {adapter!r} already, which is merged into its weights; call "
+                "unmerge_adapter() first, or give the new adapter another name."
+            )
+        self.shares: list[Share] = [layer.smt_blocks.pop(adapter) for layer in self.layers]
+        self.bank = self.banks.pop(adapter) if adapter in self.banks else None
+
+    def put_back(self, configs: dict) -> None:
+        if self.bank is None:
+            return
+        self.banks[self.adapter] = self.bank
+        configs[self.adapter] = self.bank.config
+        for layer, share in zip(self.layers, self.shares, strict=True):
+            layer.smt_blocks[self.adapter] = share
+
+
+def _check_name(model: nn.Module, adapter: str) -> None:
+    """Refuse what cannot be wrapped before anything is touched."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is a PeftModel already: add to it by model.add_adapter(name, config), or wrap its base model, "
+            "model.get_base_model(), or model.unload()."
+        )
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
+        raise ValueError(
+            f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, or be one that "
+            "torch.nn.ModuleDict has for itself."
+        )
+
+
+def _take_out(model: nn.Module, adapter: str) -> None:
+    """Undo an injection that failed."""
+    for layer in [module for module in model.modules() if isinstance(module, Linear)]:
+        if adapter in layer.smt_blocks:
+            del layer.smt_blocks[adapter]
+    banks: Banks = getattr(model, BANK)
+    if adapter in banks:
+        del banks[adapter]
+    _unwrap(model)
+    if not len(banks):
+        _remove_banks(model)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Put the base layers back where no adapter is left."""
+    for name, layer in reversed(list(model.named_modules())):
+        if isinstance(layer, Linear) and not len(layer.smt_blocks):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
+
+
+def _remove_banks(model: nn.Module) -> None:
+    if BANK in model._modules:
+        getattr(model, BANK).let_go()
+        delattr(model, BANK)
+
+
+def _find_banks(model: nn.Module) -> tuple[str, Banks]:
     for name, module in model.named_modules():
-        if isinstance(module, SMTRoot):
+        if isinstance(module, Banks):
             return name.removeprefix("_fsdp_wrapped_module."), module
     raise ValueError("The model has no SMT adapter.")
 
@@ -303,7 +343,7 @@ def _bank_keys(model: nn.Module, adapter: str) -> list[str]:
 
 def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
     """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
-    banks = next((module for module in model.modules() if isinstance(module, SMTRoot)), {})
+    banks = next((module for module in model.modules() if isinstance(module, Banks)), {})
     for adapter, config in configs.items():
         if adapter in banks:
             config.selected_blocks = banks[adapter].selected_blocks()

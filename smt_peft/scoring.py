@@ -1,8 +1,9 @@
 """Collecting block scores while a model runs: from gradients, or from activations alone.
 
-Gradient scores come from activations, not from `weight.grad`: each target layer keeps x and receives dY, and a custom
-op forms dW = dY^T x a row of blocks at a time, reduces it to scores and drops it. Nothing needs `requires_grad` on a
-base weight, so quantised and sharded models work, and memory is one float per block.
+Gradient scores come from activations, not from `weight.grad`: a node behind each target layer keeps x and receives dY,
+and a custom op forms dW = dY^T x a row of blocks at a time, reduces it to scores and drops it. Nothing needs
+`requires_grad` on a base weight, so quantised and sharded models work, and memory is one float per block. A layer
+scores once a batch under every kind of checkpointing: only one node for each forward sees a backward.
 """
 
 from __future__ import annotations
@@ -16,7 +17,26 @@ import torch.distributed as dist
 from torch import nn
 
 from smt_peft import ops
-from smt_peft.tape import Record, Tape, as_matrix
+from smt_peft.experts import ParamWrapper
+
+
+class Watch(torch.autograd.Function):
+    """Identity on y [..., out] that keeps x [..., in], and hands both dY and x to `consume` as matrices.
+
+    `source` makes the graph exist: in the warm-up nothing is trained.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, source, consume: Callable[[torch.Tensor, torch.Tensor], None]):
+        ctx.save_for_backward(x)
+        ctx.consume = consume
+        return y.detach()  # as `view_as` would, but a model may change this in place
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        ctx.consume(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return dy, None, None, None
 
 
 class ScoreCollector:
@@ -31,7 +51,6 @@ class ScoreCollector:
         self.layers, self.block_size, self.score, self.accumulation = layers, block_size, score, accumulation
         self.source = torch.zeros((), requires_grad=True)  # makes the graph exist: in the warm-up nothing is trained
         self.scale = 1.0  # of the loss, for float16
-        self._of = {id(layer): i for i, layer in enumerate(layers)}
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
         self._last: tuple[torch.Tensor, int] | None = None
         self._batch: list[torch.Tensor | None] = [None] * len(layers)
@@ -43,30 +62,29 @@ class ScoreCollector:
     def batches(self) -> int:
         return len(self._totals)
 
-    def wants(self, layer: nn.Module) -> bool:
-        return id(layer) in self._of
+    def attach(self, handles: list) -> None:
+        """Have every layer watched from now on; adds to `handles` what ends it by `remove()`."""
+        for position, layer in enumerate(self.layers):
+            handles.append(self._watch(layer, position))
 
-    def reads(self, layer: nn.Module, x: torch.Tensor) -> None:
+    def _watch(self, layer: nn.Module, position: int):
+        if isinstance(layer, ParamWrapper):
+            layer.watch = self.source, partial(self._add_gradient, position)
+            return _Watched(layer)
+
+        def watch(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
+                return output
+            self._read(position, args[0])
+            return Watch.apply(output, args[0], self.source, partial(self._add, position))
+
+        return layer.register_forward_hook(watch)
+
+    def _read(self, position: int, x: torch.Tensor) -> None:
         """Note which layers read one input, one after the other."""
-        position = self._of[id(layer)]
         if self._last is None or self._last[0] is not x:
             self._last = x, position
         self.inputs[position] = self._last[1]
-
-    def keep(self, tape: Tape, x: torch.Tensor, layer: nn.Module) -> Record:
-        """Save x once for all layers that read it."""
-        self.reads(layer, x)
-        record = tape.record(x, layer)
-        if not record.has("x"):
-            tape.alias = record.keep(tape.alias, self.source, {"x": as_matrix})
-        return record
-
-    def consumers(self, layer: nn.Module) -> list[tuple[str, Callable]]:
-        return [("x", partial(self._add, self._of[id(layer)]))]
-
-    def gradient_consumer(self, layer: nn.Module) -> Callable[[torch.Tensor], None]:
-        """For a layer that has dW itself, [out, in]."""
-        return partial(self._add_gradient, self._of[id(layer)])
 
     def _add_gradient(self, position: int, gradient: torch.Tensor) -> None:
         if self.accumulation == "absolute":
@@ -131,14 +149,24 @@ class ScoreCollector:
 class ActivationCollector(ScoreCollector):
     """Scores a block by the mean |x| over its input columns: the same for all blocks of a block column."""
 
-    def wants(self, layer: nn.Module) -> bool:
-        return False
+    def _watch(self, layer: nn.Module, position: int):
+        def observe(layer: nn.Module, args: tuple) -> None:
+            self._read(position, args[0])
+            x = args[0].detach().abs().flatten(0, -2).float().mean(0)
+            columns = x.view(-1, self.block_size).mean(1)
+            self._batch[position] = columns.expand(layer.out_features // self.block_size, -1).clone()
 
-    def observe(self, layer: nn.Module, args: tuple) -> None:
-        self.reads(layer, args[0])
-        x = args[0].detach().abs().flatten(0, -2).float().mean(0)
-        columns = x.view(-1, self.block_size).mean(1)
-        self._batch[self._of[id(layer)]] = columns.expand(layer.out_features // self.block_size, -1).clone()
+        return layer.register_forward_pre_hook(observe)
+
+
+class _Watched:
+    """The handle of a layer that watches its own weight."""
+
+    def __init__(self, layer: ParamWrapper):
+        self.layer = layer
+
+    def remove(self) -> None:
+        self.layer.watch = None
 
 
 def _totals(scores: list[torch.Tensor | None]) -> list[float]:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from smt_peft.bank import DeltaBank
-from smt_peft.diagnostics import report_additive, warn_of_concentration, warn_of_dominant_batch
-from smt_peft.root import SMTRoot
+from smt_peft.bank import Banks, DeltaBank
+from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
+from smt_peft.layer import Linear
 from smt_peft.scoring import ActivationCollector, ScoreCollector
 from smt_peft.selection import Selection, select
 
@@ -30,8 +30,8 @@ def select_blocks(
 ) -> Selection:
     """Run the warm-up by hand and apply its selection: what `SMTWarmupCallback` does inside a Trainer.
 
-    Base weights, `requires_grad`, gradients, train/eval mode and random states are afterwards what they were. The
-    model runs in train mode. In a distributed run every rank calls this with its own batches; all get the selection of
+    Base weights, buffers, `requires_grad`, gradients, train/eval mode and random states are afterwards what they were,
+    whatever interrupts it. The model runs in train mode. In a distributed run every rank calls this with its own batches; all get the selection of
     the summed scores.
 
     Args:
@@ -46,20 +46,22 @@ def select_blocks(
         The selection, with the scores it was made from. It is already applied.
 
     Raises:
-        ValueError: without such an adapter, where the dataloader is empty, where half of the batches or more are not
-            finite, or where every score is zero.
+        ValueError: without such an adapter, where it has been trained already, where the dataloader is empty, where
+            half of the batches or more are not finite, or where every score is zero.
     """
-    root, bank, config = find_adapter(model, adapter_name)
+    bank, config = find_adapter(model, adapter_name)
     if config.selection not in ("gradient", "activation"):
         raise ValueError(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
-    layers = [layer for layer in root.layers if adapter_name in layer.smt_blocks]
+    _refuse_trained_deltas(bank, adapter_name)
+    layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
+    layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
     collecting = ActivationCollector if config.selection == "activation" else ScoreCollector
     collector = collecting(layers, bank.block_size, config.score, config.accumulation)
     collector.scale = loss_scale
-    with _untouched(model), _collecting(root, collector):
+    with torch.compiler.set_stance("force_eager"), _untouched(model, collector):
         _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
     scores = collector.scores()
     index = select(scores, bank.groups, config.scope, collector.inputs)
@@ -75,29 +77,50 @@ def select_blocks(
     )
     warn_of_dominant_batch(selection)
     warn_of_concentration(selection, bank.groups, collector.inputs)
-    report_additive(root, adapter_name)
     return selection
 
 
-def find_adapter(model: nn.Module, adapter_name: str) -> tuple[SMTRoot, DeltaBank, object]:
-    """The model's root, the adapter's bank and its config. Raises ValueError where there is no such adapter."""
-    root = next((module for module in model.modules() if isinstance(module, SMTRoot)), None)
-    if root is None:
+def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object]:
+    """An adapter's bank and its config. Raises ValueError where there is no such adapter, or more than one."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
+    if not found:
         raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
-    if adapter_name not in root:
-        raise ValueError(f"There is no SMT adapter {adapter_name!r}; the model has {sorted(root)}.")
+    homes = [name for name, banks in found.items() if adapter_name in banks]
+    if not homes:
+        raise ValueError(
+            f"There is no SMT adapter {adapter_name!r}; the model has {sorted(set().union(*found.values()))}."
+        )
+    if len(homes) > 1:
+        raise ValueError(
+            f"{len(homes)} parts of the model have an SMT adapter {adapter_name!r} ({', '.join(homes)}), each with a "
+            "budget of its own. Give them different adapter names and run a warm-up for each: "
+            "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
+        )
     owner = next(m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
-    return root, root[adapter_name], owner.peft_config[adapter_name]
+    return found[homes[0]][adapter_name], owner.peft_config[adapter_name]
 
 
 def apply_selection(model: nn.Module, adapter_name: str, index: torch.Tensor) -> None:
     """Fill the adapter's index, int [num_blocks, 3], with rank 0's selection, and mirror it in the config."""
-    _, bank, config = find_adapter(model, adapter_name)
+    bank, config = find_adapter(model, adapter_name)
     index = index.to(bank.index.device, torch.int32)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(index, src=0)
     bank.set_index(index)
     config.selected_blocks = bank.selected_blocks()
+
+
+def _refuse_trained_deltas(bank: DeltaBank, adapter_name: str) -> None:
+    trained = bank.local().count_nonzero()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        trained = trained.to(bank.index.device)
+        dist.all_reduce(trained)
+    if trained:
+        raise ValueError(
+            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would receive "
+            "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
+            "model.add_adapter(name, SMTConfig(...))."
+        )
 
 
 def _run(model, dataloader, steps: int, collector: ScoreCollector, loss_function, progress_bar: bool) -> None:
@@ -147,37 +170,50 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _collecting(root: SMTRoot, collector: ScoreCollector) -> Iterator[None]:
-    hooks = []
-    if isinstance(collector, ActivationCollector):
-        hooks = [layer.register_forward_pre_hook(collector.observe) for layer in collector.layers]
-    root.tape.collector = collector
-    try:
-        yield
-    finally:
-        root.tape.collector = None
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Train mode with nothing trainable; then modes, requires_grad, gradients and random states as they were."""
+def _untouched(model: nn.Module, collector: ScoreCollector) -> Iterator[None]:
+    """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
+    modes, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     modes = {module: module.training for module in model.modules()}
     trainable = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    states = random.getstate(), numpy.random.get_state()
+    own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) not in own and buffer.device.type != "meta"
+    ]
+    random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    cuda_states = [torch.cuda.get_rng_state(device) for device in devices]
+    handles: list = []
+
+    def restore() -> None:
+        for handle in handles:
+            handle.remove()
+        for parameter, gradient in trainable:
+            parameter.requires_grad_(True)
+            parameter.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for owner, name, buffer, values in buffers:
+                owner[name] = buffer
+                if not torch.equal(buffer, values):
+                    buffer.copy_(values)
+        random.setstate(random_states[0])
+        numpy.random.set_state(random_states[1])
+        torch.set_rng_state(random_states[2])
+        for device, state in zip(devices, cuda_states, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    try:
         try:
             model.train()
             for parameter, _ in trainable:
                 parameter.requires_grad_(False)
+            collector.attach(handles)
             yield
         finally:
-            for parameter, gradient in trainable:
-                parameter.requires_grad_(True)
-                parameter.grad = gradient
-            for module, mode in modes.items():
-                module.training = mode
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
+            restore()
+    finally:
+        restore()  # once more: an interrupt may have fallen into the first

@@ -17,14 +17,6 @@ ALL_BLOCKS = 64  # of q, k and v of the two layers
 CHECKPOINTING = ["off", "non-reentrant", "reentrant"]
 
 
-@pytest.fixture(params=["resident", "additive"])
-def path(request, monkeypatch):
-    """Run a test with deltas written into the weights, then with deltas beside them."""
-    if request.param == "additive":
-        monkeypatch.setattr(Linear, "is_resident", False)
-    return request.param
-
-
 def smt_layers(model) -> dict[str, Linear]:
     root = model.base_model.model
     return {name: module for name, module in root.named_modules() if isinstance(module, Linear)}
@@ -90,7 +82,7 @@ def train(model, batches, steps=4):
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("num_blocks", [ALL_BLOCKS, 20, 3])
-def test_training_equals_masked_full_fine_tuning_step_for_step(llama, batches, path, num_blocks, checkpointing):
+def test_training_equals_masked_full_fine_tuning_step_for_step(llama, batches, num_blocks, checkpointing):
     """With every block selected, the mask is all ones: full fine-tuning of the targets."""
     base = deepcopy(llama).double()
     model, dense = twins(llama, num_blocks=num_blocks, init_weights=True)
@@ -106,7 +98,7 @@ def test_training_equals_masked_full_fine_tuning_step_for_step(llama, batches, p
         assert torch.equal(merged[name][unselected], weight[unselected]), "an entry outside the blocks has moved"
 
 
-def test_float32_training_keeps_every_other_entry_bit_identical(llama, batches, path):
+def test_float32_training_keeps_every_other_entry_bit_identical(llama, batches):
     base = deepcopy(llama).state_dict()
     model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=20, selection="random")).train()
     chosen = {f"{name}.weight": mask(model, name).bool() for name in smt_layers(model)}
@@ -193,7 +185,7 @@ INTERRUPTED = [evaluation_between, reference_pass_between, other_adapter_between
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("road", PLAIN + MIXED_UP + INTERRUPTED, ids=lambda road: road.__name__)
-def test_gradient_equals_that_of_the_full_weight(llama, batches, path, road, checkpointing):
+def test_gradient_equals_that_of_the_full_weight(llama, batches, road, checkpointing):
     if checkpointing == "reentrant" and road is graph_used_twice:
         pytest.skip("reentrant checkpointing frees its graph, in PyTorch itself")
     model, dense = twins(llama, num_blocks=20)
@@ -207,7 +199,7 @@ def test_gradient_equals_that_of_the_full_weight(llama, batches, path, road, che
     "targets, num_blocks",
     [(["v_proj"], 5), (["gate_proj", "up_proj", "down_proj"], 30), (["o_proj", "down_proj"], 20), ("all-linear", 60)],
 )
-def test_any_projection_and_its_bias_agree_with_the_full_weight(make_llama, batches, path, targets, num_blocks):
+def test_any_projection_and_its_bias_agree_with_the_full_weight(make_llama, batches, targets, num_blocks):
     model, dense = twins(make_llama(attention_bias=True, mlp_bias=True), target_modules=targets, num_blocks=num_blocks)
     loss, expected = model(**batches[0]).loss, dense(**batches[0]).loss
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -216,7 +208,7 @@ def test_any_projection_and_its_bias_agree_with_the_full_weight(make_llama, batc
     assert_same_gradients(model, dense)
 
 
-def test_the_transposed_weights_of_gpt2_agree_with_the_full_weight(batches, path):
+def test_the_transposed_weights_of_gpt2_agree_with_the_full_weight(batches):
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
     model, dense = twins(gpt2, target_modules=["c_attn", "c_fc", "c_proj"], block_size=8, num_blocks=50)
@@ -225,7 +217,7 @@ def test_the_transposed_weights_of_gpt2_agree_with_the_full_weight(batches, path
     assert_same_gradients(model, dense)
 
 
-def test_two_adapters_trained_together_each_get_the_gradient_of_their_blocks(llama, batches, path):
+def test_two_adapters_trained_together_each_get_the_gradient_of_their_blocks(llama, batches):
     model, dense = twins(llama, num_blocks=40)
     model.add_adapter("other", SMTConfig(block_size=8, num_blocks=90, selection="random", seed=3))
     model.base_model.set_adapter(["default", "other"])
@@ -248,7 +240,7 @@ class UsedTwice(nn.Module):
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32), (2, 3, 4, 32)], ids=["rank 2", "rank 3", "rank 4"])
 @pytest.mark.parametrize("x_has_gradient", [True, False])
-def test_a_module_used_twice_agrees_with_the_full_weight(path, shape, x_has_gradient):
+def test_a_module_used_twice_agrees_with_the_full_weight(shape, x_has_gradient):
     torch.manual_seed(0)
     model, dense = twins(UsedTwice(), target_modules=["shared", "beside"], block_size=8, num_blocks=11)
     x = torch.randn(shape, dtype=torch.float64)
@@ -275,7 +267,7 @@ def test_a_tied_weight_is_changed_only_where_it_is_a_target(make_llama, batches)
 
 
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast over float32", "bfloat16 base"])
-def test_bfloat16_gradients_agree_within_its_precision(llama, batches, path, autocast):
+def test_bfloat16_gradients_agree_within_its_precision(llama, batches, autocast):
     dtype = torch.float32 if autocast else torch.bfloat16
     model, dense = twins(llama, num_blocks=20)
     bank = model.base_model.model.smt_bank["default"]

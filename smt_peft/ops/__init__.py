@@ -1,9 +1,9 @@
-"""Operations on selected b x b blocks of weight matrices, and the one place that chooses how they are computed.
+"""Operations on selected blocks of weight matrices, and the one place that chooses how they are computed.
 
 `reference.py` defines them in plain PyTorch; `triton_kernels.py` has the same functions for CUDA tensors, where
-Triton can be imported. `block_grad_`, `block_matmul` and `block_scores` are custom operators
-(`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.utils.flop_counter`. Their arguments are
-documented once, in `reference.py`.
+Triton can be imported; `plan.py` says where blocks lie. `block_add_`, `block_grad` and `block_scores` are custom
+operators (`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.utils.flop_counter`. Their arguments are
+documented once, in `reference.py`. `add_blocks` is what a layer calls.
 """
 
 from functools import cache
@@ -11,20 +11,25 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from .plan import Plan, Side, move, plan
 from .reference import SCORES, block_sums, reduce_blocks
 
 __all__ = [
     "SCORES",
-    "block_grad_",
-    "block_matmul",
-    "block_pointers",
+    "Plan",
+    "Side",
+    "add_blocks",
+    "block_add_",
+    "block_grad",
     "block_scores",
     "block_sums",
+    "move",
+    "plan",
     "reduce_blocks",
-    "write_blocks",
 ]
 
 # For tests: send CPU tensors to the Triton kernels too, which needs TRITON_INTERPRET=1 in the environment.
@@ -32,34 +37,68 @@ interpret = False
 
 # PyTorch's `custom_op` would do the same for 17 microseconds more a call, which a hundred layers feel.
 _operators = library.Library("smt", "DEF")
-_operators.define("block_grad_(Tensor(a!) grad, Tensor dy, Tensor x, Tensor slots, Tensor rows, Tensor cols) -> ()")
-_operators.define("block_matmul(Tensor x, Tensor delta, Tensor rows, Tensor cols, SymInt out_features) -> Tensor")
+_operators.define("block_add_(Tensor(a!) y, Tensor x, Tensor delta, Tensor[] out, Tensor[] inner) -> ()")
+_operators.define("block_grad(Tensor dy, Tensor x, Tensor[] out, Tensor[] inner, int block_size) -> Tensor")
 _operators.define("block_scores(Tensor dy, Tensor x, int block_size, str score) -> Tensor")
 
-block_grad_ = torch.ops.smt.block_grad_.default
-block_matmul = torch.ops.smt.block_matmul.default
+block_add_ = torch.ops.smt.block_add_.default
+block_grad = torch.ops.smt.block_grad.default
 block_scores = torch.ops.smt.block_scores.default
 
 
-def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor | None = None) -> None:
-    """Copy `values[i]` into `views[i]` in one batched call, rounding to the dtype of the views.
+def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) -> Tensor:
+    """y + x @ D^T, D [out, in] being zero outside the blocks `delta`, with gradients for all three.
+
+    For backward it keeps of x what `plan.kept` says, in the narrower dtype of x and y. There is no second derivative;
+    asking for one raises RuntimeError.
 
     Args:
-        views: n tensors [b, b] of one dtype and device, any strides, without overlap.
-        values: [n, b, b], any float dtype, on the device of the views.
-        pointers: `block_pointers` of `views`, to be kept by a caller that writes to the same places often.
+        y: [..., out], the base layer's output.
+        x: [..., in].
+        delta: [n, b, b].
+        plan: where the blocks lie.
+        in_place: whether y may be overwritten: nothing else holds it.
     """
-    triton_kernels = _triton_kernels() if values.is_cuda or interpret else None
-    if triton_kernels is None:
-        reference.write_blocks(views, values)
-    else:
-        triton_kernels.write_blocks(views, values, block_pointers(views) if pointers is None else pointers)
+    if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad or x.requires_grad):
+        return AddBlocks.apply(y, x, delta, plan, in_place)
+    total = _to_change(y, in_place)
+    block_add_(total.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), delta, plan.out, plan.inner)
+    return total
 
 
-def block_pointers(views: list[Tensor]) -> Tensor | None:
-    """What `write_blocks` needs to know of `views`, for as long as their storage stays; None if nothing."""
-    triton_kernels = _triton_kernels() if views and (views[0].is_cuda or interpret) else None
-    return None if triton_kernels is None else triton_kernels.block_pointers(views)
+class AddBlocks(torch.autograd.Function):
+    """See `add_blocks`."""
+
+    @staticmethod
+    def forward(ctx, y, x, delta, plan, in_place):
+        ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        total, x, inner = _to_change(y, in_place), x.reshape(-1, x.shape[-1]), plan.inner
+        if plan.gathers:
+            x, inner = reference.gather(x, inner.at, delta.shape[1]), plan.kept
+        if x.dtype.itemsize > y.dtype.itemsize:  # under autocast
+            x = x.to(y.dtype)
+        block_add_(total.view(-1, y.shape[-1]), x.to(y.dtype), delta, plan.out, inner)
+        ctx.save_for_backward(x if delta.requires_grad else None, delta)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, delta = ctx.saved_tensors
+        plan, flat, dx, ddelta = ctx.plan, dy.reshape(-1, dy.shape[-1]), None, None
+        if ctx.needs_input_grad[1]:
+            dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
+            block_add_(dx.view(-1, ctx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
+        if ctx.needs_input_grad[2]:
+            ddelta = block_grad(flat, x, plan.out, plan.kept, delta.shape[1]).to(delta.dtype)
+        return dy, dx, ddelta, None, None
+
+
+def _to_change(y: Tensor, in_place: bool) -> Tensor:
+    """What is added to: y itself or a copy. A compiler sees the copy, and leaves it out where nothing else reads y."""
+    if in_place and y.is_contiguous() and not torch.compiler.is_compiling():
+        return y.detach()
+    return y.clone(memory_format=torch.contiguous_format)
 
 
 @cache
@@ -83,19 +122,23 @@ def _check_divisible(block_size: int, *features: int) -> None:
             raise ValueError(f"The block size {block_size} does not divide {size} features.")
 
 
-@library.impl(_operators, "block_grad_", "CompositeExplicitAutograd")
+@library.impl(_operators, "block_add_", "CompositeExplicitAutograd")
 @torch.no_grad()
-def _block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
-    block_size = grad.shape[1]
-    _check_divisible(block_size, dy.shape[1], x.shape[1])
-    _implementation(dy, block_size).block_grad_(grad, dy, x, slots, rows, cols)
-
-
-@library.impl(_operators, "block_matmul", "CompositeExplicitAutograd")
-def _block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
+def _block_add_(y: Tensor, x: Tensor, delta: Tensor, out: list[Tensor], inner: list[Tensor]) -> None:
     block_size = delta.shape[1]
-    _check_divisible(block_size, out_features, x.shape[1])
-    return _implementation(x, block_size).block_matmul(x, delta, rows, cols, out_features)
+    _check_divisible(block_size, y.shape[1], x.shape[1])
+    if torch.is_autocast_enabled(x.device.type):  # sums are wider than autocast's dtype
+        with torch.autocast(x.device.type, enabled=False):
+            _implementation(x, block_size).block_add_(y, x, delta, Side(*out), Side(*inner))
+    else:
+        _implementation(x, block_size).block_add_(y, x, delta, Side(*out), Side(*inner))
+
+
+@library.impl(_operators, "block_grad", "CompositeExplicitAutograd")
+@torch.no_grad()
+def _block_grad(dy: Tensor, x: Tensor, out: list[Tensor], inner: list[Tensor], block_size: int) -> Tensor:
+    _check_divisible(block_size, dy.shape[1], x.shape[1])
+    return _implementation(dy, block_size).block_grad(dy, x, Side(*out), Side(*inner), block_size)
 
 
 @library.impl(_operators, "block_scores", "CompositeExplicitAutograd")
@@ -107,14 +150,14 @@ def _block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     return _implementation(dy, block_size).block_scores(dy, x, block_size, score)
 
 
-@library.register_fake("smt::block_grad_", lib=_operators)
-def _block_grad_fake(grad, dy, x, slots, rows, cols):
+@library.register_fake("smt::block_add_", lib=_operators)
+def _block_add_fake(y, x, delta, out, inner):
     return None
 
 
-@library.register_fake("smt::block_matmul", lib=_operators)
-def _block_matmul_fake(x, delta, rows, cols, out_features):
-    return x.new_empty(x.shape[0], out_features)
+@library.register_fake("smt::block_grad", lib=_operators)
+def _block_grad_fake(dy, x, out, inner, block_size):
+    return dy.new_empty(out[1].shape[0], block_size, block_size, dtype=reference.sum_dtype(dy.dtype))
 
 
 @library.register_fake("smt::block_scores", lib=_operators)
@@ -122,39 +165,14 @@ def _block_scores_fake(dy, x, block_size, score):
     return dy.new_empty(dy.shape[1] // block_size, x.shape[1] // block_size, dtype=torch.float32)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    x, delta, rows, cols, _ = inputs
-    ctx.in_features = x.shape[1]
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, delta, rows, cols)
-
-
-def _block_matmul_backward(ctx, dy):
-    if torch.is_grad_enabled():  # block_grad_ keeps no graph: better no second derivative than a wrong one
-        raise NotImplementedError("block_matmul has no second derivative: do not pass create_graph=True.")
-    x, delta, rows, cols = ctx.saved_tensors
-    dx = ddelta = None
-    if ctx.needs_input_grad[0]:
-        dx = block_matmul(dy, delta.mT, cols, rows, ctx.in_features)
-    if ctx.needs_input_grad[1]:
-        ddelta = delta.new_zeros(delta.shape, dtype=reference.sum_dtype(dy.dtype))
-        block_grad_(ddelta, dy, x, torch.arange(delta.shape[0], device=dy.device), rows, cols)
-        ddelta = ddelta.to(delta.dtype)
-    return dx, ddelta, None, None, None
-
-
-library.register_autograd(
-    "smt::block_matmul", _block_matmul_backward, setup_context=_save_for_backward, lib=_operators
-)
-
-
-@register_flop_formula(torch.ops.smt.block_grad_)
-def _block_grad_flop(grad, dy, x, slots, rows, cols, out_shape) -> int:
-    return 2 * dy[0] * rows[0] * grad[1] * grad[2]
-
-
-@register_flop_formula(torch.ops.smt.block_matmul)
-def _block_matmul_flop(x, delta, rows, cols, out_features, out_shape) -> int:
+@register_flop_formula(torch.ops.smt.block_add_)
+def _block_add_flop(y, x, delta, out, inner, out_shape) -> int:
     return 2 * x[0] * delta[0] * delta[1] * delta[2]
+
+
+@register_flop_formula(torch.ops.smt.block_grad)
+def _block_grad_flop(dy, x, out, inner, block_size, out_shape) -> int:
+    return 2 * dy[0] * out[1][0] * block_size**2
 
 
 @register_flop_formula(torch.ops.smt.block_scores)

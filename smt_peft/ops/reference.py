@@ -1,12 +1,14 @@
 """Plain PyTorch definitions of the block operations: the CPU path, the oracle of the tests and the documentation.
 
-Notation: T tokens, block size b, a weight [out, in] of R = out / b by C = in / b blocks, n listed blocks. Block i
-stands at block row `rows[i]` and block column `cols[i]`; index tensors are int32 or int64, of shape [n]. Matrices
-may have any strides. Sums run in float32, or in float64 for float64 operands (`sum_dtype`).
+Notation: T tokens, block size b, n blocks, which lie as a `Side` of plan.py says along the output features (`out`) and
+the input features (`inner`) of a matrix [out, in]. Matrices may have any strides. Sums run in float32, or in float64
+for float64 operands (`sum_dtype`).
 """
 
 import torch
 from torch import Tensor
+
+from .plan import Side
 
 SCORES = ("abs_mean", "mean_abs", "l1", "l2")
 
@@ -23,55 +25,68 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """Add the gradient of the listed blocks: `grad[slots[i]] += dy_i^T @ x_i`.
+def gather(matrix: Tensor, at: Tensor, block_size: int) -> Tensor:
+    """The features of the lines `at` (see `Side`) of a matrix [T, features]: [T, m * b], itself if it is all of them."""
+    if at.ndim == 2:
+        return matrix.index_select(1, at.flatten())
+    if at.shape[0] * block_size == matrix.shape[1]:
+        return matrix
+    return _lines(matrix, block_size).index_select(1, at).flatten(1)
+
+
+def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> None:
+    """Add the product with a block-sparse matrix: `y += x @ D^T`, D [out, in] being zero outside the blocks `delta`.
 
     Args:
-        grad: [N, b, b], any float dtype; changed in place. The sum is rounded to its dtype once per call.
-        dy: [T, out], gradient of the layer's output; dy_i is its columns `rows[i] * b` to `(rows[i] + 1) * b`.
-        x: [T, K], (kept block columns of) the layer's input, rounded to the dtype of `dy` if it has another;
-            x_i is its columns `cols[i] * b` to `(cols[i] + 1) * b`.
-        slots: [n], where in `grad` block i goes; no slot may appear twice in one call.
-        rows: [n], block columns of `dy`.
-        cols: [n], block columns of `x`.
-    """
-    block_size, dtype = grad.shape[1], sum_dtype(dy.dtype)
-    x = x.to(dy.dtype)
-    if _dense_is_faster(rows.shape[0], block_size, dy.shape[1], x.shape[1]):
-        dense = _column_blocks(dy.to(dtype).T @ x.to(dtype), block_size).unflatten(0, (-1, block_size))
-        add_at_(grad, slots, dense.transpose(1, 2)[rows, cols])
-        return
-    size = _chunk_size(dy.shape[0], block_size)
-    for slot, row, col in zip(slots.split(size), rows.split(size), cols.split(size), strict=True):
-        product = torch.bmm(_gather(dy, row, block_size, dtype).mT, _gather(x, col, block_size, dtype))
-        add_at_(grad, slot, product)
-
-
-def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
-    """Multiply by a block-sparse matrix: `x @ D^T`, D [out, in] being zero outside the blocks `delta`.
-
-    Args:
+        y: [T, out], any float dtype; only the features of lines that have blocks are touched, and rounded once.
         x: [T, in].
         delta: [n, b, b], any strides, rounded to the dtype of `x` if it has another.
-        rows: [n], block rows of D; blocks may share a row or a column, and blocks at one place add up.
-        cols: [n], block columns of D.
-        out_features: rows of D.
+        out, inner: where the blocks lie; blocks at one place add up.
+    """
+    tokens, block_size, dtype = x.shape[0], delta.shape[1], sum_dtype(x.dtype)
+    delta, wide = delta.to(x.dtype).to(dtype), torch.promote_types(y.dtype, dtype)
+    total, rows = _by_line(y, out.at, block_size, wide)
+    if _dense_is_faster(out, inner, block_size):
+        product = gather(x, inner.at, block_size).to(dtype) @ _dense(delta, out, inner).T
+        total.index_add_(1, rows, product.view(tokens, -1, block_size).to(wide))
+    else:
+        x, cols = _by_line(x, inner.at, block_size)
+        size = _chunk_size(tokens, block_size)
+        parts = delta.split(size), rows[out.member].split(size), cols[inner.member].split(size)
+        for blocks, row, col in zip(*parts, strict=True):
+            product = torch.bmm(x.index_select(1, col).transpose(0, 1).to(dtype), blocks.mT)
+            total.index_add_(1, row, product.transpose(0, 1).to(wide))
+    if out.at.ndim == 2:
+        y.index_copy_(1, out.at.flatten(), total.flatten(1).to(y.dtype))
+    elif rows is not out.at:
+        _lines(y, block_size).index_copy_(1, out.at, total.to(y.dtype))
+
+
+def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:
+    """The gradient of the blocks of D in `y += x @ D^T`: the blocks of `dy^T @ x`.
+
+    Args:
+        dy: [T, out].
+        x: [T, in], or the lines of it that were kept; rounded to the dtype of `dy` if it has another.
+        out, inner: where the blocks lie in `dy` and in `x`.
+        block_size: b.
 
     Returns:
-        [T, out_features] in the dtype of `x`.
+        [n, b, b] in `sum_dtype`.
     """
-    block_size, dtype = delta.shape[1], sum_dtype(x.dtype)
-    delta = delta.to(x.dtype).to(dtype)
-    if _dense_is_faster(rows.shape[0], block_size, out_features, x.shape[1]):
-        dense = delta.new_zeros(out_features // block_size, x.shape[1] // block_size, block_size, block_size)
-        dense.index_put_((rows, cols), delta, accumulate=True)
-        return (x.to(dtype) @ dense.transpose(1, 2).reshape(out_features, -1).T).to(x.dtype)
-    y = x.new_zeros(x.shape[0], out_features, dtype=dtype)
-    size = _chunk_size(x.shape[0], block_size)
-    for block, row, col in zip(delta.split(size), rows.split(size), cols.split(size), strict=True):
-        product = torch.bmm(_gather(x, col, block_size, dtype), block.mT)
-        _column_blocks(y, block_size).index_add_(1, row, product.transpose(0, 1))
-    return y.to(x.dtype)
+    dtype, x = sum_dtype(dy.dtype), x.to(dy.dtype)
+    if _dense_is_faster(out, inner, block_size):
+        dy, x = gather(dy, out.at, block_size).to(dtype), gather(x, inner.at, block_size).to(dtype)
+        dense = _lines(dy.T @ x, block_size).unflatten(0, (-1, block_size))
+        return dense.transpose(1, 2)[out.member, inner.member]
+    (dy, rows), (x, cols) = _by_line(dy, out.at, block_size), _by_line(x, inner.at, block_size)
+    size = _chunk_size(dy.shape[0], block_size)
+    gradient = dy.new_empty(len(out.member), block_size, block_size, dtype=dtype)
+    parts = gradient.split(size), rows[out.member].split(size), cols[inner.member].split(size)
+    for part, row, col in zip(*parts, strict=True):
+        columns = x.index_select(1, col).transpose(0, 1).to(dtype)
+        torch.bmm(dy.index_select(1, row).permute(1, 2, 0).to(dtype), columns, out=part)
+    return gradient
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
@@ -102,7 +117,7 @@ def block_sums(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
     meet and dW is never formed.
     """
     dtype = sum_dtype(dy.dtype)
-    dy, x = (_column_blocks(matrix.to(dy.dtype), block_size).sum(2, dtype=dtype) for matrix in (dy, x))
+    dy, x = (_lines(matrix.to(dy.dtype), block_size).sum(2, dtype=dtype) for matrix in (dy, x))
     return (dy.T @ x).float()
 
 
@@ -122,7 +137,7 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
 
 def sum_squares(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
     """Sum a matrix [R * edge, C * edge] over squares: [R, C] in `dtype`."""
-    return _column_blocks(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
+    return _lines(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
 
 
 def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
@@ -132,33 +147,26 @@ def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
     return sums if score == "l1" else sums.abs() / block_size**2
 
 
-def write_blocks(views: list[Tensor], values: Tensor) -> None:
-    """Copy `values[i]` into `views[i]`.
-
-    Args:
-        views: n tensors [b, b] of one dtype and device, any strides.
-        values: [n, b, b], any float dtype.
-    """
-    if views:  # PyTorch refuses an empty list
-        torch._foreach_copy_(views, values.unbind())
+def _by_line(matrix: Tensor, at: Tensor, block_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A matrix as [T, lines, b] in `dtype`, and where in it the lines `at` are: a view where there can be one."""
+    if at.ndim == 1 and dtype in (None, matrix.dtype):
+        return _lines(matrix, block_size), at
+    return _lines(gather(matrix, at, block_size), block_size).to(dtype), torch.arange(len(at), device=at.device)
 
 
-def add_at_(grad: Tensor, slots: Tensor, product: Tensor) -> None:
-    """`grad[slots] += product` for distinct `slots`, added in the wider dtype of the two and rounded once."""
-    if grad.dtype == product.dtype:
-        grad.index_add_(0, slots, product)
-    else:
-        grad.index_copy_(0, slots.long(), (grad.index_select(0, slots) + product).to(grad.dtype))
-
-
-def _column_blocks(matrix: Tensor, block_size: int) -> Tensor:
-    """View a matrix [m, k * b] as [m, k, b]."""
+def _lines(matrix: Tensor, block_size: int) -> Tensor:
+    """View a matrix [T, k * b] as [T, k, b]."""
     return matrix.unflatten(1, (matrix.shape[1] // block_size, block_size))
 
 
-def _gather(matrix: Tensor, index: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Copy the column blocks `index` of a matrix [T, k * b] to a batch [n, T, b]."""
-    return _column_blocks(matrix, block_size).index_select(1, index).transpose(0, 1).to(dtype)
+def _dense(delta: Tensor, out: Side, inner: Side) -> Tensor:
+    """The lines of D: [out lines * b, in lines * b] from the blocks [n, b, b]."""
+    if len(delta) == 1:
+        return delta[0]
+    lines, read, block_size = len(out.at), len(inner.at), delta.shape[1]
+    dense = delta.new_zeros(lines, block_size, read, block_size)
+    dense.transpose(1, 2).index_put_((out.member, inner.member), delta, accumulate=True)
+    return dense.view(lines * block_size, -1)
 
 
 def _chunk_size(tokens: int, block_size: int) -> int:
@@ -166,9 +174,9 @@ def _chunk_size(tokens: int, block_size: int) -> int:
     return max(1, _GATHER_ELEMENTS // max(1, tokens * block_size))
 
 
-def _dense_is_faster(blocks: int, block_size: int, out_features: int, in_features: int) -> bool:
-    """Whether one dense product costs less than `blocks` small ones with the copies they need.
+def _dense_is_faster(out: Side, inner: Side, block_size: int) -> bool:
+    """Whether one product of all lines costs less than one for each block with the copies that it needs.
 
     Small blocks do little arithmetic for each gathered element, so for them this happens at a few per cent.
     """
-    return blocks * block_size * (block_size + _GATHER_COST) > out_features * in_features
+    return len(out.at) * len(inner.at) * block_size <= len(out.member) * (block_size + _GATHER_COST)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .plan import Side
 
 # TILE, STEP, num_warps, num_stages. The last is for devices with little shared memory and for float32.
 _CONFIGS = ((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 4, 4), (64, 32, 4, 2))
@@ -27,10 +28,10 @@ _SPLIT_TOKENS = 1024
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def _tuned(*key: str):
+def _tuned(*key: str, **options):
     """Choose TILE and STEP by timing, once per `key`. The interpreter has nothing to time: it takes the first."""
     configs = [triton.Config({"TILE": c[0], "STEP": c[1]}, num_warps=c[2], num_stages=c[3]) for c in _CONFIGS]
-    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=list(key))
+    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=list(key), **options)
 
 
 @triton.jit
@@ -57,14 +58,24 @@ def _sum_over_tokens(
     return total
 
 
+@triton.jit
+def _feature(at, line, i, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The features `i` of a line: neighbours from its block coordinate on, or as a list [m, b] says."""
+    if TILES:
+        return tl.load(at + line) * BLOCK + i
+    return tl.load(at + line * BLOCK + i, mask=i < BLOCK, other=0)
+
+
 @_tuned("bucket", "BLOCK", "SPLITS")
 @triton.jit(do_not_specialize=["tokens", "bucket"])
 def _block_grad_kernel(
     product,  # [SPLITS, n, b, b] float32
     dy,
     x,
-    rows,
-    cols,
+    out_at,
+    out_member,
+    in_at,
+    in_member,
     tokens,
     bucket,  # only a key for the tuner
     dy_token,  # strides
@@ -74,19 +85,21 @@ def _block_grad_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
+    OUT_TILES: tl.constexpr,
+    IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One tile of one block's gradient, summed over one of SPLITS runs of tokens."""
     SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
-    TILES: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
     block = tl.program_id(0)
     split = tl.program_id(2)
-    i = tl.program_id(1) // TILES * SPAN + tl.arange(0, SPAN)
-    j = tl.program_id(1) % TILES * SPAN + tl.arange(0, SPAN)
-    dy += (tl.load(rows + block).to(tl.int64) * BLOCK + i) * dy_feature
-    x += (tl.load(cols + block).to(tl.int64) * BLOCK + j) * x_feature
+    i = tl.program_id(1) // PARTS * SPAN + tl.arange(0, SPAN)
+    j = tl.program_id(1) % PARTS * SPAN + tl.arange(0, SPAN)
+    dy += _feature(out_at, tl.load(out_member + block), i, BLOCK, OUT_TILES) * dy_feature
+    x += _feature(in_at, tl.load(in_member + block), j, BLOCK, IN_TILES) * x_feature
     run = tl.cdiv(tokens, SPLITS)
     last = tl.minimum(split * run + run, tokens)
     total = _sum_over_tokens(dy, x, i < BLOCK, j < BLOCK, split * run, last, dy_token, x_token, STEP, PRECISION)
@@ -94,18 +107,21 @@ def _block_grad_kernel(
     tl.store(product + i[:, None] * BLOCK + j[None, :], total, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :])
 
 
-@_tuned("bucket", "BLOCK")
+@_tuned("bucket", "BLOCK", restore_value=["y"])  # or tuning would add the product many times
 @triton.jit(do_not_specialize=["tokens", "bucket"])
-def _block_matmul_kernel(
-    y,  # [T, out], contiguous
+def _block_add_kernel(
+    y,
     x,
     delta,
-    order,  # the blocks, sorted by row
-    cols,  # in this order
-    starts,  # [R + 1], where in `order` the blocks of each row start
+    out_at,
+    order,
+    starts,
+    in_at,
+    in_member,
     tokens,
     bucket,  # only a key for the tuner
-    out_features,  # strides
+    y_token,  # strides
+    y_feature,
     x_token,
     x_feature,
     delta_block,
@@ -113,32 +129,37 @@ def _block_matmul_kernel(
     delta_col,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
+    OUT_TILES: tl.constexpr,
+    IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of y: some tokens by (part of) one block row."""
+    """One tile of y: some tokens by (part of) one line that has blocks."""
     SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
-    TILES: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
     DEPTH: tl.constexpr = STEP if STEP < PADDED else PADDED
     STEPS: tl.constexpr = (BLOCK + DEPTH - 1) // DEPTH
-    row = tl.program_id(0) // TILES
-    i = tl.program_id(0) % TILES * SPAN + tl.arange(0, SPAN)[None, :]
+    line = tl.program_id(0) // PARTS
+    i = tl.program_id(0) % PARTS * SPAN + tl.arange(0, SPAN)
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     inside = token < tokens
     token = token.to(tl.int64)
     total = tl.zeros([TILE, SPAN], dtype=tl.float32)
-    # One loop over the steps of all blocks of the row, and not one in another, so that loads run ahead across blocks.
-    for step in range(tl.load(starts + row) * STEPS, tl.load(starts + row + 1) * STEPS):
+    # One loop over the steps of all blocks of the line, and not one in another, so that loads run ahead across blocks.
+    for step in range(tl.load(starts + line) * STEPS, tl.load(starts + line + 1) * STEPS):
         block = tl.load(order + step // STEPS)
-        col = tl.load(cols + step // STEPS).to(tl.int64)
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-        x_tile = x + token * x_token + (col * BLOCK + j)[None, :] * x_feature
-        x_tile = tl.load(x_tile, mask=inside & (j < BLOCK)[None, :], other=0.0)
-        delta_tile = delta + block * delta_block + i * delta_row + j[:, None] * delta_col
-        delta_tile = tl.load(delta_tile, mask=(i < BLOCK) & (j < BLOCK)[:, None], other=0.0)
-        total = _add_product(total, x_tile, delta_tile, PRECISION)
-    tl.store(y + token * out_features + row * BLOCK + i, total, mask=inside & (i < BLOCK))
+        feature = _feature(in_at, tl.load(in_member + block), j, BLOCK, IN_TILES)
+        x_tile = tl.load(
+            x + token * x_token + feature[None, :] * x_feature, mask=inside & (j < BLOCK)[None, :], other=0.0
+        )
+        delta_tile = delta + block * delta_block + i[None, :] * delta_row + j[:, None] * delta_col
+        delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[None, :] & (j < BLOCK)[:, None], other=0.0)
+        total = _add_product(total, x_tile, delta_tile.to(x_tile.dtype), PRECISION)
+    y += token * y_token + _feature(out_at, line, i, BLOCK, OUT_TILES)[None, :] * y_feature
+    mask = inside & (i < BLOCK)[None, :]
+    tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
 
 
 @_tuned("bucket", "BLOCK")
@@ -186,63 +207,38 @@ def _block_scores_kernel(
     tl.store(sums + out_span * in_spans + in_span, g, mask=(out_span < out_spans) & (in_span < in_spans))
 
 
-@triton.jit
-def _write_blocks_kernel(
-    pointers,  # [n, 3] int64: address and two strides of each view
-    like,  # a tensor of the views' dtype
-    values,
-    values_block,  # strides
-    values_row,
-    values_col,
-    BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """SIZE elements of one block."""
-    block = tl.program_id(0).to(tl.int64)
-    element = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
-    row = (element // BLOCK).to(tl.int64)
-    col = element % BLOCK
-    mask = element < BLOCK * BLOCK
-    value = tl.load(values + block * values_block + row * values_row + col * values_col, mask=mask)
-    view = tl.load(pointers + 3 * block).to(like.dtype)
-    row_stride = tl.load(pointers + 3 * block + 1)
-    col_stride = tl.load(pointers + 3 * block + 2)
-    tl.store(view + row * row_stride + col * col_stride, value, mask=mask)
-
-
-def block_grad_(grad: Tensor, dy: Tensor, x: Tensor, slots: Tensor, rows: Tensor, cols: Tensor) -> None:
-    """See `reference.block_grad_`. The products go to scratch memory first, so that tuning cannot add them twice."""
-    tokens, blocks, block_size, x = dy.shape[0], rows.shape[0], grad.shape[1], x.to(dy.dtype)
-    if not tokens or not blocks:
+def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> None:
+    """See `reference.block_add_`."""
+    tokens, block_size = x.shape[0], delta.shape[1]
+    lines = out.at.shape[0]
+    if not tokens or not lines:
         return
+    args = y, x, delta, out.at, out.order, out.starts, inner.at, inner.member, tokens, _bucket(tokens)
+    tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
+    with torch.cuda.device_of(x):
+        _block_add_kernel[lambda meta: (lines * _parts(block_size, meta), triton.cdiv(tokens, meta["TILE"]))](
+            *args, *y.stride(), *x.stride(), *delta.stride(),
+            BLOCK=block_size, PADDED=_padded(block_size), PRECISION=_precision(), **tiles,
+        )  # fmt: skip
+
+
+def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:
+    """See `reference.block_grad`."""
+    tokens, blocks, x = dy.shape[0], out.member.shape[0], x.to(dy.dtype)
+    if not tokens or not blocks:
+        return dy.new_zeros(blocks, block_size, block_size, dtype=torch.float32)
     # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
     splits = min(_ENOUGH_PROGRAMS // (blocks * triton.cdiv(block_size, 128) ** 2), tokens // _SPLIT_TOKENS)
     splits = triton.next_power_of_2(max(splits, 1) + 1) // 2  # rounded down, to tune for few values
     product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
-    args = product, dy, x, rows, cols, tokens, _bucket(tokens), *dy.stride(), *x.stride()
+    args = product, dy, x, out.at, out.member, inner.at, inner.member, tokens, _bucket(tokens)
+    tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
     with torch.cuda.device_of(dy):
-        _block_grad_kernel[lambda meta: (blocks, _tiles(block_size, meta) ** 2, splits)](
-            *args, BLOCK=block_size, PADDED=_padded(block_size), SPLITS=splits, PRECISION=_precision()
-        )
-    reference.add_at_(grad, slots, product[0] if splits == 1 else product.sum(0))
-
-
-def block_matmul(x: Tensor, delta: Tensor, rows: Tensor, cols: Tensor, out_features: int) -> Tensor:
-    """See `reference.block_matmul`."""
-    tokens, block_size, delta = x.shape[0], delta.shape[1], delta.to(x.dtype)
-    if not tokens or not rows.shape[0]:
-        return x.new_zeros(tokens, out_features)
-    block_rows = out_features // block_size
-    sorted_rows, order = rows.sort(stable=True)
-    boundaries = torch.arange(block_rows + 1, device=x.device, dtype=rows.dtype)
-    starts = torch.searchsorted(sorted_rows, boundaries, out_int32=True)
-    y = x.new_empty(tokens, out_features)
-    args = y, x, delta, order, cols[order], starts, tokens, _bucket(tokens), out_features, *x.stride(), *delta.stride()
-    with torch.cuda.device_of(x):
-        _block_matmul_kernel[lambda meta: (block_rows * _tiles(block_size, meta), triton.cdiv(tokens, meta["TILE"]))](
-            *args, BLOCK=block_size, PADDED=_padded(block_size), PRECISION=_precision()
-        )
-    return y
+        _block_grad_kernel[lambda meta: (blocks, _parts(block_size, meta) ** 2, splits)](
+            *args, *dy.stride(), *x.stride(),
+            BLOCK=block_size, PADDED=_padded(block_size), SPLITS=splits, PRECISION=_precision(), **tiles,
+        )  # fmt: skip
+    return product[0] if splits == 1 else product.sum(0)
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
@@ -261,24 +257,8 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
 
 
-def write_blocks(views: list[Tensor], values: Tensor, pointers: Tensor) -> None:
-    """See `reference.write_blocks`; `pointers` is `block_pointers` of `views`."""
-    if not views:
-        return
-    block_size, size = values.shape[1], 1024
-    with torch.cuda.device_of(values):
-        _write_blocks_kernel[len(views), triton.cdiv(block_size**2, size)](
-            pointers, views[0], values, *values.stride(), BLOCK=block_size, SIZE=size
-        )
-
-
-def block_pointers(views: list[Tensor]) -> Tensor:
-    """Table [n, 3] int64 on the views' device: address, row stride and column stride (in elements) of each view."""
-    return torch.tensor([(view.data_ptr(), *view.stride()) for view in views], device=views[0].device)
-
-
-def _tiles(block_size: int, meta: dict) -> int:
-    """Tiles along one side of a block."""
+def _parts(block_size: int, meta: dict) -> int:
+    """Output tiles along one side of a block."""
     return triton.cdiv(block_size, min(meta["TILE"], _padded(block_size)))
 
 

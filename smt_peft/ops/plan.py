@@ -1,0 +1,72 @@
+"""Where the blocks of one matrix lie: everything the operations need to know that depends on the selection alone.
+
+A plan names *features*. A block adds to b output features and reads b input features; blocks that share them lie on
+one *line*. Neighbouring features are named by their block coordinate, which is the quicker form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Side(NamedTuple):
+    """Where n blocks lie along one side of a matrix, on m distinct lines. All tensors int64, on one device.
+
+    Attributes:
+        at: [m], the block coordinate of each line, ascending: its features are `at * b` to `(at + 1) * b`. Or [m, b],
+            the features of each line, in any order.
+        member: [n], the line of each block.
+        order: [n], the blocks in the order of their lines.
+        starts: [m + 1], where the blocks of each line start in `order`.
+    """
+
+    at: Tensor
+    member: Tensor
+    order: Tensor
+    starts: Tensor
+
+
+class Plan(NamedTuple):
+    """The blocks of a layer.
+
+    Attributes:
+        out: along the output features.
+        inner: along the input features.
+        kept: along the input features that are kept for backward: `inner` where the input itself is kept, otherwise
+            its lines, one after the other.
+    """
+
+    out: Side
+    inner: Side
+    kept: Side
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the lines that are read are copied out of the input, so that the rest of it need not be kept."""
+        return self.kept is not self.inner
+
+
+def side(coordinates: Tensor) -> Side:
+    """The side of tiles with these block coordinates, int [n]."""
+    at, member = coordinates.unique(return_inverse=True)
+    order = torch.argsort(member, stable=True)
+    counts = torch.bincount(member, minlength=len(at))
+    return Side(at, member, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
+    """The plan of tiles at block rows `rows` and block columns `cols`, int [n] on the CPU.
+
+    `keep_input`: for backward keep the input itself, not the lines that are read.
+    """
+    out, inner = side(rows), side(cols)
+    return Plan(out, inner, inner if keep_input else inner._replace(at=torch.arange(len(inner.at), device="cpu")))
+
+
+def move(plan: Plan, device: torch.device) -> Plan:
+    """The same plan with its tensors on `device`."""
+    out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in (plan.out, plan.inner))
+    return Plan(out, inner, inner._replace(at=plan.kept.at.to(device)) if plan.gathers else inner)
