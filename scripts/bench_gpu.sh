@@ -1,56 +1,73 @@
 #!/usr/bin/env bash
-# All GPU figures of docs/benchmarks.md, on one GPU of 80 GB or more:
+# Correctness and all GPU figures of docs/benchmarks.md, in order of importance, on one GPU of 80 GB or more:
 #
-#     bash scripts/bench_gpu.sh [seconds]
+#     bash scripts/bench_gpu.sh [seconds]     default 570
 #     bash scripts/bench_gpu.sh rehearse      the same at toy size on a CPU, into a temporary folder: does it work?
 #
-# Stops before `seconds` (default 570) and exits 3 while figures are missing: run it again until it exits 0. Figures
-# that exist in docs/results are kept; delete a file to measure it anew. PYTHON names the interpreter (default python3);
-# it needs torch >= 2.11 with triton, transformers and peft, and matplotlib for the tables and pictures at the end.
-set -euo pipefail
+# It stops in time and exits 3 while something is missing: run it again until it exits 0 (some 12 minutes in all).
+# What stands in docs/results (or the folder RESULTS) is kept; delete a file to measure it anew. ARCHIVE=FILE.tgz puts
+# all of them into one file, too, after every part. PYTHON names the interpreter (default python3); it needs torch with
+# triton, transformers and peft. `scripts/report_benchmarks.py` turns the files into the tables of the page.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python3}
 limit=${1:-570}
-docs=docs
-toy=()
-toy_ops=()
+results=${RESULTS:-docs/results}
+tests=(-m gpu) toy=() toy_ops=()
 if [[ $limit == rehearse ]]; then
     limit=100000
-    docs=$(mktemp -d)
-    trap 'rm -r "$docs"' EXIT
-    mkdir "$docs/results"
-    cp docs/benchmarks.md "$docs"
-    toy=(--rehearse)
-    toy_ops=(--device cpu --seconds 0.01)
+    results=$(mktemp -d)
+    trap 'rm -r "$results"' EXIT
+    tests=(-k cpu) toy=(--rehearse) toy_ops=(--device cpu --seconds 0.01)
 else
-    "$python" -c 'import torch, transformers, peft, triton; torch.cuda.is_available() or exit("No GPU here."); print(torch.cuda.get_device_name())'
+    "$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else exit("No GPU here."))' || exit 1
 fi
-results=$docs/results
+mkdir -p "$results"
 missing=0
 
-# measure NAME SECONDS COMMAND...: runs it unless its figures exist or too little time (of the run's usual need) is left.
-measure() {
-    local name=$1 need=$2
+# part LEAST MOST COMMAND...: runs it for at most MOST seconds, unless fewer than LEAST are left.
+part() {
+    local left=$((limit - SECONDS)) least=$1 most=$2
     shift 2
-    if [[ -e $results/$name.json ]]; then return; fi
-    if ((SECONDS + need > limit)); then
+    if ((left < least)); then
+        echo "--- no time is left: $*"
         missing=1
         return
     fi
-    echo "--- $name (at $SECONDS s)"
-    timeout $((limit - SECONDS)) "$python" "$@" --output "$results/$name.json" || { echo "$name failed"; missing=1; }
+    echo "--- $* (at $SECONDS s)"
+    timeout --kill-after 10 $((left < most ? left : most)) "$python" "$@" || missing=1
+    if [[ -n ${ARCHIVE:-} ]]; then
+        (cd "$results" && tar cz $(ls gpu_tests.txt {training,ops,inference}*.json 2>/dev/null)) >"$ARCHIVE"
+    fi
 }
 
-measure ops_cuda 90 scripts/bench_ops.py "${toy_ops[@]}"
-for setting in peft 7b 7b-checkpointing 7b-paper; do
-    measure "training_$setting" 150 scripts/bench_training.py --setting "$setting" "${toy[@]}"
-done
-for setting in context budgets blocks sizes; do
-    measure "training_$setting" 240 scripts/bench_training.py --setting "$setting" "${toy[@]}"
-done
+# training RESERVE SETTING...: leaves RESERVE seconds to what comes later.
+training() {
+    local reserve=$1 left=$((limit - SECONDS))
+    shift
+    part 45 10000 scripts/bench_training.py --setting "$@" --results "$results" \
+        --seconds 100 --total_seconds $((left - reserve - 15)) "${toy[@]}"
+}
+
+correctness() {
+    local log=$results/gpu_tests.txt parallel=()
+    if grep -qs ' passed' "$log" && ! grep -q 'failed\|error' "$log"; then return; fi
+    "$python" -c 'import pytest' 2>/dev/null || { echo "--- no pytest here: correctness is not checked"; return; }
+    if [[ ${#toy[@]} == 0 ]] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 8 --dist worksteal); fi
+    OMP_NUM_THREADS=1 part 30 120 -m pytest tests/test_gpu.py "${tests[@]}" "${parallel[@]}" \
+        -v --durations 5 -p no:cacheprovider -W ignore >"$log" 2>&1
+    grep -E 'FAILED|ERROR|^E  |passed|failed|no time|s (call|setup)' "$log"
+}
+
+correctness
+training 0 peft linear 7b-paper
+grep -qs selection_of_a_million "$results/ops_cuda.json" || part 20 75 scripts/bench_ops.py --output "$results/ops_cuda.json" "${toy_ops[@]}"
+training 50 compile context budgets blocks checkpointing sizes
+part 25 90 scripts/bench_inference.py --output "$results/inference.json" --seconds 50 "${toy[@]}"
+echo
+"$python" scripts/report_benchmarks.py --summary "$results"
 if ((missing)); then
-    echo "Figures are missing: run this again." >&2
+    echo "Something is missing or failed: run this again."
     exit 3
 fi
-"$python" scripts/report_benchmarks.py "$docs"

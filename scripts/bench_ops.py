@@ -4,36 +4,40 @@
 
 The machine's rates are measured first: bytes/s of a large copy, FLOP/s of a large matrix product in each dtype. Then
 each op runs on operands of real shapes; its result is compared with float64 before it is timed. No implementation can
-take less than the larger of bytes / rate (every operand read, every result written once) and FLOPs / rate.
-`scripts/report_benchmarks.py` turns the JSON file into the table of docs/benchmarks.md.
+take less than the larger of bytes / rate (every operand read, every result written once) and FLOPs / rate. What the
+first call takes longer, because kernels are compiled and tuned once per shape, stands apart.
+Each row is printed and in the file as soon as it is made. Exit status 3 says that rows are missing.
+`scripts/report_benchmarks.py` turns the JSON file into a table.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from bench_training import header
-from report_benchmarks import ops_table
 from torch import Tensor
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from smt_peft import ops
+from smt_peft.ops import reference
 from smt_peft.selection import select
 
-SIZES = {  # per device: [(out, in, tokens, block size, blocks)]
+SIZES = {  # per device: [(out, in, tokens, block size, blocks)], the most important first
     # A layer of the CPU benchmark's model: few blocks, many, small ones.
     "cpu": [(512, 512, 512, 64, 2), (512, 512, 512, 64, 16), (512, 512, 512, 32, 16), (1408, 512, 512, 64, 16)],
-    # q of Llama-3.2-3B in PEFT's setting (140 blocks over 56 layers), v of LLaMA-7B at 0.86 %, crowded, small blocks.
-    "cuda": [(3072, 3072, 3072, 256, 3), (4096, 4096, 2048, 256, 28), (4096, 4096, 8192, 256, 128),
-             (4096, 4096, 2048, 64, 448), (4096, 4096, 2048, 32, 1792)],
+    # q and v of Llama-3.2-3B in PEFT's setting (140 blocks of 56 layers), v of a 7B at 0.86 %, crowded, small blocks.
+    "cuda": [(3072, 3072, 3072, 256, 3), (1024, 3072, 3072, 256, 5), (4096, 4096, 2048, 256, 28),
+             (4096, 4096, 8192, 256, 128), (4096, 4096, 2048, 64, 448), (4096, 4096, 2048, 32, 1792)],
 }  # fmt: skip
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+OPS = 5  # that `cases` yields
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -41,96 +45,133 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 class Options:
     output: str | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds: float = 0.5  # of timing per op and size
+    seconds: float = field(default=0.2, metadata={"help": "of timing per row"})
+    limit_s: float = field(default=60, metadata={"help": "no row starts later than this"})
 
 
 @dataclass
 class Op:
-    """A call to time, the float64 truth about its result, and the least work that it takes."""
+    """A call to time, the float64 truth about its first result, and the least work that it takes."""
 
     name: str
-    call: Callable[[], object]
-    result: Tensor
+    call: Callable[[], Tensor]
     truth: Tensor
     bytes: int
     flops: int
 
 
-def main() -> None:
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    begin = time.monotonic()
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
-    dtypes = [torch.float32] if options.device == "cpu" else [torch.bfloat16, torch.float32]
-    result = {
-        **header(options.device),
-        "bytes_per_s": copy_rate(options),
-        "flops_per_s": {str(dtype).removeprefix("torch."): matmul_rate(dtype, options) for dtype in dtypes},
-        "ops": [],
-    }
-    for dtype in dtypes:
-        for size in tqdm(SIZES[options.device], desc=f"sizes in {dtype}"):
-            result["ops"] += [measure(op, size, dtype, result, options) for op in cases(*size, dtype, options.device)]
-    result["selection_of_a_million_blocks_s"] = selection_seconds(options)
-    print(ops_table(result))
-    if options.output:
-        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.output).write_text(json.dumps(result, indent=1))
+    dtypes, sizes = DTYPES[options.device], SIZES[options.device]
+    # One size is enough to see how float32 does on a GPU.
+    settings = [(size, dtype) for dtype in dtypes for size in (sizes if dtype == dtypes[0] else sizes[:1])]
+    result = {**header(options.device), "bytes_per_s": copy_rate(options), "flops_per_s": {}, "ops": []}
+    try:
+        for dtype in dtypes:
+            result["flops_per_s"][name_of(dtype)] = matmul_rate(dtype, options)
+        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["flops_per_s"].items())
+        print(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {rates}")
+        print(f"{'op':16} {'dtype':8} {'size':50} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
+        for size, dtype in settings:
+            for op in cases(*size, dtype, options.device):
+                if time.monotonic() - begin > options.limit_s:
+                    raise TimeoutError
+                row = measure(op, size, dtype, result, options)
+                result["ops"].append(row)
+                print(line(row), flush=True)
+                write(result, options)
+        result["selection_of_a_million_blocks_s"] = selection_seconds(options)
+        write(result, options)
+    except (TimeoutError, KeyboardInterrupt) as stop:
+        missing = OPS * len(settings) - len(result["ops"])
+        print(f"{missing} rows are missing: {'no time is left' if isinstance(stop, TimeoutError) else 'stopped'}.")
+        return 3
+    return 0
 
 
 def cases(out: int, in_: int, tokens: int, block: int, count: int, dtype: torch.dtype, device: str) -> Iterator[Op]:
-    """Every op with `count` distinct random blocks of a weight [out, in]."""
+    """Every op with `count` distinct random blocks, float32, of a weight [out, in]."""
     torch.manual_seed(0)
     dy, x = torch.randn(tokens, out, device=device, dtype=dtype), torch.randn(tokens, in_, device=device, dtype=dtype)
     grid = (out // block, in_ // block)
-    places = torch.randperm(grid[0] * grid[1])[:count].sort().values.to(device)
-    rows, cols, slots = places // grid[1], places % grid[1], torch.arange(count, device=device)
-    blocks = torch.randn(count, block, block, device=device)
+    places = torch.randperm(grid[0] * grid[1])[:count].sort().values
+    plan = ops.move(ops.plan(places // grid[1], places % grid[1], keep_input=False), torch.device(device))
+    rows, cols = (side.at[side.member] for side in plan[:2])
+    delta = torch.randn(count, block, block, device=device)
+    flops, item = 2 * tokens * count * block**2, dtype.itemsize
+    written, read = (tokens * block * len(side.at) * item for side in plan[:2])
 
-    def blocks_of(matrix: Tensor) -> Tensor:
-        return matrix.unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).transpose(1, 2)
-
-    dense = blocks_of(dy.double().T @ x.double())
-    item, size = dtype.itemsize, block**2
-    read_dy, read_x = (tokens * block * len(index.unique()) * item for index in (rows, cols))
-    grad = torch.zeros_like(blocks)
-    ops.block_grad_(grad, dy, x, slots, rows, cols)
-    yield Op("block_grad_", lambda: ops.block_grad_(grad, dy, x, slots, rows, cols), grad.clone(), dense[rows, cols],
-             read_dy + read_x + 8 * count * size, 2 * tokens * count * size)  # fmt: skip
-
-    delta = blocks.to(dtype)
     sparse = torch.zeros(*grid, block, block, dtype=torch.float64, device=device)
-    sparse[rows, cols] = delta.double()
-    y = ops.block_matmul(x, delta, rows, cols, out)
-    yield Op("block_matmul", lambda: ops.block_matmul(x, delta, rows, cols, out), y,
-             x.double() @ sparse.transpose(1, 2).reshape(out, in_).T,
-             read_x + (count * size + tokens * out) * item, 2 * tokens * count * size)  # fmt: skip
+    sparse[rows, cols] = delta.to(dtype).double()
+    sparse = sparse.transpose(1, 2).reshape(out, in_)
+    # Nothing to do where all lines are read.
+    yield Op("gather", lambda: reference.gather(x, plan.inner.at, block),
+             x.double().unflatten(1, (-1, block))[:, plan.inner.at].flatten(1), 2 * read, 0)  # fmt: skip
 
-    scores = ops.block_scores(dy, x, block, "abs_mean")
-    yield Op("block_scores", lambda: ops.block_scores(dy, x, block, "abs_mean"), scores, dense.abs().mean((2, 3)),
-             tokens * (out + in_) * item + scores.nbytes, 2 * tokens * out * in_)  # fmt: skip
+    kept, y, dx = reference.gather(x, plan.inner.at, block), dy.clone(), torch.zeros_like(x)
+    yield Op("block_add_", lambda: added(y, kept, delta, plan.out, plan.kept), dy.double() + x.double() @ sparse.T,
+             read + 2 * written + delta.nbytes, flops)  # fmt: skip
+    yield Op("block_add_ to dx", lambda: added(dx, dy, delta.mT, plan.inner, plan.out), dy.double() @ sparse,
+             written + 2 * read + delta.nbytes, flops)  # fmt: skip
 
-    weight = torch.zeros(out, in_, device=device, dtype=dtype)
-    tiles = weight.unfold(0, block, block).unfold(1, block, block)
-    views = [tiles[row, col] for row, col in zip(rows.tolist(), cols.tolist(), strict=True)]
-    pointers = ops.block_pointers(views)
-    ops.write_blocks(views, blocks, pointers)
-    yield Op("write_blocks", lambda: ops.write_blocks(views, blocks, pointers), blocks_of(weight)[rows, cols],
-             blocks.double(), count * size * (4 + item), 0)  # fmt: skip
+    dense = (dy.double().T @ x.double()).unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).transpose(1, 2)
+    yield Op("block_grad", lambda: ops.block_grad(dy, kept, plan.out, plan.kept, block), dense[rows, cols],
+             written + read + delta.nbytes, flops)  # fmt: skip
+    yield Op("block_scores", lambda: ops.block_scores(dy, x, block, "abs_mean"), dense.abs().mean((2, 3)),
+             tokens * (out + in_) * item + 4 * grid[0] * grid[1], 2 * tokens * out * in_)  # fmt: skip
+
+
+def added(y: Tensor, *args) -> Tensor:
+    ops.block_add_(y, *args)
+    return y
 
 
 def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, options: Options) -> dict:
-    error = float((op.result.double() - op.truth).abs().max() / op.truth.abs().max())
+    synchronize(options)
+    start = time.perf_counter()
+    result = op.call()
+    synchronize(options)
+    first = time.perf_counter() - start
+    error = float((result.double() - op.truth).abs().max() / op.truth.abs().max())
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"{op.name} is wrong by {error:.1e} of the largest entry at {size} in {dtype}: not timed.")
-    name = str(dtype).removeprefix("torch.")
     out, in_, tokens, block, count = size
     return {
         "op": op.name,
-        "dtype": name,
+        "dtype": name_of(dtype),
         "size": f"[{out}, {in_}], {tokens} tokens, {count} blocks of {block}",
         "error": error,
+        "first_call_s": first,
         "seconds": median_seconds(op.call, options),
         "bytes_s": op.bytes / rates["bytes_per_s"],
-        "flops_s": op.flops / rates["flops_per_s"][name],
+        "flops_s": op.flops / rates["flops_per_s"][name_of(dtype)],
     }
+
+
+def line(row: dict) -> str:
+    ratio = row["seconds"] / max(row["bytes_s"], row["flops_s"])
+    times = f"{1e6 * row['seconds']:8.1f} {ratio:6.2f} {row['error']:7.0e}  {row['first_call_s']:.2f}"
+    return f"{row['op']:16} {row['dtype']:8} {row['size']:50} {times}"
+
+
+def write(result: dict, options: Options) -> None:
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")  # whenever this is interrupted, one whole file stands
+        part.write_text(json.dumps(result, indent=1))
+        part.replace(path)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def synchronize(options: Options) -> None:
+    if options.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def median_seconds(call: Callable[[], object], options: Options) -> float:
@@ -175,4 +216,4 @@ def selection_seconds(options: Options) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -26,9 +26,10 @@ import sys
 import time
 import traceback
 from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -58,6 +59,8 @@ SHAPES = {  # in the order of SIZES
 }
 METHODS = ["floor", "smt", "lora", "dora", "miss", "shira", "full", "smt-warmup"]
 QV, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
+NO_TIME = "no time was left"
+LEAST = 20  # seconds that a setting needs to get anywhere
 LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -105,8 +108,8 @@ SETTINGS = {
     "cpu-budgets": {**CPU_SWEEP, **BUDGETS, "block_size": 32},
     "cpu-blocks": {**CPU_SWEEP, "sweep": "block_size", "values": ["32", "64", "128"], "trainable_ratio": 0.0086},
     "cpu-context": {**CPU_SWEEP, "sweep": "tokens", "values": ["64", "256", "1024"], "batch_size": 1},
-    "host": {**THREE, "shape": "tiny-deep", "rank": 6, "block_size": 16, "batch_size": 1, "tokens": 16, "device": "cpu",
-             "sweep": "target_modules", "values": ["q,v", "all linear"], "rounds": 40},
+    "host": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
+             "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
     "peft": {**PEFT, "methods": ["floor", "smt", "lora", "lora-bf16", "dora", "miss", "full", "smt-warmup", "shira"]},
     "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", "lora-bf16"], "rounds": 6},
     "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
@@ -144,6 +147,9 @@ def main() -> int:
         result = kept(path, name, options)
         results.append(result)
         deadline = min(time.monotonic() + command.seconds, begin + command.total_seconds)
+        if time.monotonic() + LEAST > deadline:
+            print(f"{name}: no time is left.")
+            continue
         try:
             measure(result, options, path, deadline)
         except KeyboardInterrupt:
@@ -174,9 +180,10 @@ def kept(path: Path | None, setting: str, options: Options) -> dict:
     head = header(options.device)
     if path and path.exists():
         result = json.loads(path.read_text())
-        if result["complete"] or result["machine"] == head["machine"]:
-            result["runs"] = [run for run in result["runs"] if run["complete"]]
+        if result.get("complete"):
             return result
+        if "complete" in result and result["machine"] == head["machine"]:
+            return {**result, "runs": [run for run in result["runs"] if run["complete"]]}
     return {**head, "setting": setting, "sweep": options.sweep, "complete": False, "runs": []}
 
 
@@ -203,35 +210,39 @@ def measure(result: dict, options: Options, path: Path | None, deadline: float) 
         result["runs"].append(run)
         measure_run(run, point, deadline, write)
         longest = max(longest, time.monotonic() - begin)
-        print(training_table({**result, "runs": [run]}), flush=True)
+        if options.sweep:
+            print(training_table({**result, "runs": [run]}), flush=True)
     result["complete"] = all(run["complete"] for run in result["runs"])
     write()
 
 
-def measure_run(run: dict, options: Options, deadline: float, write) -> None:
+def measure_run(run: dict, options: Options, deadline: float, write: Callable[[], None]) -> None:
     """All methods for one combination of options: what can be counted, one by one, then times, in turns."""
     begin = time.monotonic()
     base = random_llama(options.shape, options.layers, options.dtype, options.device)
     batch = torch.randint(0, base.config.vocab_size, (options.batch_size, options.tokens), device=options.device)
     run["base_parameters"], figures, trials = base.num_parameters(), run["methods"], []
     for method in options.methods:
-        if trials and time.monotonic() - begin > 0.6 * (deadline - begin):
-            figures[method] = {"note": "no time was left"}
+        left = deadline - time.monotonic()
+        if trials and left < 0.4 * (deadline - begin):
+            figures[method] = {"note": NO_TIME}
             continue
         figures[method] = {"step_s": [], "synced_s": [], "host_s": []}
-        guarded(figures[method], lambda method=method: trials.append(counted(base, method, options, batch, figures)))
+        count = partial(counted, base, method, options, batch, figures[method])
+        guarded(figures[method], lambda count=count: trials.append(count()), max(20, 0.6 * left))
         write()
     gc.freeze()  # a process with one method has a tenth of these objects to go through
     for turn in range(options.rounds):
+        left = deadline - time.monotonic()
         for trial in trials[:: -1 if turn % 2 else 1]:
             if "note" not in figures[trial.method]:
-                guarded(figures[trial.method], lambda trial=trial: trial.take_turn(figures[trial.method]))
+                guarded(figures[trial.method], partial(trial.take_turn, figures[trial.method]), max(20, 0.6 * left))
         write()
         if time.monotonic() > deadline:
             break
     if options.sweep == "target_modules":
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
-    run["complete"] = not any(figure.get("note") == "no time was left" for figure in figures.values())
+    run["complete"] = not any(figure.get("note") == NO_TIME for figure in figures.values())
     trials.clear()
     gc.unfreeze()
     gc.collect()
@@ -240,8 +251,14 @@ def measure_run(run: dict, options: Options, deadline: float, write) -> None:
     write()
 
 
-def guarded(figure: dict, action) -> None:
-    """One method that fails costs the run nothing but its own row."""
+def guarded(figure: dict, action: Callable[[], object], seconds: float) -> None:
+    """One method that fails, or takes more than so many seconds, costs the run nothing but its own row."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("it took too long")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0 if seconds == math.inf else seconds)
     try:
         action()
     except torch.OutOfMemoryError:
@@ -251,15 +268,17 @@ def guarded(figure: dict, action) -> None:
             raise
         traceback.print_exc()
         figure["note"] = str(error).strip().partition("\n")[0] or type(error).__name__
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def counted(base, method: str, options: Options, batch: torch.Tensor, figures: dict) -> Trial:
+def counted(base: LlamaForCausalLM, method: str, options: Options, batch: torch.Tensor, figure: dict) -> Trial:
     start = time.perf_counter()
     trial = Trial(base, method, options, batch)
-    figures[method] |= trial.count()
-    figure, seconds = figures[method], time.perf_counter() - start
+    figure |= trial.count()
     device = f", device {1e3 * figure['device_s']:.2f} ms" if "device_s" in figure else ""
     first = f"first step {figure.get('first_step_s', 0):.2f} s{device}"
+    seconds = time.perf_counter() - start
     print(f"{method}: {figure['trainable_parameters']:,} trained, {first} ({seconds:.1f} s in all)", flush=True)
     return trial
 
@@ -382,7 +401,7 @@ class Trial:
         figure = {"trainable_parameters": sum(p.numel() for p in self.trained)}
         if self.method == "smt-warmup":
             return {"trainable_parameters": 0}
-        graphs, breaks = compiler_counts()
+        graphs, breaks = compiler_counts() if self.options.compile else (0, 0)
         start = self.clock()
         self.step()
         figure["first_step_s"] = self.clock() - start  # compiles and tunes kernels: no part of the other times
@@ -394,7 +413,7 @@ class Trial:
             self.step()
             figure["peak_bytes"] = torch.cuda.max_memory_allocated() - self.others
             figure |= self.profile()
-        else:
+        elif not self.options.compile:
             with CountLaunches() as counter:
                 self.step()
             figure["launches"] = counter.count
@@ -458,7 +477,7 @@ class Trial:
         """Some steps: back to back, each waited for, and (few tokens, not waited for) the time of the host alone."""
         steps = self.options.steps
         if self.method == "smt-warmup":
-            figure["synced_s"].append(self.warm_up())
+            figure["synced_s" if self.on_gpu else "step_s"].append(self.warm_up())
             return
         if not self.on_gpu:
             figure["step_s"].append(median(self.timed(self.step) for _ in range(steps)))
@@ -468,7 +487,7 @@ class Trial:
         if not self.options.compile:  # another shape would compile anew
             figure["host_s"].append(self.host_seconds())
 
-    def timed(self, action) -> float:
+    def timed(self, action: Callable[[], object]) -> float:
         start = self.clock()
         action()
         return self.clock() - start
@@ -496,7 +515,8 @@ class Trial:
 
 
 def compiler_counts() -> tuple[int, int]:
-    counters = torch._dynamo.utils.counters
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
@@ -513,26 +533,36 @@ class CountLaunches(TorchDispatchMode):
 # --- the host ------------------------------------------------------------------------------------------------------
 
 
+SAVING = "Function.apply and what it saves"
+
+
 def profile_host(trial: Trial, steps: int = 20) -> dict[str, float]:
-    """Seconds of a step by place in the code, as a profiler that slows Python calls sees them; median of the steps."""
+    """Seconds of a step by place in the code, as a profiler that slows Python calls sees them; the least of the steps.
+
+    The least, here and for whole steps, because what disturbs a host only ever adds to its time.
+    """
     seconds: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
     for step in range(steps):
         with cProfile.Profile() as profile:
             trial.step()
         for (file, _, name), (_, _, own, *_) in pstats.Stats(profile).stats.items():
             seconds[place(file, name)][step] += own
-    return {name: median(values) for name, values in seconds.items()}
+    return {name: min(values) for name, values in seconds.items()}
 
 
 def place(file: str, function: str) -> str:
     if file == "~":  # written in C
-        names = {"run_backward": "autograd's engine and C++ nodes", "apply": "Function.apply and what it saves",
-                 "save_for_backward": "Function.apply and what it saves"}  # fmt: skip
+        names = {"run_backward": "autograd's engine and C++ nodes", "apply": SAVING, "save_for": SAVING}
         return next((place for part, place in names.items() if part in function), "operators, views, other C calls")
     for package in ("smt_peft", "peft"):
         if f"/{package}/" in file:
             return package + file.rpartition(f"/{package}")[2]
-    return "torch.nn.Module's calls" if file.endswith("nn/modules/module.py") else "other Python"
+    places = {
+        "nn/modules/module.py": "torch.nn.Module's calls",
+        "autograd/function.py": SAVING,
+        "transformers/": "transformers",
+    }
+    return next((place for part, place in places.items() if part in file), file.rpartition("site-packages/")[2])
 
 
 if __name__ == "__main__":

@@ -92,12 +92,12 @@ class DeltaBank(nn.Module):
         weight = self._parameters["weight"]
         if hasattr(weight, "ds_id"):
             return (self.split() if self.running is None else self.running)[target]
-        if isinstance(weight, DTensor) or self.layout().order is not None:  # copies, which could go stale
-            return self.split()[target]
+        if isinstance(weight, DTensor) or self.layout().order is not None or torch.jit.is_tracing():
+            return self.split()[target]  # copies, which could go stale; a trace must see how views are made
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
             weight = self._parameters["weight"]
-        state = (weight.data_ptr(), _version(weight), weight.requires_grad, self._layout)
+        state = weight.data_ptr(), _version(weight), weight.requires_grad
         cached = self._views
         if cached is None or cached[0] is not weight or cached[1] != state:
             cached = self._views = None  # first let go of the old graph
@@ -117,7 +117,7 @@ class DeltaBank(nn.Module):
             return _split(weight, layout)
 
     def forward(self) -> Tensor:
-        """A copy of the bank. Called rather than read where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
+        """A copy of the bank. Called, not read, where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
         return self.weight.clone()
 
     def begin_forward(self) -> None:
@@ -222,9 +222,9 @@ class DeltaBank(nn.Module):
         expected = (self.num_blocks, self.block_size, self.block_size)
         if weight is not None and weight.numel() and tuple(weight.shape) != expected:
             raise ValueError(
-                f"The checkpoint holds {' x '.join(map(str, weight.shape))} values, but the adapter was configured for "
-                f"{expected[0]} blocks of {expected[1]} x {expected[2]} (num_blocks, block_size); use the "
-                "adapter_config.json that was saved with it."
+                f"The checkpoint holds {weight.shape[0]} blocks of {' x '.join(map(str, weight.shape[1:]))}, but the "
+                f"adapter was configured for {expected[0]} blocks of {expected[1]} x {expected[2]} (num_blocks, "
+                "block_size); use the adapter_config.json that was saved with it."
             )
         if weight is not None and not (index is not None and fingerprint is not None):
             raise ValueError("The checkpoint holds deltas without their index; the file is broken.")

@@ -108,6 +108,14 @@ class SMTConfig(PeftConfig):
         },
     )
 
+    awaits_weights = False  # no field: read from a folder or repository whose weights are to follow
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> SMTConfig:
+        config = super().from_pretrained(*args, **kwargs)
+        config.awaits_weights = True
+        return config
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SMT

@@ -99,12 +99,9 @@ class Linear(nn.Module, SMTLayer):
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
-        if not requires_grad and any(share.bank.weight.requires_grad for share in self.smt_blocks.values()):
-            raise ValueError(
-                "One layer of an SMT adapter cannot be frozen alone: the blocks of all layers are one parameter. Leave "
-                "the layer out with layers_to_transform, target_modules or exclude_modules, or freeze the adapter: "
-                "model.set_requires_grad(adapter_names, False)."
-            )
+        """Also of the layer's adapters, each as a whole: the blocks of all layers are one parameter."""
+        for share in self.smt_blocks.values():
+            share.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
     # --- forward -------------------------------------------------------------------------------------------------
@@ -226,9 +223,8 @@ class Linear(nn.Module, SMTLayer):
 
     def unmerge(self) -> None:
         """Take merged adapters out again: the weight is what it was, bit for bit."""
-        if not self.merged:
+        if not (self.merged or self._before or self._original):
             warnings.warn("Already unmerged. Nothing to do.")
-            return
         self.restore()
 
     @torch.no_grad()

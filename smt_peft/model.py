@@ -66,8 +66,9 @@ class SMTModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
         except BaseException:
-            _take_out(model, adapter_name)
-            replaced.put_back(self.peft_config)
+            _take_out(model, adapter_name, replaced)
+            if replaced.bank is not None:
+                self.peft_config[adapter_name] = replaced.bank.config
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             raise
@@ -155,7 +156,7 @@ class SMTModel(BaseTuner):
         if config.selected_blocks is not None:
             position = {target.name: i for i, target in enumerate(bank.targets)}
             rows = [[position[name], *rc] for name, blocks in config.selected_blocks.items() for rc in blocks]
-            return sort_index(torch.tensor(rows))
+            return sort_index(torch.tensor(rows, device="cpu"))
         if config.selection == "random":
             return select(random_scores(grids, config.seed), bank.groups, config.scope)
         if config.selection == "diagonal":  # the same share everywhere: all diagonals tie
@@ -212,17 +213,24 @@ class SMTModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        renamed = {}
-        for key in _bank_keys(model, adapter_name):
+        renamed, keys = {}, _bank_keys(model, adapter_name)
+        for key in keys:
             saved = cls._remove_adapter_name_from_key(key, adapter_name)
             renamed[saved] = renamed["base_model.model." + saved] = key
-        if not any(key in renamed for key in state_dict):
-            found = ", ".join(sorted(state_dict)[:3]) or "nothing"
-            raise ValueError(
-                f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs to "
-                "another PEFT method, or it is broken."
-            )
-        return {renamed.get(key, key): value for key, value in state_dict.items()}
+        state_dict = {renamed.get(key, key): value for key, value in state_dict.items()}
+        try:
+            if not any(key in state_dict for key in keys):
+                found = ", ".join(sorted(state_dict)[:3]) or "nothing"
+                raise ValueError(
+                    f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs "
+                    "to another PEFT method, or it is broken."
+                )
+            _find_banks(model)[1][adapter_name].check(*(state_dict.get(key) for key in keys))
+        except ValueError:
+            _forget_unloaded(model, adapter_name)
+            raise
+        config.awaits_weights = False
+        return state_dict
 
     # --- one batch, several adapters -------------------------------------------------------------------------------
 
@@ -248,14 +256,12 @@ class SMTModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_add_adapter_names, names=names if module in in_encoder else repeated), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        ]
+        handles: list = []
         try:
+            for module in self.modules():
+                if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                    hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -267,7 +273,7 @@ def _add_adapter_names(module, args, kwargs, names):
 
 
 class _Replaced:
-    """An adapter on its way out for a new one of its name: its bank and its layers' shares, to be put back if need be."""
+    """An adapter that makes room for a new one of its name: its bank and its layers' shares, to be put back."""
 
     def __init__(self, model: nn.Module, adapter: str):
         self.adapter, self.banks = adapter, getattr(model, BANK)
@@ -280,11 +286,9 @@ class _Replaced:
         self.shares: list[Share] = [layer.smt_blocks.pop(adapter) for layer in self.layers]
         self.bank = self.banks.pop(adapter) if adapter in self.banks else None
 
-    def put_back(self, configs: dict) -> None:
-        if self.bank is None:
-            return
-        self.banks[self.adapter] = self.bank
-        configs[self.adapter] = self.bank.config
+    def put_back(self) -> None:
+        if self.bank is not None:
+            self.banks[self.adapter] = self.bank
         for layer, share in zip(self.layers, self.shares, strict=True):
             layer.smt_blocks[self.adapter] = share
 
@@ -303,17 +307,27 @@ def _check_name(model: nn.Module, adapter: str) -> None:
         )
 
 
-def _take_out(model: nn.Module, adapter: str) -> None:
-    """Undo an injection that failed."""
+def _take_out(model: nn.Module, adapter: str, replaced: _Replaced | None = None) -> None:
+    """Take an adapter out that was just put in, and put the one back whose place it took."""
     for layer in [module for module in model.modules() if isinstance(module, Linear)]:
         if adapter in layer.smt_blocks:
             del layer.smt_blocks[adapter]
     banks: Banks = getattr(model, BANK)
     if adapter in banks:
         del banks[adapter]
+    if replaced is not None:
+        replaced.put_back()
     _unwrap(model)
     if not len(banks):
         _remove_banks(model)
+
+
+def _forget_unloaded(model: nn.Module, adapter: str) -> None:
+    """Take an adapter out whose config was loaded, and whose weights are refused."""
+    owner = next((m for m in model.modules() if isinstance(m, SMTModel) and adapter in m.peft_config), None)
+    if owner is not None and owner.peft_config[adapter].awaits_weights:
+        _take_out(owner.model, adapter)
+        del owner.peft_config[adapter]
 
 
 def _unwrap(model: nn.Module) -> None:

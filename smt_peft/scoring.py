@@ -49,7 +49,7 @@ class ScoreCollector:
 
     def __init__(self, layers: list[nn.Module], block_size: int, score: str, accumulation: str):
         self.layers, self.block_size, self.score, self.accumulation = layers, block_size, score, accumulation
-        self.source = torch.zeros((), requires_grad=True)  # makes the graph exist: in the warm-up nothing is trained
+        self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
         self.scale = 1.0  # of the loss, for float16
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
         self._last: tuple[torch.Tensor, int] | None = None
@@ -130,7 +130,7 @@ class ScoreCollector:
         for layer, total in zip(self.layers, self._sums, strict=True):
             grid = (layer.out_features // self.block_size, layer.in_features // self.block_size)
             if self.accumulation == "signed" and self.score != "mean_abs":
-                total = torch.zeros(layer.out_features, layer.in_features) if total is None else total
+                total = torch.zeros(layer.out_features, layer.in_features, device=layer.device) if total is None else total
                 total = ops.reduce_blocks(_sum_over_ranks(total), self.block_size, self.score)
             else:
                 total = torch.zeros(grid, device=layer.device) if total is None else total

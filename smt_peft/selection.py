@@ -67,13 +67,13 @@ def _rankings(members: Sequence[int], scope: str, inputs: Sequence[int] | None) 
 
 def _best(scores: Sequence[torch.Tensor], members: list[int], count: int) -> torch.Tensor:
     """The `count` best blocks of these targets, [count, 3]."""
-    flat = [scores[member].flatten().double().cpu() for member in members]
-    starts = torch.tensor([0, *map(len, flat[:-1])]).cumsum(0)
+    flat = [scores[member].flatten().cpu().double() for member in members]
+    starts = torch.tensor([0, *map(len, flat[:-1])], device="cpu").cumsum(0)
     best = _top(torch.cat(flat), count)
     owner = torch.bucketize(best, starts, right=True) - 1
     block = best - starts[owner]
-    target = torch.tensor(members)[owner]
-    columns = torch.tensor([scores[member].shape[1] for member in members])[owner]
+    target = torch.tensor(members, device="cpu")[owner]
+    columns = torch.tensor([scores[member].shape[1] for member in members], device="cpu")[owner]
     return torch.stack([target, block // columns, block % columns], dim=1)
 
 
@@ -102,16 +102,16 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
 
 def random_scores(grids: Sequence[tuple[int, int]], seed: int) -> list[torch.Tensor]:
     """Uniform scores, the same for the same seed on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(grid, generator=generator, dtype=torch.float64) + 1e-9 for grid in grids]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return [torch.rand(grid, generator=generator, dtype=torch.float64, device="cpu") + 1e-9 for grid in grids]
 
 
 def diagonal_scores(grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """1 on the block diagonal (stretched where the grid is not square), less with each step to its right, wrapped."""
     scores = []
     for rows, cols in grids:
-        first = torch.arange(rows) * cols // rows
-        steps = (torch.arange(cols)[None, :] - first[:, None]) % cols
+        first = torch.arange(rows, device="cpu") * cols // rows
+        steps = (torch.arange(cols, device="cpu")[None, :] - first[:, None]) % cols
         scores.append(1 - steps.double() / cols)
     return scores
 

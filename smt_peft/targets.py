@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from smt_peft.bank import Group, Target
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
 
+SMALLEST_FAST_BLOCK = 16  # what matrix units take
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
 _DEFAULTS = {
@@ -53,10 +55,9 @@ def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> 
     Raises:
         ValueError: where the chosen size does not divide a side.
     """
-    common = 1
-    while common < LARGEST_AUTO_BLOCK and not any(side % (2 * common) for shape in shapes.values() for side in shape):
-        common *= 2
+    common = _common_block_size(shapes)
     if config.block_size == "auto":
+        _warn_of_odd_modules(shapes, common)
         return common
     for name, shape in shapes.items():
         if any(side % config.block_size for side in shape):
@@ -65,6 +66,27 @@ def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> 
                 f"use {common} or block_size='auto'."
             )
     return config.block_size
+
+
+def _common_block_size(shapes: dict[str, tuple[int, int]]) -> int:
+    sides, common = {side for shape in shapes.values() for side in shape}, 1
+    while common < LARGEST_AUTO_BLOCK and not any(side % (2 * common) for side in sides):
+        common *= 2
+    return common
+
+
+def _warn_of_odd_modules(shapes: dict[str, tuple[int, int]], common: int) -> None:
+    """Warn where few modules, such as a head of 37 classes, make every block small."""
+    odd = {name: shape for name, shape in shapes.items() if any(side % SMALLEST_FAST_BLOCK for side in shape)}
+    if common < SMALLEST_FAST_BLOCK and odd and len(odd) < len(shapes):
+        without = _common_block_size({name: shape for name, shape in shapes.items() if name not in odd})
+        name, shape = next(iter(odd.items()))
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        warnings.warn(
+            f"block_size='auto' is {common}, because of {name} with a weight of shape {shape}{others}; without it "
+            f"blocks of {without} would do, which are faster. Leave it out with exclude_modules, or train it whole "
+            "with modules_to_save."
+        )
 
 
 def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:

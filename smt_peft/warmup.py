@@ -117,7 +117,7 @@ def _refuse_trained_deltas(bank: DeltaBank, adapter_name: str) -> None:
         dist.all_reduce(trained)
     if trained:
         raise ValueError(
-            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would receive "
+            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would get "
             "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
             "model.add_adapter(name, SMTConfig(...))."
         )

@@ -121,6 +121,36 @@ def assert_same_gradients(model: nn.Module, dense: nn.Module, adapter: str = "de
     assert compared, "nothing was compared"
 
 
+def assert_right(model: PeftModel, base: nn.Module, batch: dict[str, torch.Tensor], adapter: str = "default") -> None:
+    """Outputs and gradients are those of base and delta, and the delta is not zero."""
+    assert any(delta.any() for delta in deltas_of(model, adapter).values()), "the delta is zero"
+    model.zero_grad()
+    dense = dense_of(base, model, adapter)
+    assert_close(outputs(model, batch), outputs(dense, batch))
+    model.train()(**batch).loss.backward()
+    dense(**batch).loss.backward()
+    assert_same_gradients(model, dense, adapter)
+    model.zero_grad()
+
+
+def state_of(model: nn.Module) -> dict[str, object]:
+    """What a user could notice a change in."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    return {"flags": flags, "values": values, "modules": [name for name, _ in model.named_modules()]}
+
+
+def assert_same_state(found: dict[str, object], expected: dict[str, object]) -> None:
+    appeared = set(found["modules"]) ^ set(expected["modules"])
+    assert found["modules"] == expected["modules"], f"modules that came or went: {sorted(appeared)}"
+    moved = {name for name, _ in set(found["flags"].items()) ^ set(expected["flags"].items())}
+    assert not moved, f"parameters that came, went or changed requires_grad: {sorted(moved)}"
+    entries = set(found["values"]) ^ set(expected["values"])
+    assert not entries, f"state that came or went: {sorted(entries)}"
+    for name, value in expected["values"].items():
+        assert torch.equal(found["values"][name], value), f"{name} has changed"
+
+
 def filled(parameter: nn.Parameter) -> torch.Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 

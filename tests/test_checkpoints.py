@@ -92,7 +92,7 @@ def test_a_half_precision_base_keeps_a_float32_delta(llama, logits, tmp_path, dt
     loaded = PeftModel.from_pretrained(deepcopy(base), tmp_path)
     assert torch.equal(loaded.base_model.model.smt_bank["default"].weight, bank.weight)
     merged = loaded.merge_and_unload()
-    assert torch.equal(logits(merged), logits(model))
+    torch.testing.assert_close(logits(merged), logits(model), rtol=0.05, atol=0.05)
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, Linear):
             exact = (base.get_submodule(name).weight.float() + layer.get_delta_weight("default")).to(dtype)

@@ -1,5 +1,7 @@
 """Ctrl-C at any line of the package: the base weights are the base's, and the adapter goes on."""
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,11 +34,18 @@ def make_base() -> Plain:
     return Plain().double()
 
 
-def make_model() -> PeftModel:
-    """Two adapters, both used, one after the other."""
+@cache
+def new_model() -> PeftModel:
+    """Two adapters. To be copied, which is quicker than to make it."""
     model = get_peft_model(make_base(), make_config(**SMALL))
     model.add_adapter("other", make_config(seed=3, **SMALL))
-    model.double().set_adapter("other")
+    return model.double()
+
+
+def make_model() -> PeftModel:
+    """With both adapters used, one after the other."""
+    model = deepcopy(new_model())
+    model.set_adapter("other")
     model(X).sum().backward()
     model.set_adapter("default")
     model(X).sum().backward()

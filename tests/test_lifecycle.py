@@ -141,8 +141,9 @@ def test_adapter_names_that_do_not_fit_are_refused(two, batches, names, message)
 
 
 def test_a_reference_adapter_made_as_trl_does_equals_the_policy(llama, batches, logits):
-    model = get_peft_model(llama, config(selection="gradient", warmup_steps=4))
+    model = get_peft_model(llama, config(selection="gradient", warmup_steps=4, init_weights=True))
     select_blocks(model, batches, progress_bar=False)
+    torch.nn.init.normal_(model.base_model.model.smt_bank["default"].weight)
     model.add_adapter("ref", model.peft_config["default"])
     for name, parameter in model.named_parameters():
         if ".default." in name:
@@ -170,10 +171,7 @@ def test_status_tells_what_is_active_and_trainable(two, tmp_path):
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["before a forward", "after a forward"])
-@pytest.mark.parametrize("path", ["resident", "additive"])
-def test_merging_computes_the_same_and_unmerging_restores_every_bit(llama, base, logits, monkeypatch, path, used):
-    if path == "additive":
-        monkeypatch.setattr(Linear, "is_resident", False)
+def test_merging_computes_the_same_and_unmerging_restores_every_bit(llama, base, logits, used):
     model = wrap(llama)
     expected = logits(with_deltas(base, model, "default"))
     if used:
@@ -192,7 +190,7 @@ def test_the_merged_model_is_a_plain_one_with_the_adapters_logits(llama, logits)
     model = wrap(llama)
     expected = logits(model)
     merged = model.merge_and_unload()
-    assert torch.equal(logits(merged), expected)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
     assert [name for name, _ in merged.named_modules()] == names and not merged._forward_pre_hooks
     assert not any("smt" in key for key in merged.state_dict())
 

@@ -181,12 +181,12 @@ def test_mezo_estimates_the_slope_of_the_dense_model(base, batches, method):
     noise = [torch.randn_like(p) for p in trained]
     slope = sum((p.grad * z).sum() for p, z in zip(trained, noise, strict=True))
     losses = []
-    for step in (1e-4, -2e-4):
+    for step in (1e-3, -2e-3):
         for parameter, z in zip(trained, noise, strict=True):
             parameter.data.add_(z, alpha=step)
         with torch.no_grad():
             losses.append(model(**batches[0]).loss)
-    assert ((losses[0] - losses[1]) / 2e-4).item() == pytest.approx(slope.item(), rel=2e-2)
+    assert ((losses[0] - losses[1]) / 2e-3).item() == pytest.approx(slope.item(), rel=1e-2)
 
 
 # --- teachers and averages ------------------------------------------------------------------------------------------
@@ -204,10 +204,10 @@ def test_a_teacher_made_by_deepcopy_follows_the_parameters_of_its_student(base, 
     assert_same_outputs(student, dense_of(base, student), batches)
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_an_averaged_model_is_the_base_with_averaged_deltas(base, batches, method, use_buffers):
+def test_an_averaged_model_is_the_base_with_averaged_deltas(base, batches, method):
+    """Not with use_buffers=True, which would average the index as numbers."""
     model = wrap(base, method)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=use_buffers)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for _ in range(3):
         train(model, batches)
         averaged.update_parameters(model)

@@ -69,38 +69,45 @@ def watched(function, *args):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def operands(block_size, grid, tokens, dtype=torch.float32):
+def lists_of(side, block_size, lines):
+    """The same blocks on features at random."""
+    features = torch.randperm(lines * block_size, generator=torch.Generator().manual_seed(lines)).to(DEVICE)
+    return side._replace(at=features.view(lines, block_size)[side.at])
+
+
+def features_of(side, block_size):
+    """[n, b]: the features of each block."""
+    at = side.at if side.at.ndim == 2 else side.at[:, None] * block_size + torch.arange(block_size, device=DEVICE)
+    return at[side.member]
+
+
+def check(kernels, block_size, grid, tokens, dtype=torch.float32, lists=False):
+    """All operations against dense float64 ones."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(tokens, size * block_size) for size in grid]
     dy, x = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    # The last block row is empty; the first has the most blocks.
-    rows, cols = torch.tensor([0, max(grid[0] - 2, 0), 0], device=DEVICE), torch.tensor([0, grid[1] - 1, 0]).to(DEVICE)
-    return dy, x, rows.int(), cols.int()
-
-
-def check(kernels, block_size, grid, tokens, dtype=torch.float32):
-    """All operations against dense float64 ones."""
-    dy, x, rows, cols = operands(block_size, grid, tokens, dtype)
+    # The last block row is empty; the first has the most blocks, two of them at one place.
+    rows, cols = torch.tensor([0, max(grid[0] - 2, 0), 0, 0]), torch.tensor([0, grid[1] - 1, 0, 1])
+    out, inner, _ = ops.move(ops.plan(rows, cols, keep_input=True), DEVICE)
+    if lists:
+        out, inner = (lists_of(side, block_size, size) for side, size in zip((out, inner), grid, strict=True))
+    place = features_of(out, block_size)[:, :, None], features_of(inner, block_size)[:, None, :]
     dense = dy.double().T @ x.double()
-    blocks = dense.reshape(grid[0], block_size, grid[1], block_size).transpose(1, 2)
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * (1 + tokens) ** 0.5, "check_dtype": False}
+    narrow = {"rtol": 2e-2 if dtype != torch.float32 else 1e-4, "atol": 1e-2, "check_dtype": False}
 
-    grad = torch.ones(4, block_size, block_size, device=DEVICE)
-    slots = torch.tensor([3, 0, 2], device=DEVICE)
-    watched(lambda: kernels.block_grad_(grad.fill_(1), dy, x, slots, rows, cols))
-    expected = torch.ones_like(grad, dtype=torch.float64)
-    expected[slots] += blocks[rows.long(), cols.long()]
-    torch.testing.assert_close(grad, expected, **tolerance)
+    gradient = watched(kernels.block_grad, dy, x, out, inner, block_size)
+    torch.testing.assert_close(gradient, dense[place], **tolerance)
 
-    delta = torch.randn(3, block_size, block_size, device=DEVICE).to(dtype).mT
-    y = watched(kernels.block_matmul, x, delta, rows, cols, dy.shape[1])
-    weight = torch.zeros_like(blocks).index_put((rows.long(), cols.long()), delta.double(), accumulate=True)
-    expected = x.double() @ weight.transpose(1, 2).reshape(dense.shape).T
-    torch.testing.assert_close(
-        y, expected, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-2, check_dtype=False
-    )
-    if grid[0] > 1:
-        assert not y[:, -block_size:].any()
+    delta = torch.randn(4, block_size, block_size, device=DEVICE).to(dtype).float()
+    weight = torch.zeros_like(dense).index_put(place, delta.double(), accumulate=True)
+    y = watched(lambda: (sums := dy.clone(), kernels.block_add_(sums, x, delta, out, inner))[0])
+    torch.testing.assert_close(y, dy.double() + x.double() @ weight.T, **narrow)
+    untouched = torch.ones(dy.shape[1], dtype=torch.bool, device=DEVICE)
+    untouched[place[0].flatten()] = False
+    assert torch.equal(y[:, untouched], dy[:, untouched])
+    dx = watched(lambda: (sums := torch.zeros_like(x), kernels.block_add_(sums, dy, delta.mT, inner, out))[0])
+    torch.testing.assert_close(dx, dy.double() @ weight, **narrow)
 
     for score in ops.SCORES:
         scores = watched(kernels.block_scores, dy, x, block_size, score)
@@ -109,19 +116,20 @@ def check(kernels, block_size, grid, tokens, dtype=torch.float32):
 
 @here
 @pytest.mark.parametrize(("block_size", "tokens"), [(16, 20), (48, 5), (128, 9), (160, 20)])
-def test_every_element_is_written_and_nothing_waits(kernels, block_size, tokens):
-    check(kernels, block_size, (3, 2), tokens)
+@pytest.mark.parametrize("lists", [False, True])
+def test_every_element_is_written_and_nothing_waits(kernels, block_size, tokens, lists):
+    check(kernels, block_size, (3, 2), tokens, lists=lists)
 
 
 @here
 @pytest.mark.parametrize("config", range(4))
-@pytest.mark.parametrize("block_size", [16, 96])
-def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, block_size):
+@pytest.mark.parametrize(("block_size", "lists"), [(16, True), (96, False)])
+def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, block_size, lists):
     tile, step, warps, stages = kernels._CONFIGS[config]
     choice = kernels.triton.Config({"TILE": tile, "STEP": step}, num_warps=warps, num_stages=stages)
-    for kernel in (kernels._block_grad_kernel, kernels._block_matmul_kernel, kernels._block_scores_kernel):
+    for kernel in (kernels._block_grad_kernel, kernels._block_add_kernel, kernels._block_scores_kernel):
         monkeypatch.setattr(kernel, "configs", [choice])
-    check(kernels, block_size, (2, 3), 70, torch.float16)
+    check(kernels, block_size, (2, 3), 70, torch.float16, lists)
 
 
 @here
@@ -138,14 +146,48 @@ def test_offsets_beyond_int32(kernels):
     tokens, stride, size = 33, 2**26, 16
     memory = torch.empty((tokens - 1) * stride + size, dtype=torch.float16, device=DEVICE)
     far = memory.as_strided((tokens, size), (stride, 1)).copy_(torch.randn(tokens, size))
-    near, index, delta = far.clone(), torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.ones(1, size, size)
+    near, place, delta = far.clone(), torch.zeros(1, dtype=torch.int64), torch.ones(1, size, size, device=DEVICE)
+    out, inner, _ = ops.move(ops.plan(place, place, keep_input=True), DEVICE)
     results = []
-    for x in (far, near):
-        grad = torch.zeros(1, size, size, device=DEVICE)
-        kernels.block_grad_(grad, x, x, index, index, index)
-        y = kernels.block_matmul(x, delta.to(DEVICE), index, index, size)
-        results.append((grad, y, kernels.block_scores(x, x, size, "l1")))
+    for x in (near, far):
+        gradient = kernels.block_grad(x, x, out, inner, size)
+        y = torch.zeros(tokens, size, device=DEVICE)
+        kernels.block_add_(y, x, delta, out, inner)
+        results.append((gradient, y, kernels.block_scores(x, x, size, "l1")))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+    operand = near.clone()
+    for y in (near, far):
+        kernels.block_add_(y, operand, delta, out, inner)
+    assert torch.equal(near, far)
+
+
+@here
+def test_features_beyond_int32(kernels):
+    """The last feature lies 2^31 elements behind the first, as in a transposed matrix of many tokens."""
+    tokens, stride, size = 3, 2**26, 16
+    memory = torch.empty(48 * stride + tokens, dtype=torch.float16, device=DEVICE)
+    far = memory.as_strided((tokens, 48), (1, stride))
+    near, delta = torch.randn(tokens, 48, device=DEVICE).half(), torch.ones(1, size, size, device=DEVICE)
+    far.copy_(near)
+    out, inner, _ = ops.move(ops.plan(torch.tensor([2]), torch.tensor([2]), keep_input=True), DEVICE)
+    lists = [lists_of(side, size, 3) for side in (out, inner)]
+    for sides in ((out, inner), lists):
+        assert torch.equal(kernels.block_grad(near, near, *sides, size), kernels.block_grad(far, far, *sides, size))
+        operand = near.clone()
+        for y in (near, far):
+            kernels.block_add_(y, operand, delta, *sides)
+        assert torch.equal(near, far)
+
+
+@here
+def test_tuning_adds_only_once(kernels, monkeypatch):
+    """A tuner calls the kernel many times; here without the clocks of a GPU, which the interpreter does not have."""
+    configs = [kernels.triton.Config({"TILE": tile, "STEP": 32}) for tile in (64, 128)]
+    monkeypatch.setattr(kernels._block_add_kernel, "configs", configs)
+    monkeypatch.setattr(kernels._block_add_kernel, "cache", {})
+    monkeypatch.setattr(kernels._block_add_kernel, "_do_bench", lambda call, quantiles: [call() or call() or 1.0] * 3)
+    check(kernels, 16, (2, 2), 20)
+    assert kernels._block_add_kernel.cache
 
 
 @here

@@ -6,12 +6,12 @@ operators (`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.uti
 documented once, in `reference.py`. `add_blocks` is what a layer calls.
 """
 
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -60,38 +60,64 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
         in_place: whether y may be overwritten: nothing else holds it.
     """
     if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad or x.requires_grad):
-        return AddBlocks.apply(y, x, delta, plan, in_place)
+        return AddBlocks.apply(y, x, delta, plan, in_place)[0]
     total = _to_change(y, in_place)
     block_add_(total.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), delta, plan.out, plan.inner)
     return total
 
 
 class AddBlocks(torch.autograd.Function):
-    """See `add_blocks`."""
+    """See `add_blocks`. Beside the sum it returns what it keeps of x, so that this has a place in the graph."""
 
     @staticmethod
     def forward(ctx, y, x, delta, plan, in_place):
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        ctx.set_materialize_grads(False)  # or backward would get zeros as the gradient of what is kept
         total, x, inner = _to_change(y, in_place), x.reshape(-1, x.shape[-1]), plan.inner
         if plan.gathers:
             x, inner = reference.gather(x, inner.at, delta.shape[1]), plan.kept
         if x.dtype.itemsize > y.dtype.itemsize:  # under autocast
             x = x.to(y.dtype)
         block_add_(total.view(-1, y.shape[-1]), x.to(y.dtype), delta, plan.out, inner)
-        ctx.save_for_backward(x if delta.requires_grad else None, delta)
-        return total
+        kept = x if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(kept, delta)
+        return total, kept
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, delta = ctx.saved_tensors
-        plan, flat, dx, ddelta = ctx.plan, dy.reshape(-1, dy.shape[-1]), None, None
-        if ctx.needs_input_grad[1]:
-            dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
-            block_add_(dx.view(-1, ctx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
-        if ctx.needs_input_grad[2]:
-            ddelta = block_grad(flat, x, plan.out, plan.kept, delta.shape[1]).to(delta.dtype)
-        return dy, dx, ddelta, None, None
+    def backward(ctx, dy, _):
+        if dy is None:  # what follows gave no gradient
+            return (None,) * 5
+        gradients = _gradients(ctx, dy, *ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Last.apply(*gradients, dy, *ctx.saved_tensors)
+        return dy, *gradients, None, None
+
+
+@torch.no_grad()
+def _gradients(ctx, dy: Tensor, x: Tensor | None, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    plan, flat, dx, ddelta = ctx.plan, dy.reshape(-1, dy.shape[-1]), None, None
+    if ctx.needs_input_grad[1]:
+        dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
+        block_add_(dx.view(-1, ctx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
+    if ctx.needs_input_grad[2]:
+        ddelta = block_grad(flat, x, plan.out, plan.kept, delta.shape[1]).to(delta.dtype)
+    return dx, ddelta
+
+
+class _Last(torch.autograd.Function):
+    """Passes gradients on that have none themselves: better no second derivative than one that lacks a part.
+
+    What they were computed from comes along, as `once_differentiable` does not ask for: whichever way a derivative of
+    them is asked for, it leads here.
+    """
+
+    @staticmethod
+    def forward(ctx, dx, ddelta, *origins):
+        return dx, ddelta
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("add_blocks has no second derivative.")
 
 
 def _to_change(y: Tensor, in_place: bool) -> Tensor:
@@ -110,9 +136,10 @@ def _triton_kernels() -> ModuleType | None:
     return triton_kernels
 
 
-def _implementation(operand: Tensor, block_size: int) -> ModuleType:
+def _implementation(block_size: int, *operands: Tensor) -> ModuleType:
     """The module that computes. Triton's matrix units take 16 x 16 tiles of at most 32 bits."""
-    on_triton = (operand.is_cuda or interpret) and block_size % 16 == 0 and operand.dtype.itemsize <= 4
+    on_triton = (operands[0].is_cuda or interpret) and block_size % 16 == 0
+    on_triton = on_triton and all(operand.dtype.itemsize <= 4 for operand in operands)
     return (on_triton and _triton_kernels()) or reference
 
 
@@ -122,32 +149,43 @@ def _check_divisible(block_size: int, *features: int) -> None:
             raise ValueError(f"The block size {block_size} does not divide {size} features.")
 
 
-@library.impl(_operators, "block_add_", "CompositeExplicitAutograd")
-@torch.no_grad()
+def _operator(name: str) -> Callable:
+    """Register the decorated function as what the operator computes, without autograd and without autocast."""
+
+    def register(compute: Callable) -> Callable:
+        @library.impl(_operators, name, "CompositeExplicitAutograd")
+        @torch.no_grad()
+        def run(*args):
+            device = args[0].device.type
+            if not torch.is_autocast_enabled(device):
+                return compute(*args)
+            with torch.autocast(device, enabled=False):  # it would round what is summed in a wider dtype
+                return compute(*args)
+
+        return compute
+
+    return register
+
+
+@_operator("block_add_")
 def _block_add_(y: Tensor, x: Tensor, delta: Tensor, out: list[Tensor], inner: list[Tensor]) -> None:
     block_size = delta.shape[1]
     _check_divisible(block_size, y.shape[1], x.shape[1])
-    if torch.is_autocast_enabled(x.device.type):  # sums are wider than autocast's dtype
-        with torch.autocast(x.device.type, enabled=False):
-            _implementation(x, block_size).block_add_(y, x, delta, Side(*out), Side(*inner))
-    else:
-        _implementation(x, block_size).block_add_(y, x, delta, Side(*out), Side(*inner))
+    _implementation(block_size, y, x).block_add_(y, x, delta, Side(*out), Side(*inner))
 
 
-@library.impl(_operators, "block_grad", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_operator("block_grad")
 def _block_grad(dy: Tensor, x: Tensor, out: list[Tensor], inner: list[Tensor], block_size: int) -> Tensor:
     _check_divisible(block_size, dy.shape[1], x.shape[1])
-    return _implementation(dy, block_size).block_grad(dy, x, Side(*out), Side(*inner), block_size)
+    return _implementation(block_size, dy).block_grad(dy, x, Side(*out), Side(*inner), block_size)
 
 
-@library.impl(_operators, "block_scores", "CompositeExplicitAutograd")
-@torch.no_grad()
+@_operator("block_scores")
 def _block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     if score not in SCORES:
         raise ValueError(f"Unknown score {score!r}; choose one of {', '.join(SCORES)}.")
     _check_divisible(block_size, dy.shape[1], x.shape[1])
-    return _implementation(dy, block_size).block_scores(dy, x, block_size, score)
+    return _implementation(block_size, dy).block_scores(dy, x, block_size, score)
 
 
 @library.register_fake("smt::block_add_", lib=_operators)

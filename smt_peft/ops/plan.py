@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 def side(coordinates: Tensor) -> Side:
     """The side of tiles with these block coordinates, int [n]."""
-    at, member = coordinates.unique(return_inverse=True)
+    at, member = coordinates.long().unique(return_inverse=True)
     order = torch.argsort(member, stable=True)
     counts = torch.bincount(member, minlength=len(at))
     return Side(at, member, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))

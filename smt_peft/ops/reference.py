@@ -26,7 +26,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather(matrix: Tensor, at: Tensor, block_size: int) -> Tensor:
-    """The features of the lines `at` (see `Side`) of a matrix [T, features]: [T, m * b], itself if it is all of them."""
+    """The features of the lines `at` (see `Side`) of a matrix [T, features]: [T, m * b], or itself."""
     if at.ndim == 2:
         return matrix.index_select(1, at.flatten())
     if at.shape[0] * block_size == matrix.shape[1]:
@@ -43,15 +43,15 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         delta: [n, b, b], any strides, rounded to the dtype of `x` if it has another.
         out, inner: where the blocks lie; blocks at one place add up.
     """
-    tokens, block_size, dtype = x.shape[0], delta.shape[1], sum_dtype(x.dtype)
+    block_size, dtype = delta.shape[1], sum_dtype(x.dtype)
     delta, wide = delta.to(x.dtype).to(dtype), torch.promote_types(y.dtype, dtype)
     total, rows = _by_line(y, out.at, block_size, wide)
     if _dense_is_faster(out, inner, block_size):
         product = gather(x, inner.at, block_size).to(dtype) @ _dense(delta, out, inner).T
-        total.index_add_(1, rows, product.view(tokens, -1, block_size).to(wide))
+        total.index_add_(1, rows, _lines(product, block_size).to(wide))
     else:
         x, cols = _by_line(x, inner.at, block_size)
-        size = _chunk_size(tokens, block_size)
+        size = _chunk_size(x.shape[0], block_size)
         parts = delta.split(size), rows[out.member].split(size), cols[inner.member].split(size)
         for blocks, row, col in zip(*parts, strict=True):
             product = torch.bmm(x.index_select(1, col).transpose(0, 1).to(dtype), blocks.mT)
@@ -166,7 +166,7 @@ def _dense(delta: Tensor, out: Side, inner: Side) -> Tensor:
     lines, read, block_size = len(out.at), len(inner.at), delta.shape[1]
     dense = delta.new_zeros(lines, block_size, read, block_size)
     dense.transpose(1, 2).index_put_((out.member, inner.member), delta, accumulate=True)
-    return dense.view(lines * block_size, -1)
+    return dense.view(lines * block_size, read * block_size)
 
 
 def _chunk_size(tokens: int, block_size: int) -> int:

@@ -59,11 +59,16 @@ def _sum_over_tokens(
 
 
 @triton.jit
-def _feature(at, line, i, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """The features `i` of a line: neighbours from its block coordinate on, or as a list [m, b] says."""
-    if TILES:
-        return tl.load(at + line) * BLOCK + i
-    return tl.load(at + line * BLOCK + i, mask=i < BLOCK, other=0)
+def _place(block, member, at, TILES: tl.constexpr):
+    """Where the features of a block are: its block coordinate, or its line in a list [m, b]."""
+    line = tl.load(member + block)
+    return tl.load(at + line) if TILES else line
+
+
+@triton.jit
+def _features(place, i, at, BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """The features `i` of a place."""
+    return place * BLOCK + i if TILES else tl.load(at + place * BLOCK + i, mask=i < BLOCK, other=0)
 
 
 @_tuned("bucket", "BLOCK", "SPLITS")
@@ -98,8 +103,8 @@ def _block_grad_kernel(
     split = tl.program_id(2)
     i = tl.program_id(1) // PARTS * SPAN + tl.arange(0, SPAN)
     j = tl.program_id(1) % PARTS * SPAN + tl.arange(0, SPAN)
-    dy += _feature(out_at, tl.load(out_member + block), i, BLOCK, OUT_TILES) * dy_feature
-    x += _feature(in_at, tl.load(in_member + block), j, BLOCK, IN_TILES) * x_feature
+    dy += _features(_place(block, out_member, out_at, OUT_TILES), i, out_at, BLOCK, OUT_TILES) * dy_feature
+    x += _features(_place(block, in_member, in_at, IN_TILES), j, in_at, BLOCK, IN_TILES) * x_feature
     run = tl.cdiv(tokens, SPLITS)
     last = tl.minimum(split * run + run, tokens)
     total = _sum_over_tokens(dy, x, i < BLOCK, j < BLOCK, split * run, last, dy_token, x_token, STEP, PRECISION)
@@ -145,21 +150,26 @@ def _block_add_kernel(
     token = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     inside = token < tokens
     token = token.to(tl.int64)
-    total = tl.zeros([TILE, SPAN], dtype=tl.float32)
+    total = tl.zeros([SPAN, TILE], dtype=tl.float32)
     # One loop over the steps of all blocks of the line, and not one in another, so that loads run ahead across blocks.
-    for step in range(tl.load(starts + line) * STEPS, tl.load(starts + line + 1) * STEPS):
-        block = tl.load(order + step // STEPS)
+    # They run further ahead if they wait for no others, so each step looks up where the next one reads.
+    first = tl.load(starts + line).to(tl.int32) * STEPS
+    last = tl.load(starts + line + 1).to(tl.int32) * STEPS
+    block = tl.load(order + first // STEPS)
+    place = _place(block, in_member, in_at, IN_TILES)
+    for step in range(first, last):
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-        feature = _feature(in_at, tl.load(in_member + block), j, BLOCK, IN_TILES)
-        x_tile = tl.load(
-            x + token * x_token + feature[None, :] * x_feature, mask=inside & (j < BLOCK)[None, :], other=0.0
-        )
-        delta_tile = delta + block * delta_block + i[None, :] * delta_row + j[:, None] * delta_col
-        delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[None, :] & (j < BLOCK)[:, None], other=0.0)
-        total = _add_product(total, x_tile, delta_tile.to(x_tile.dtype), PRECISION)
-    y += token * y_token + _feature(out_at, line, i, BLOCK, OUT_TILES)[None, :] * y_feature
+        x_tile = x + token * x_token + _features(place, j, in_at, BLOCK, IN_TILES)[None, :] * x_feature
+        x_tile = tl.load(x_tile, mask=inside & (j < BLOCK)[None, :], other=0.0)
+        delta_tile = delta + block * delta_block + i[:, None] * delta_row + j[None, :] * delta_col
+        delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :], other=0.0)
+        total = _add_product(total, delta_tile.to(x_tile.dtype), tl.trans(x_tile), PRECISION)
+        block = tl.load(order + tl.minimum(step + 1, last - 1) // STEPS)
+        place = _place(block, in_member, in_at, IN_TILES)
+    place = tl.load(out_at + line) if OUT_TILES else line
+    y += token * y_token + _features(place, i, out_at, BLOCK, OUT_TILES)[None, :] * y_feature
     mask = inside & (i < BLOCK)[None, :]
-    tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
+    tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + tl.trans(total), mask=mask)
 
 
 @_tuned("bucket", "BLOCK")
@@ -220,6 +230,7 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
             *args, *y.stride(), *x.stride(), *delta.stride(),
             BLOCK=block_size, PADDED=_padded(block_size), PRECISION=_precision(), **tiles,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(y)  # PyTorch does not see that a kernel writes
 
 
 def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:

@@ -1,0 +1,163 @@
+"""A notebook cell that is run again, a config that is refused: as LoRA, or in words."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from dense_truth import (
+    METHODS,
+    QKV,
+    add_adapter,
+    assert_base_untouched,
+    assert_close,
+    assert_right,
+    assert_same_state,
+    make_config,
+    outputs,
+    state_of,
+    train,
+    wrap,
+)
+from peft import PeftModel, get_peft_model
+
+
+@pytest.fixture
+def base(llama):
+    """Never wrapped, in float64."""
+    return llama.double()
+
+
+# --- one base, wrapped twice ---------------------------------------------------------------------------------------
+
+
+AGAIN = {
+    "the same": {},
+    "another budget": {"budget": 10},
+    "a larger budget": {"budget": 40},
+    "another seed": {"seed": 11},
+    "more targets": {"target_modules": [*QKV, "o_proj", "down_proj"]},
+    "fewer targets": {"target_modules": ["v_proj"], "budget": 10},
+    "other targets": {"target_modules": ["o_proj", "down_proj"]},
+    "another block size": {"block_size": 8, "budget": 40},
+}
+LEFT_ACTIVE = {"fewer targets", "other targets"}  # LoRA leaves the first adapter active in what is no target now
+
+
+def both_methods(names):
+    cells = [(method, name) for method in METHODS for name in names]
+    return [cell for cell in cells if cell[0] == "smt" or cell[1] not in LEFT_ACTIVE]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method, second", both_methods(AGAIN))
+def test_the_second_config_on_one_base_is_obeyed(base, batches, tmp_path, method, second):
+    cell = deepcopy(base)
+    first = get_peft_model(cell, make_config(method)).double().train()
+    train(first, batches)
+    model = get_peft_model(cell, make_config(method, **AGAIN[second])).double().train()
+    assert_right(model, base, batches[0])
+    alone = wrap(base, method, **AGAIN[second])
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(
+        p.numel() for p in alone.parameters() if p.requires_grad
+    )
+    train(model, batches)
+    assert_right(model, base, batches[0])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(deepcopy(base), tmp_path).double()
+    torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
+    if method == "smt":
+        assert_base_untouched(model, base)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method, second", both_methods(AGAIN))
+def test_the_second_file_on_one_base_is_obeyed(base, batches, tmp_path, method, second):
+    wrap(base, method, seed=1).save_pretrained(tmp_path / "first")
+    other = wrap(base, method, **AGAIN[second])
+    torch.manual_seed(8)
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            parameter.data = (torch.randn(parameter.shape) * 0.05).to(parameter)
+    other.save_pretrained(tmp_path / "second")
+    cell = deepcopy(base)
+    first = PeftModel.from_pretrained(cell, tmp_path / "first", is_trainable=True).train()
+    train(first, batches)
+    model = PeftModel.from_pretrained(cell, tmp_path / "second", is_trainable=True).double()
+    assert_close(outputs(model, batches[0]), outputs(other, batches[0]))
+    assert_right(model, base, batches[0])
+    if method == "smt":
+        assert_base_untouched(model, base)
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(deepcopy(base), tmp_path / "again")
+    assert_close(outputs(again, batches[0]), outputs(other, batches[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_wrapping_a_model_that_is_wrapped_gives_a_working_adapter_or_an_error_in_words(base, batches, method):
+    model = wrap(base, method)
+    train(model, batches)
+    before = outputs(model, batches[0])
+    try:
+        again = get_peft_model(model, make_config(method, budget=10)).double().train()
+    except ValueError as error:
+        assert method == "smt" and ("unload" in str(error) or "add_adapter" in str(error))
+        assert torch.equal(outputs(model, batches[0]), before)
+        assert_right(model, base, batches[0])
+        return
+    trained = [p for p in again.parameters() if p.requires_grad]
+    again(**batches[0]).loss.backward()
+    assert trained and any(p.grad is not None and p.grad.any() for p in trained)
+    start = outputs(again, batches[0])
+    train(again, batches)
+    assert not torch.equal(outputs(again, batches[0]), start)
+
+
+# --- configs that are refused ----------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "a block size that divides nothing": {"block_size": 24},
+    "a budget above all blocks": {"budget": 4000},
+    "targets that do not exist": {"target_modules": ["no_such_module"]},
+    "blocks of a module that is no target": {"selected_blocks": {"lm_head": [[0, 0]]}, "num_blocks": 1},
+    "blocks outside of the weight": {
+        "selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 99]]},
+        "num_blocks": 1,
+    },
+    "a target that has no weight": {"target_modules": ["act_fn", "q_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["as another adapter", "around the same base"])
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches, options, how):
+    cell = deepcopy(base)
+    model = get_peft_model(cell, make_config()).double().train()
+    train(model, batches)
+    model.base_model.model.lm_head.weight.requires_grad_(True)  # a user's own choice
+    before, expected = state_of(model), outputs(model, batches[0])
+    names = list(model.peft_config)
+    bad = make_config(**options)
+    with pytest.raises((ValueError, TypeError)):
+        model.add_adapter("bad", bad) if how == "as another adapter" else get_peft_model(cell, bad)
+    assert_same_state(state_of(model), before)
+    assert list(model.peft_config) == names and model.active_adapter == "default"
+    assert torch.equal(outputs(model, batches[0]), expected)
+    assert_right(model, base, batches[0])
+    add_adapter(model, "bad", seed=2)
+    model.set_adapter("bad")
+    assert_right(model, base, batches[0], "bad")
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_a_config_that_is_refused_leaves_a_plain_model_as_it_was(base, batches, options):
+    model = deepcopy(base)
+    before = state_of(model)
+    model.lm_head.weight.requires_grad_(False)
+    before["flags"]["lm_head.weight"] = False
+    with pytest.raises((ValueError, TypeError)):
+        get_peft_model(model, make_config(**options))
+    assert_same_state(state_of(model), before)
+    assert_right(get_peft_model(model, make_config()).double(), base, batches[0])
