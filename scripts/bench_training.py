@@ -7,8 +7,9 @@
 Weights are random in real shapes: cost does not depend on values. The floor is the same model, frozen, with gradients
 flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
 All methods stand on the same base weights within one process and take turns (rounds), so that a slow moment of the
-machine hits all of them; compare ratios. Each setting writes `training_SETTING.json` as it goes, keeps what such a
-file holds already, and stops at a limit in seconds; exit status 3 says that something is missing.
+machine hits all of them; compare ratios. In every forward transformers waits for the device once, to see if sequences
+are packed, for all methods alike. Each setting writes `training_SETTING.json` as it goes, keeps what such a file holds
+already, and stops at a limit in seconds; exit status 3 says that something is missing.
 `scripts/report_benchmarks.py` turns these files into tables and pictures.
 """
 
@@ -113,7 +114,7 @@ SETTINGS = {
     "peft": {**PEFT, "methods": ["floor", "smt", "lora", "lora-bf16", "dora", "miss", "full", "smt-warmup", "shira"]},
     "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", "lora-bf16"], "rounds": 6},
     "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
-    "compile": {**PEFT, **THREE, "compile": True, "rounds": 6},
+    "compile": {**PAPER, **THREE, "layers": 4, "compile": True, "rounds": 6},
     "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "4096", "8192"], "batch_size": 1},
     "budgets": {**SWEEP, **BUDGETS, "block_size": 128},
     "blocks": {**SWEEP, "sweep": "block_size", "values": ["32", "64", "128", "256"]},

@@ -38,7 +38,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback
 from smt_peft.plotting import plot_losses, plot_selection, plot_shares
 
 METHODS = ("smt", "lora", "dora", "full")
@@ -167,7 +167,7 @@ def fine_tune(
         eval_dataset=test,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
         processing_class=tokenizer,
-        callbacks=[note, warmup] if method == "smt" else [note],
+        callbacks=[note, warmup, SMTMonitorCallback()] if method == "smt" else [note],
     )
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     after = trainer.evaluate()

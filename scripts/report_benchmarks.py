@@ -212,9 +212,8 @@ def value(run: dict, method: str, quantity: str) -> float | None:
 
 def ratios(run: dict, method: str, other: str, quantity: str = "step_s") -> list[float]:
     """A quantity in terms of another method's, round by round: a machine that is slow for a while slows both."""
-    mine, theirs = (run["methods"].get(name, {}).get(quantity) or [] for name in (method, other))
-    if not isinstance(mine, list) or not isinstance(theirs, list):
-        return [mine / theirs]
+    found = (run["methods"].get(name, {}).get(quantity) or [] for name in (method, other))
+    mine, theirs = (values if isinstance(values, list) else [values] for values in found)
     return [a / b for a, b in zip(mine, theirs, strict=False)]
 
 

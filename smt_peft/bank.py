@@ -7,6 +7,7 @@ view as an input and returns that view's gradient; autograd joins the parts into
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -73,7 +74,9 @@ class DeltaBank(nn.Module):
             index_device = "cpu" if device.type == "meta" else device
             self.register_buffer("index", torch.full((num_blocks, 3), -1, dtype=torch.int32, device=index_device))
             self.register_buffer("fingerprint", torch.tensor([self._hash_targets()], device=index_device))
+        self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
+        self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
         self._views: tuple | None = None
         self._layout: Layout | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_checkpoints)
@@ -87,10 +90,8 @@ class DeltaBank(nn.Module):
         Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
         values needs no new ones; a training step makes new ones all the same, since autograd's graph has been used.
         """
-        if torch.compiler.is_compiling():
-            return (self.split() if self.running is None else self.running)[target]
         weight = self._parameters["weight"]
-        if hasattr(weight, "ds_id"):
+        if torch.compiler.is_compiling() or hasattr(weight, "ds_id"):
             return (self.split() if self.running is None else self.running)[target]
         if isinstance(weight, DTensor) or self.layout().order is not None or torch.jit.is_tracing():
             return self.split()[target]  # copies, which could go stale; a trace must see how views are made
@@ -100,8 +101,11 @@ class DeltaBank(nn.Module):
         state = weight.data_ptr(), _version(weight), weight.requires_grad
         cached = self._views
         if cached is None or cached[0] is not weight or cached[1] != state:
-            cached = self._views = None  # first let go of the old graph
+            cached = None
+            self._forget_views()
             cached = self._views = (weight, state, self.split())
+            for share in self._live_shares():
+                share.ready = self.plan(share.target, weight.device), cached[2][share.target]
         return cached[2][target]
 
     def split(self) -> tuple[Tensor, ...]:
@@ -120,19 +124,23 @@ class DeltaBank(nn.Module):
         """A copy of the bank. Called, not read, where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
         return self.weight.clone()
 
-    def begin_forward(self) -> None:
-        """Make what the layers need in a forward of the whole model and could not make themselves.
+    def begin_forward(self, model: nn.Module, adapter: str) -> None:
+        """Make what layers need in a forward of the whole model and could not make themselves.
 
-        A copy of the bank under ZeRO-3, and in a compiled model the one split whose parts all layers take.
+        A copy of the bank under ZeRO-3; in a compiled model the one split whose parts all layers take; for layers that
+        are compiled one by one, their `Share.ready`.
         """
-        is_sharded = hasattr(self._parameters["weight"], "ds_id")
+        self.running = None
         if not self.is_selected:
-            self.running = None
-        elif is_sharded or torch.compiler.is_compiling():
+            return
+        if hasattr(self._parameters["weight"], "ds_id") or torch.compiler.is_compiling():
             self.running = self.split()
-        else:
-            self.view(0)
-            self.running = self._views and self._views[2]  # for layers that are compiled one by one
+            return
+        if self.shares is None:
+            shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
+            self.shares = [weakref.ref(share) for share in shares]
+            self._forget_views()
+        self.view(0)
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""
@@ -268,11 +276,20 @@ class DeltaBank(nn.Module):
             )
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
-        self._views = self.running = None  # or the views would keep the old storage
+        self._forget_views()
         return super()._apply(fn, recurse)
 
+    def _forget_views(self) -> None:
+        """Let go of the old graph, and of the old storage."""
+        self._views = self.running = None
+        for share in self._live_shares():
+            share.ready = None
+
+    def _live_shares(self) -> Iterator[Share]:
+        return filter(None, (reference() for reference in self.shares or ()))
+
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "running": None, "_views": None, "_layout": None}
+        return {**super().__getstate__(), "running": None, "shares": None, "_views": None, "_layout": None}
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, targets={len(self.targets)}"
@@ -291,8 +308,8 @@ class Banks(nn.ModuleDict):
     def _begin_forward(self, model: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
             _refuse_reentrant_checkpointing(model)
-        for bank in self.values():
-            bank.begin_forward()
+        for adapter, bank in self.items():
+            bank.begin_forward(model, adapter)
 
     def _end_compiled_forward(self, *_: object) -> None:
         if torch.compiler.is_compiling():  # the graph need not hand the views out
@@ -317,6 +334,18 @@ class Share(nn.Module):
         self.__dict__["banks"] = banks  # not registered: their home is the root of the model
         self.adapter = adapter
         self.target = -1  # position among the bank's targets
+        self.ready: tuple[ops.Plan | None, Tensor] | None = None  # for a layer that is compiled by itself
+
+    def parts(self, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
+        """Where this layer's blocks lie, for the operations on `device`, and their deltas; None, None without any."""
+        bank = self.banks._modules[self.adapter]
+        if torch.compiler.is_compiling() and bank.running is None and self.ready is not None:
+            return self.ready  # tensors of its own: layers can share a graph
+        plan = bank.plan(self.target, device)
+        return plan, None if plan is None else bank.view(self.target)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "ready": None}
 
     @property
     def bank(self) -> DeltaBank:
@@ -343,7 +372,8 @@ def _refuse_other_checkpoints(bank: DeltaBank, state_dict: dict, prefix: str, *_
 
 
 def _forget_layout(bank: DeltaBank, *_: object) -> None:
-    bank._layout = bank._views = bank.running = None
+    bank._layout = None
+    bank._forget_views()
     if bank.index.dtype != torch.int32:  # files hold int16 where that suffices, and some loaders keep a file's dtype
         bank.index = bank.index.int()
     bank.layout()

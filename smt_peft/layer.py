@@ -124,14 +124,12 @@ class Linear(nn.Module, SMTLayer):
 
     def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
         share = self.smt_blocks._modules.get(adapter)
-        bank = None if share is None else self.banks._modules.get(adapter)
-        if bank is None:
+        if share is None:
             return y
-        plan = bank.plan(share.target, y.device)
+        plan, delta = share.parts(y.device)
         if plan is None:
-            self._require_selection(bank, adapter)
+            self._require_selection(share.bank, adapter)
             return y
-        delta = bank.view(share.target)
         if delta.device != y.device or x.device != y.device:  # a model spread over devices
             delta, x = delta.to(y.device), x.to(y.device)
         return ops.add_blocks(y, x, delta, plan, in_place=self._owns_output())
@@ -158,7 +156,9 @@ class Linear(nn.Module, SMTLayer):
         return y
 
     def _require_selection(self, bank: DeltaBank, adapter: str) -> None:
-        if self.training and torch.is_grad_enabled() and bank.weight.requires_grad and not bank.is_selected:
+        if bank.is_selected or bank.in_warmup:
+            return
+        if self.training and torch.is_grad_enabled() and bank.weight.requires_grad:
             raise RuntimeError(
                 f"Adapter {adapter!r} has no blocks yet: training needs a selection first. Pass "
                 "callbacks=[SMTWarmupCallback()] to the Trainer, or call "

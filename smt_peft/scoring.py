@@ -130,7 +130,8 @@ class ScoreCollector:
         for layer, total in zip(self.layers, self._sums, strict=True):
             grid = (layer.out_features // self.block_size, layer.in_features // self.block_size)
             if self.accumulation == "signed" and self.score != "mean_abs":
-                total = torch.zeros(layer.out_features, layer.in_features, device=layer.device) if total is None else total
+                if total is None:
+                    total = torch.zeros(layer.out_features, layer.in_features, device=layer.device)
                 total = ops.reduce_blocks(_sum_over_ranks(total), self.block_size, self.score)
             else:
                 total = torch.zeros(grid, device=layer.device) if total is None else total

@@ -31,8 +31,8 @@ def select_blocks(
     """Run the warm-up by hand and apply its selection: what `SMTWarmupCallback` does inside a Trainer.
 
     Base weights, buffers, `requires_grad`, gradients, train/eval mode and random states are afterwards what they were,
-    whatever interrupts it. The model runs in train mode. In a distributed run every rank calls this with its own batches; all get the selection of
-    the summed scores.
+    whatever interrupts it. The model runs in train mode. In a distributed run every rank calls this with its own
+    batches; all get the selection of the summed scores.
 
     Args:
         model: a model with an SMT adapter (from `get_peft_model`, or one that transformers injected).
@@ -61,7 +61,7 @@ def select_blocks(
     collecting = ActivationCollector if config.selection == "activation" else ScoreCollector
     collector = collecting(layers, bank.block_size, config.score, config.accumulation)
     collector.scale = loss_scale
-    with torch.compiler.set_stance("force_eager"), _untouched(model, collector):
+    with torch.compiler.set_stance("force_eager"), _untouched(model, bank, collector):
         _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
     scores = collector.scores()
     index = select(scores, bank.groups, config.scope, collector.inputs)
@@ -170,7 +170,7 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, collector: ScoreCollector) -> Iterator[None]:
+def _untouched(model: nn.Module, bank: DeltaBank, collector: ScoreCollector) -> Iterator[None]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
     modes, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     modes = {module: module.training for module in model.modules()}
@@ -188,6 +188,7 @@ def _untouched(model: nn.Module, collector: ScoreCollector) -> Iterator[None]:
     handles: list = []
 
     def restore() -> None:
+        bank.in_warmup = False
         for handle in handles:
             handle.remove()
         for parameter, gradient in trainable:
@@ -208,6 +209,7 @@ def _untouched(model: nn.Module, collector: ScoreCollector) -> Iterator[None]:
 
     try:
         try:
+            bank.in_warmup = True
             model.train()
             for parameter, _ in trainable:
                 parameter.requires_grad_(False)

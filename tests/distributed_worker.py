@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback
 
 VOCABULARY, LENGTH, STEPS = 128, 12, 6
 
@@ -194,7 +194,7 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torc
         get_peft_model(model, smt),
         arguments,
         train_dataset=Samples(cell.uneven_labels),
-        callbacks=[SMTWarmupCallback()] if cell.selection == "gradient" else [],
+        callbacks=[SMTMonitorCallback(), *([SMTWarmupCallback()] if cell.selection == "gradient" else [])],
     )
     if backend == "zero3":  # which otherwise leaves parameters as small as these gathered
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]

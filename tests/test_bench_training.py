@@ -1,10 +1,12 @@
 """Tests of scripts/bench_training.py, bench_inference.py and report_benchmarks.py, at toy size on the CPU."""
 
+import contextlib
 import json
 import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +134,40 @@ def test_times_of_the_host_and_the_device_are_taken_apart(monkeypatch):
     trial.take_turn(figure)
     assert figure["step_s"][0] > 0.02 and figure["synced_s"][0] > 0.02
     assert figure["host_s"][0] < figure["synced_s"][0] - 0.01
+
+
+def test_every_column_of_a_gpu_is_filled(measure, monkeypatch):
+    """With a pretended device: the code that only a GPU runs, for every method of the main setting."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    class Profile(contextlib.nullcontext):
+        def __init__(self, activities):
+            super().__init__(self)
+
+        def events(self):
+            took = SimpleNamespace(elapsed_us=lambda: 12.5)
+            kinds = [("kernel", cuda, False)] * 3 + [("annotation", cuda, True), ("operator", cpu, False)]
+            names = ("name", "device_type", "is_user_annotation")
+            return [SimpleNamespace(time_range=took, **dict(zip(names, kind, strict=True))) for kind in kinds]
+
+    def start(trial, base, *rest, start=bench_training.Trial.__init__):
+        start(trial, base, *rest)
+        trial.on_gpu, trial.others = True, 2**30
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(bench_training.Trial, "__init__", start)
+    numbers = {"max_memory_allocated": 2**31, "reset_peak_memory_stats": None, "synchronize": None}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda number=number: number)
+    status, result = measure("peft", "--rehearse")
+    assert status == 0
+    for method, figure in result["runs"][0]["methods"].items():
+        assert "note" not in figure and figure["synced_s"]
+        if method != "smt-warmup":
+            assert figure["launches"] == 3 and figure["device_s"] == pytest.approx(3 * 12.5e-6)
+            assert figure["peak_bytes"] == 2**30 and len(figure["step_s"]) == len(figure["host_s"]) == 2
+    (row,) = [line for line in report_benchmarks.training_table(result).splitlines() if "| smt |" in line]
+    assert "| - |" not in row.rpartition(" | - |")[0], "only the note is empty"
 
 
 def test_the_host_setting_says_where_the_time_goes(measure):

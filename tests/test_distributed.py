@@ -11,17 +11,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-CHECKPOINTING = ("none", "non-reentrant", "reentrant")
-MATRIX = {f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in CHECKPOINTING for n in (1, 2)}
+MATRIX = {
+    f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in ("none", "non-reentrant") for n in (1, 2)
+}
+REENTRANT = {f"reentrant-{n}": {"checkpointing": "reentrant", "accumulation": n} for n in (1, 2)}
 CELLS = {
     **MATRIX,
     "uneven": {"uneven_labels": True, "selection": "random", "accumulation": 2, "resume": False},
 }
 BF16 = {"bf16": {"bf16": True}}
 ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
-    "single": BF16,
+    "single": BF16 | REENTRANT,
     "ddp": BF16,
-    "fsdp2": BF16 | {"sharded": {"sharded_checkpoints": True}},
+    "fsdp2": BF16 | REENTRANT | {"sharded": {"sharded_checkpoints": True}},
 }
 BACKENDS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("ddp", "fsdp2", "zero2", "zero3")]
 EVERY = [pytest.param("single", marks=pytest.mark.xdist_group("single")), *BACKENDS]
@@ -106,6 +108,25 @@ def test_a_training_with_sharded_fsdp_checkpoints_can_save_its_adapter(ran):
     rank = outcomes(ran, "fsdp2", "sharded")[0]
     saved = load_file(ran("fsdp2")[0] / "sharded" / "adapter" / "adapter_model.safetensors")
     assert torch.equal(saved["base_model.model.smt_bank.weight"], rank["delta"])
+
+
+@pytest.mark.parametrize("cell", REENTRANT)
+@pytest.mark.parametrize("backend", [EVERY[0], BACKENDS[1]])
+def test_reentrant_checkpointing_changes_nothing_in_one_process_and_under_fsdp2(ran, backend, cell):
+    for rank in outcomes(ran, backend, cell):
+        plain = outcomes(ran, backend, f"none-{cell[-1]}")[0]
+        torch.testing.assert_close(rank["delta"], plain["delta"], rtol=1e-4, atol=1e-6)
+        assert torch.equal(rank["resumed"]["delta"], rank["delta"])
+
+
+@pytest.mark.parametrize("backend", [BACKENDS[0], *BACKENDS[2:]])
+def test_reentrant_checkpointing_is_refused_before_the_first_step_with_the_way_out(backend, tmp_path):
+    """One parameter that every segment uses: DDP and ZeRO would reduce it after the first."""
+    if backend.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="ZeRO needs deepspeed")
+    for rank in launch(backend, {"refused": {**REENTRANT["reentrant-1"], "resume": False}}, tmp_path):
+        assert "use_reentrant" in rank["refused"]["error"] and "ValueError" in rank["refused"]["error"]
+    assert not list(tmp_path.glob("refused/checkpoint-*"))
 
 
 @pytest.mark.parametrize("cell", MATRIX)

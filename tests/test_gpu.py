@@ -100,10 +100,16 @@ def backward(model: nn.Module, ids: torch.Tensor, autocast: torch.dtype | None =
     return embedded.grad
 
 
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """With the whole mask given: without one, transformers waits for the device to see if sequences are packed."""
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+
+
 def train(model: nn.Module, ids: torch.Tensor, steps: int, **options) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, **options)
     for _ in range(steps):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
@@ -276,7 +282,7 @@ def test_the_host_never_waits_in_a_step(base, gpu, block_size, checkpointing):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            loss_of(model, ids).backward()
             optimizer.step()
             optimizer.zero_grad()
     finally:
@@ -293,7 +299,7 @@ def test_two_models_on_two_streams_compute_what_they_compute_alone(base, device,
     expected = []
     for model, its_ids in zip(models, ids, strict=True):
         for _ in range(2):
-            model(input_ids=its_ids, labels=its_ids, use_cache=False).loss.backward()
+            loss_of(model, its_ids).backward()
         expected.append(bank(model).grad.clone())
         bank(model).grad = None
     streams = [torch.cuda.Stream() if device == "cuda" else None for _ in models]
@@ -304,12 +310,9 @@ def test_two_models_on_two_streams_compute_what_they_compute_alone(base, device,
         with torch.cuda.stream(streams[number]):  # does nothing where the stream is None
             return action()
 
-    def loss_of(number: int):
-        return models[number](input_ids=ids[number], labels=ids[number], use_cache=False).loss
-
     def run(number: int) -> None:
         for _ in range(2):
-            on_stream(number, lambda: loss_of(number).backward())
+            on_stream(number, lambda: loss_of(models[number], ids[number]).backward())
 
     if threads:
         workers = [threading.Thread(target=run, args=[number]) for number in (0, 1)]
@@ -319,7 +322,7 @@ def test_two_models_on_two_streams_compute_what_they_compute_alone(base, device,
             worker.join()
     else:
         for _ in range(2):
-            losses = [on_stream(number, lambda n=number: loss_of(n)) for number in (0, 1)]
+            losses = [on_stream(number, lambda n=number: loss_of(models[n], ids[n])) for number in (0, 1)]
             for number in (1, 0):
                 on_stream(number, losses[number].backward)
     if device == "cuda":
@@ -348,7 +351,7 @@ def test_a_captured_step_replays_as_eager_steps(base, gpu, method):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss_of(model, ids).backward()
         optimizer.step()
     for _ in range(4):
         graph.replay()

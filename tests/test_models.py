@@ -181,7 +181,7 @@ def test_a_loaded_adapter_gives_the_trained_logits(trained):
 def test_a_merged_model_is_a_plain_one_with_the_trained_logits(trained):
     merged = PeftModel.from_pretrained(copy.deepcopy(trained.base), trained.folder).merge_and_unload()
     assert set(merged.state_dict()) == set(trained.base.state_dict())
-    torch.testing.assert_close(trained.logits_of(merged), trained.logits, rtol=0, atol=0)
+    torch.testing.assert_close(trained.logits_of(merged), trained.logits, rtol=1e-3, atol=1e-5)
 
 
 def test_only_selected_blocks_of_the_merged_weights_differ_from_the_base(trained):

@@ -139,7 +139,7 @@ def dense_gradients(folder, method) -> dict[str, torch.Tensor]:
     every_linear = SMTConfig(target_modules="all-linear", block_size=SIZE, num_blocks=1, selection="random")
     for name, layer in get_peft_model(quantized(folder, method), every_linear).base_model.model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            dense.get_submodule(name).weight.data = layer.base_matrix().float()
+            dense.get_submodule(name).weight.data = layer.matrix().float()
     dense(**batch()).loss.backward()
     return {name: module.weight.grad for name, module in dense.named_modules() if name.endswith(PROJECTIONS)}
 

@@ -224,10 +224,11 @@ class PastTheVersionCounter(torch.optim.Optimizer):
             parameter.data.sub_(parameter.grad)
 
 
-def test_a_step_that_autograd_does_not_see_still_reaches_the_weight(base, batches, logits):
+def test_a_step_that_autograd_does_not_see_still_reaches_the_next_forward(base, batches, logits):
     model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=30, selection="random"))
     weight = model.base_model.model.smt_bank["default"].weight
     model.train()(**batches[0]).loss.backward()
     PastTheVersionCounter([weight]).step()
     stepped = logits(model)
-    assert weight.any() and torch.equal(stepped, logits(model.merge_and_unload()))
+    assert weight.any()
+    torch.testing.assert_close(stepped, logits(model.merge_and_unload()), rtol=1e-4, atol=1e-5)

@@ -8,14 +8,13 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import cpu_offload
 from peft import get_peft_model
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
-from smt_peft.diagnostics import Divergence, report_additive
+from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback, select_blocks
+from smt_peft.bank import DeltaBank, Group, Target
+from smt_peft.diagnostics import warn
 
 
 def wrap(base, **options):
@@ -33,10 +32,6 @@ def warm_up(model, batches, **options) -> list[str]:
     return warned_of(lambda: select_blocks(model, batches, progress_bar=False, **options))
 
 
-def additive_warnings(model) -> list[str]:
-    return warned_of(lambda: report_additive(model.base_model.model.smt_bank, "default"))
-
-
 @pytest.fixture
 def arguments(tmp_path):
     def make(**options) -> TrainingArguments:
@@ -49,20 +44,12 @@ def arguments(tmp_path):
 
 
 @pytest.fixture
-def mesh():
-    """Of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-@pytest.fixture
 def trainer(arguments, batches):
     """A Trainer for a model with an adapter."""
     rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch["input_ids"]]
 
     def make(model, **options) -> Trainer:
-        return Trainer(model, arguments(**options), None, rows, callbacks=[SMTWarmupCallback()])
+        return Trainer(model, arguments(**options), None, rows, callbacks=[SMTWarmupCallback(), SMTMonitorCallback()])
 
     return make
 
@@ -72,77 +59,6 @@ def test_nothing_is_said_where_nothing_is_wrong(llama, trainer, caplog):
     run = trainer(wrap(llama, num_blocks=30), logging_steps=1)
     assert warned_of(run.train) == []
     assert not caplog.records
-
-
-# --- layers that are additive ------------------------------------------------------------------------------------
-
-
-def share_one_weight(llama) -> None:
-    """Let layer 1's K be layer 0's: two of six targets."""
-    llama.model.layers[1].self_attn.k_proj.weight = llama.model.layers[0].self_attn.k_proj.weight
-
-
-def test_shared_weights_are_named_in_one_warning(llama, batches):
-    share_one_weight(llama)
-    model = wrap(llama, scope="module", num_blocks=16)
-    [message] = warm_up(model, batches)
-    assert "2 of 6 layers with selected blocks are additive" in message
-    assert "2 shared with another module (model.layers.0.self_attn.k_proj, ...)" in message
-    assert "leave such modules out of target_modules" in message
-
-
-def test_the_way_out_for_shared_weights_is_one(llama, batches):
-    share_one_weight(llama)
-    assert warm_up(wrap(llama, target_modules=["q_proj", "v_proj"]), batches) == []
-
-
-def test_additive_layers_without_selected_blocks_cost_nothing(llama):
-    share_one_weight(llama)
-    blocks = {"model.layers.0.self_attn.q_proj": [[0, 0]]}
-    assert additive_warnings(wrap(llama, num_blocks=None, selected_blocks=blocks)) == []
-
-
-def test_an_offloaded_model_is_named_with_its_way_out(llama, batches):
-    cpu_offload(llama, execution_device=torch.device("cpu"))
-    [message] = warm_up(wrap(llama, scope="module", num_blocks=16), batches)
-    assert "6 of 6 layers" in message and "accelerate's device_map or offloading" in message
-    assert "load the model onto one device" in message
-
-
-def test_training_says_it_too_where_no_warm_up_is_needed(llama, trainer):
-    share_one_weight(llama)
-    run = trainer(wrap(llama, selection="random", num_blocks=60))
-    [message] = [text for text in warned_of(run.train) if "additive" in text]
-    assert "2 of 6 layers" in message
-
-
-def test_training_with_a_warm_up_says_it_once(llama, trainer):
-    share_one_weight(llama)
-    run = trainer(wrap(llama, scope="module", num_blocks=16))
-    assert len([text for text in warned_of(run.train) if "additive" in text]) == 1
-
-
-def test_sharded_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, mesh, caplog):
-    model = wrap(llama, selection="random", num_blocks=60)
-    for layer in llama.model.layers:
-        fully_shard(layer, mesh=mesh)
-    caplog.set_level(logging.INFO, "smt_peft")
-    assert additive_warnings(model) == []
-    [record] = caplog.records
-    assert "6 of 6 layers" in record.message and "6 sharded by FSDP2 or ZeRO-3" in record.message
-
-
-def test_quantised_weights_are_meant_to_be_additive_so_they_are_only_logged(llama, batches, caplog):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    for layer in llama.model.layers:
-        plain = layer.self_attn.q_proj
-        quantised = bitsandbytes.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-        quantised.load_state_dict(plain.state_dict())
-        layer.self_attn.q_proj = quantised.to("cpu")
-    caplog.set_level(logging.INFO, "smt_peft")
-    assert warm_up(wrap(llama, scope="module", num_blocks=16), batches) == []
-    [record] = caplog.records
-    assert "2 of 6 layers" in record.message and "2 quantised (model.layers.0" in record.message
 
 
 # --- a budget in modules of one input ----------------------------------------------------------------------------
@@ -232,15 +148,16 @@ def test_activations_are_watched_too(llama, batches):
 
 def watch(arguments, model, norms, **options) -> list[str]:
     """What the callback says about the norms of steps 1, 2, ..."""
-    callback, control, state = SMTWarmupCallback(), TrainerControl(), TrainerState()
+    callback, control, state = SMTMonitorCallback(), TrainerControl(), TrainerState()
+    args = arguments(**options)
 
     def run():
-        callback.on_train_begin(arguments(**options), state, control, model=model)
+        callback.on_train_begin(args, state, control, model=model)
         for norm in norms:
             state.global_step += 1
-            callback.on_log(None, state, control, logs={"loss": 1.0, "grad_norm": norm})
-        callback.on_log(None, state, control, logs={"eval_loss": 1.0})
-        callback.on_log(None, state, control)
+            callback.on_log(args, state, control, logs={"loss": 1.0, "grad_norm": norm})
+        callback.on_log(args, state, control, logs={"eval_loss": 1.0})
+        callback.on_log(args, state, control)
 
     return warned_of(run)
 
@@ -305,25 +222,32 @@ def test_an_adapter_that_another_callback_merged_in_the_end_is_no_error(selected
     run.train()
 
 
-def test_of_a_sharded_bank_the_own_part_is_looked_at():
+def test_of_a_sharded_bank_the_own_part_is_looked_at(selected, arguments):
     whole = torch.ones(4, 2, 2)
     whole[0, 0, 0] = math.inf
+    bank = DeltaBank(2, [Target("a", 2, 2)], [Group([0], 4)], torch.device("cpu"))
+
+    def message(weight) -> str:
+        callback, state = SMTMonitorCallback(), TrainerState(global_step=7)
+        callback.on_train_begin(arguments(), state, TrainerControl(), model=selected)
+        bank.weight, callback._bank = weight, bank
+        [text] = warned_of(lambda: callback.on_save(arguments(), state, TrainerControl()))
+        return text
+
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
     try:
         mesh = dist.init_device_mesh("cpu", (2,))
         fsdp = torch.nn.Parameter(DTensor.from_local(whole[:2], mesh, [Shard(0)], run_check=False))
-        [message] = warned_of(lambda: Divergence().watch_deltas(7, fsdp))
+        assert message(fsdp).startswith("1 of 8 trained values are not finite at step 7")
     finally:
         dist.destroy_process_group()
-    assert message.startswith("1 of 8 trained values are not finite at step 7")
     zero3 = torch.nn.Parameter(torch.empty(0))
     zero3.ds_tensor = whole.flatten()[:6]
-    [message] = warned_of(lambda: Divergence().watch_deltas(7, zero3))
-    assert message.startswith("1 of 6 trained values are not finite at step 7")
+    assert message(zero3).startswith("1 of 6 trained values are not finite at step 7")
 
 
 def test_only_the_main_process_of_a_distributed_run_speaks(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     for rank, messages in ((0, 1), (1, 0)):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        assert len(warned_of(lambda: Divergence().watch_norm(1, math.nan))) == messages
+        assert len(warned_of(lambda: warn("Look out."))) == messages

@@ -67,21 +67,21 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
 
 
 class AddBlocks(torch.autograd.Function):
-    """See `add_blocks`. Beside the sum it returns what it keeps of x, so that this has a place in the graph."""
+    """See `add_blocks`. A copy of (part of) x for backward is also returned: so it has a place in the graph."""
 
     @staticmethod
     def forward(ctx, y, x, delta, plan, in_place):
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        ctx.set_materialize_grads(False)  # or backward would get zeros as the gradient of what is kept
-        total, x, inner = _to_change(y, in_place), x.reshape(-1, x.shape[-1]), plan.inner
-        if plan.gathers:
-            x, inner = reference.gather(x, inner.at, delta.shape[1]), plan.kept
+        ctx.set_materialize_grads(False)  # or backward would get zeros as the gradient of the copy
+        total, flat = _to_change(y, in_place), x.reshape(-1, x.shape[-1])
+        kept = reference.gather(flat, plan.inner.at, delta.shape[1]) if plan.gathers else flat
         if x.dtype.itemsize > y.dtype.itemsize:  # under autocast
-            x = x.to(y.dtype)
-        block_add_(total.view(-1, y.shape[-1]), x.to(y.dtype), delta, plan.out, inner)
-        kept = x if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(kept, delta)
-        return total, kept
+            kept = kept.to(y.dtype)
+        block_add_(total.view(-1, y.shape[-1]), kept.to(y.dtype), delta, plan.out, plan.kept)
+        if not ctx.needs_input_grad[2]:
+            kept = None
+        ctx.save_for_backward(x if kept is flat else kept, delta)
+        return total, None if kept is flat else kept
 
     @staticmethod
     def backward(ctx, dy, _):
@@ -98,8 +98,9 @@ def _gradients(ctx, dy: Tensor, x: Tensor | None, delta: Tensor) -> tuple[Tensor
     plan, flat, dx, ddelta = ctx.plan, dy.reshape(-1, dy.shape[-1]), None, None
     if ctx.needs_input_grad[1]:
         dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
-        block_add_(dx.view(-1, ctx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
+        block_add_(dx.view(-1, dx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
     if ctx.needs_input_grad[2]:
+        x = x.reshape(flat.shape[0], x.shape[-1])
         ddelta = block_grad(flat, x, plan.out, plan.kept, delta.shape[1]).to(delta.dtype)
     return dx, ddelta
 

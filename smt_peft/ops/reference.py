@@ -5,6 +5,8 @@ the input features (`inner`) of a matrix [out, in]. Matrices may have any stride
 for float64 operands (`sum_dtype`).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ _GATHER_ELEMENTS = 1 << 16
 # Elements of the part of dW that block_scores holds at a time (16 MiB of float32).
 _STRIP_ELEMENTS = 1 << 22
 # Gathering a column of a block takes as long as this many more columns of arithmetic (measured, one Xeon core).
-_GATHER_COST = 128
+_GATHER_COST = 48
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,11 +53,10 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         total.index_add_(1, rows, _lines(product, block_size).to(wide))
     else:
         x, cols = _by_line(x, inner.at, block_size)
-        size = _chunk_size(x.shape[0], block_size)
-        parts = delta.split(size), rows[out.member].split(size), cols[inner.member].split(size)
-        for blocks, row, col in zip(*parts, strict=True):
-            product = torch.bmm(x.index_select(1, col).transpose(0, 1).to(dtype), blocks.mT)
-            total.index_add_(1, row, product.transpose(0, 1).to(wide))
+        row, col = rows.index_select(0, out.member), cols.index_select(0, inner.member)
+        for part in _chunks(len(row), x.shape[0], block_size):
+            product = torch.bmm(x.index_select(1, col[part]).transpose(0, 1).to(dtype), delta[part].mT)
+            total.index_add_(1, row[part], product.transpose(0, 1).to(wide))
     if out.at.ndim == 2:
         y.index_copy_(1, out.at.flatten(), total.flatten(1).to(y.dtype))
     elif rows is not out.at:
@@ -80,12 +81,11 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
         dense = _lines(dy.T @ x, block_size).unflatten(0, (-1, block_size))
         return dense.transpose(1, 2)[out.member, inner.member]
     (dy, rows), (x, cols) = _by_line(dy, out.at, block_size), _by_line(x, inner.at, block_size)
-    size = _chunk_size(dy.shape[0], block_size)
-    gradient = dy.new_empty(len(out.member), block_size, block_size, dtype=dtype)
-    parts = gradient.split(size), rows[out.member].split(size), cols[inner.member].split(size)
-    for part, row, col in zip(*parts, strict=True):
-        columns = x.index_select(1, col).transpose(0, 1).to(dtype)
-        torch.bmm(dy.index_select(1, row).permute(1, 2, 0).to(dtype), columns, out=part)
+    row, col = rows.index_select(0, out.member), cols.index_select(0, inner.member)
+    gradient = dy.new_empty(len(row), block_size, block_size, dtype=dtype)
+    for part in _chunks(len(row), dy.shape[0], block_size):
+        read = x.index_select(1, col[part]).transpose(0, 1).to(dtype)
+        torch.bmm(dy.index_select(1, row[part]).permute(1, 2, 0).to(dtype), read, out=gradient[part])
     return gradient
 
 
@@ -169,9 +169,10 @@ def _dense(delta: Tensor, out: Side, inner: Side) -> Tensor:
     return dense.view(lines * block_size, read * block_size)
 
 
-def _chunk_size(tokens: int, block_size: int) -> int:
-    """How many blocks to gather at a time."""
-    return max(1, _GATHER_ELEMENTS // max(1, tokens * block_size))
+def _chunks(blocks: int, tokens: int, block_size: int) -> Iterator[slice]:
+    """Which blocks to gather at a time."""
+    size = max(1, _GATHER_ELEMENTS // max(1, tokens * block_size))
+    return (slice(start, start + size) for start in range(0, blocks, size))
 
 
 def _dense_is_faster(out: Side, inner: Side, block_size: int) -> bool:
