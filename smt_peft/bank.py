@@ -55,6 +55,17 @@ class Layout(NamedTuple):
     plans: dict[torch.device, list[ops.Plan | None]]
 
 
+class Kept(NamedTuple):
+    """The views of a bank, and of what: `state` tells whether `weight` and `index` still are what they were."""
+
+    weight: nn.Parameter
+    index: Tensor
+    device: torch.device
+    state: tuple
+    plans: list[ops.Plan | None]
+    views: tuple[Tensor, ...]
+
+
 class DeltaBank(nn.Module):
     """Every delta of one adapter.
 
@@ -77,36 +88,43 @@ class DeltaBank(nn.Module):
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
         self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
-        self._views: tuple | None = None
+        self._kept: Kept | None = None
         self._layout: Layout | None = None
         self.register_load_state_dict_pre_hook(_refuse_other_checkpoints)
         self.register_load_state_dict_post_hook(_forget_layout)
 
     # --- the deltas --------------------------------------------------------------------------------------------
 
-    def view(self, target: int) -> Tensor | None:
-        """The deltas of one target [n, b, b]. What uses it brings gradients to `weight`, also if made under no_grad.
+    def parts(self, target: int, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
+        """Where a target's blocks lie, for the operations on `device`, and their deltas [n, b, b]; None, None without
+        any. What uses the deltas brings gradients to `weight`, also where they are made under no_grad.
 
         Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
         values needs no new ones; a training step makes new ones all the same, since autograd's graph has been used.
         """
-        weight = self._parameters["weight"]
-        if torch.compiler.is_compiling() or hasattr(weight, "ds_id"):
-            return (self.split() if self.running is None else self.running)[target]
+        weight, index, kept = self._parameters["weight"], self._buffers["index"], self._kept
+        if kept is not None and kept.weight is weight and kept.index is index and kept.device == device:
+            state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
+            if kept.state == state:
+                return kept.plans[target], kept.views[target]
+        plan = self.plan(target, device)
+        if plan is None:
+            return None, None
+        if hasattr(weight, "ds_id"):
+            return plan, (self.split() if self.running is None else self.running)[target]
         if isinstance(weight, DTensor) or self.layout().order is not None or torch.jit.is_tracing():
-            return self.split()[target]  # copies, which could go stale; a trace must see how views are made
+            return plan, self.split()[target]  # copies, which could go stale; a trace must see how views are made
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
-            weight = self._parameters["weight"]
-        state = weight.data_ptr(), _version(weight), weight.requires_grad
-        cached = self._views
-        if cached is None or cached[0] is not weight or cached[1] != state:
-            cached = None
-            self._forget_views()
-            cached = self._views = (weight, state, self.split())
-            for share in self._live_shares():
-                share.ready = self.plan(share.target, weight.device), cached[2][share.target]
-        return cached[2][target]
+        return plan, self._keep(device).views[target]
+
+    def _keep(self, device: torch.device) -> Kept:
+        weight, index, layout = self._parameters["weight"], self._buffers["index"], self.layout()
+        state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
+        self._forget_views()  # first let go of the old graph
+        kept = self._kept = Kept(weight, index, device, state, layout.plans[device], self.split())
+        self._make_ready(kept)
+        return kept
 
     def split(self) -> tuple[Tensor, ...]:
         """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
@@ -140,7 +158,7 @@ class DeltaBank(nn.Module):
             shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
             self.shares = [weakref.ref(share) for share in shares]
             self._forget_views()
-        self.view(0)
+        self.parts(0, self._parameters["weight"].device)
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""
@@ -180,7 +198,7 @@ class DeltaBank(nn.Module):
         return plans[target]
 
     def places(self, target: int) -> tuple[Tensor, Tensor]:
-        """The (block rows, block columns) of one target's blocks, int64 [n] on the CPU, in the order of `view`."""
+        """The (block rows, block columns) of one target's blocks, int64 [n] on the CPU, in the order of `parts`."""
         return self.layout().places[target]
 
     def selected_blocks(self) -> dict[str, list[list[int]]] | None:
@@ -281,15 +299,16 @@ class DeltaBank(nn.Module):
 
     def _forget_views(self) -> None:
         """Let go of the old graph, and of the old storage."""
-        self._views = self.running = None
-        for share in self._live_shares():
-            share.ready = None
+        self._kept = self.running = None
+        self._make_ready(None)
 
-    def _live_shares(self) -> Iterator[Share]:
-        return filter(None, (reference() for reference in self.shares or ()))
+    def _make_ready(self, kept: Kept | None) -> None:
+        for share in filter(None, (reference() for reference in self.shares or ())):
+            ready = None if kept is None else (kept.plans[share.target], kept.views[share.target])
+            vars(share)["ready"] = ready  # not by nn.Module's way, which is slow
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "running": None, "shares": None, "_views": None, "_layout": None}
+        return {**super().__getstate__(), "running": None, "shares": None, "_kept": None, "_layout": None}
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, targets={len(self.targets)}"
@@ -339,10 +358,12 @@ class Share(nn.Module):
     def parts(self, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
         """Where this layer's blocks lie, for the operations on `device`, and their deltas; None, None without any."""
         bank = self.banks._modules[self.adapter]
-        if torch.compiler.is_compiling() and bank.running is None and self.ready is not None:
+        if not torch.compiler.is_compiling():
+            return bank.parts(self.target, device)
+        if bank.running is None and self.ready is not None:
             return self.ready  # tensors of its own: layers can share a graph
         plan = bank.plan(self.target, device)
-        return plan, None if plan is None else bank.view(self.target)
+        return plan, None if plan is None else (bank.running or bank.split())[self.target]
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "ready": None}
@@ -389,7 +410,7 @@ def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
             return
         if vars(module).get("gradient_checkpointing"):
             function = vars(module).get("_gradient_checkpointing_func")
-            reentrant |= bool(getattr(function, "keywords", {}).get("use_reentrant"))
+            reentrant |= bool(getattr(function, "keywords", {}).get("use_reentrant", True))
     if reentrant:
         raise ValueError(
             "Reentrant gradient checkpointing cannot train an SMT adapter in several processes: DDP and ZeRO would "

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from smt_peft.bank import Banks
 from smt_peft.layer import Linear
@@ -31,7 +30,6 @@ class AddToWeight(torch.autograd.Function):
         return weight
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
         rows, cols, size = ctx.places
         return gradient, _grid(gradient, size)[rows, cols].to(ctx.dtype), None, None
@@ -104,7 +102,7 @@ class ParamWrapper(Linear):
                     self._require_selection(self.banks[name], name)
                 continue
             places = (index.to(weight.device) for index in bank.places(target))
-            weight = AddToWeight.apply(weight, bank.view(target).to(weight.device), *places)
+            weight = AddToWeight.apply(weight, bank.parts(target, bank.index.device)[1].to(weight.device), *places)
         return None if weight is self.weight else weight
 
     @contextlib.contextmanager

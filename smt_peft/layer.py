@@ -92,7 +92,8 @@ class Linear(nn.Module, SMTLayer):
         if bank is None:
             delta = torch.zeros(*grid, size, size, device=device)
         else:
-            blocks = bank.view(target).detach().to(device)
+            _, blocks = bank.parts(target, bank.index.device)
+            blocks = blocks.detach().to(device)
             delta = torch.zeros(*grid, size, size, device=device, dtype=blocks.dtype)
             delta[tuple(index.to(device) for index in bank.places(target))] = blocks
         delta = delta.transpose(1, 2).reshape(self.out_features, self.in_features)
@@ -206,8 +207,9 @@ class Linear(nn.Module, SMTLayer):
             grid, places = self._grid(bank.block_size), tuple(i.to(self.weight.device) for i in bank.places(target))
             blocks = grid[places]
             self._before.append((*places, blocks))
+            _, delta = bank.parts(target, bank.index.device)
             wide = torch.promote_types(blocks.dtype, torch.float32)
-            grid[places] = (blocks.to(wide) + bank.view(target).to(blocks.device)).to(blocks.dtype)
+            grid[places] = (blocks.to(wide) + delta.to(blocks.device)).to(blocks.dtype)
         self.merged_adapters.append(adapter)
 
     def _merge_whole(self, adapters: list[str]) -> None:

@@ -50,7 +50,7 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
     """y + x @ D^T, D [out, in] being zero outside the blocks `delta`, with gradients for all three.
 
     For backward it keeps of x what `plan.kept` says, in the narrower dtype of x and y. There is no second derivative;
-    asking for one raises RuntimeError.
+    `create_graph=True` raises RuntimeError.
 
     Args:
         y: [..., out], the base layer's output.
@@ -60,65 +60,67 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
         in_place: whether y may be overwritten: nothing else holds it.
     """
     if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad or x.requires_grad):
-        return AddBlocks.apply(y, x, delta, plan, in_place)[0]
+        return AddBlocks.apply(y, x, delta, plan, in_place)
     total = _to_change(y, in_place)
     block_add_(total.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), delta, plan.out, plan.inner)
     return total
 
 
 class AddBlocks(torch.autograd.Function):
-    """See `add_blocks`. A copy of (part of) x for backward is also returned: so it has a place in the graph."""
+    """See `add_blocks`."""
 
     @staticmethod
     def forward(ctx, y, x, delta, plan, in_place):
+        total = _to_change(y, in_place)
+        if _is_short(x, y, delta, plan):
+            kept = reference.short_forward(total, x, delta, plan)
+        else:
+            flat, kept = x.reshape(-1, x.shape[-1]), x
+            if plan.gathers:
+                flat = kept = reference.gather(flat, plan.inner.at, delta.shape[1])
+            if flat.dtype.itemsize > y.dtype.itemsize:  # under autocast
+                flat = kept = flat.to(y.dtype)
+            block_add_(total.view(-1, y.shape[-1]), flat.to(y.dtype), delta, plan.out, plan.kept)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        ctx.set_materialize_grads(False)  # or backward would get zeros as the gradient of the copy
-        total, flat = _to_change(y, in_place), x.reshape(-1, x.shape[-1])
-        kept = reference.gather(flat, plan.inner.at, delta.shape[1]) if plan.gathers else flat
-        if x.dtype.itemsize > y.dtype.itemsize:  # under autocast
-            kept = kept.to(y.dtype)
-        block_add_(total.view(-1, y.shape[-1]), kept.to(y.dtype), delta, plan.out, plan.kept)
-        if not ctx.needs_input_grad[2]:
-            kept = None
-        ctx.save_for_backward(x if kept is flat else kept, delta)
-        return total, None if kept is flat else kept
+        ctx.save_for_backward(kept if ctx.needs_input_grad[2] else None, delta)
+        return total
 
     @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:  # what follows gave no gradient
-            return (None,) * 5
-        gradients = _gradients(ctx, dy, *ctx.saved_tensors)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _Last.apply(*gradients, dy, *ctx.saved_tensors)
-        return dy, *gradients, None, None
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # better no second derivative than one that lacks a part
+            raise RuntimeError("SMT's block product has no second derivative: do not pass create_graph=True.")
+        kept, delta = ctx.saved_tensors
+        plan, dx, ddelta = ctx.plan, None, None
+        if ctx.needs_input_grad[1]:
+            dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
+        if _is_short(dy, kept, delta, plan):
+            return dy, dx, reference.short_backward(dy, dx, kept, delta, plan), None, None
+        flat = dy.reshape(-1, dy.shape[-1])
+        if dx is not None:
+            block_add_(dx.view(-1, dx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
+        if ctx.needs_input_grad[2]:
+            size = delta.shape[1]
+            if plan.gathers:
+                kept = kept.reshape(flat.shape[0], plan.inner.at.shape[0] * size)
+            else:
+                kept = kept.reshape(-1, kept.shape[-1])
+            ddelta = block_grad(flat, kept, plan.out, plan.kept, size).to(delta.dtype)
+        return dy, dx, ddelta, None, None
 
 
-@torch.no_grad()
-def _gradients(ctx, dy: Tensor, x: Tensor | None, delta: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    plan, flat, dx, ddelta = ctx.plan, dy.reshape(-1, dy.shape[-1]), None, None
-    if ctx.needs_input_grad[1]:
-        dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
-        block_add_(dx.view(-1, dx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
-    if ctx.needs_input_grad[2]:
-        x = x.reshape(flat.shape[0], x.shape[-1])
-        ddelta = block_grad(flat, x, plan.out, plan.kept, delta.shape[1]).to(delta.dtype)
-    return dx, ddelta
-
-
-class _Last(torch.autograd.Function):
-    """Passes gradients on that have none themselves: better no second derivative than one that lacks a part.
-
-    What they were computed from comes along, as `once_differentiable` does not ask for: whichever way a derivative of
-    them is asked for, it leads here.
-    """
-
-    @staticmethod
-    def forward(ctx, dx, ddelta, *origins):
-        return dx, ddelta
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("add_blocks has no second derivative.")
+def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -> bool:
+    """Whether the operators would cost more than what they do, as they do for few tokens on a CPU."""
+    if matrix.is_cuda or interpret or type(matrix) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return (
+        other is not None
+        and matrix.dtype == other.dtype == delta.dtype == torch.float32
+        and plan.out.at.ndim == plan.inner.at.ndim == 1
+        and matrix.is_contiguous()
+        and other.is_contiguous()
+        and 0 < matrix.numel() // matrix.shape[-1] * delta.shape[1] ** 2 <= reference.CALL_COST
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _to_change(y: Tensor, in_place: bool) -> Tensor:

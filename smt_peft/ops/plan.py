@@ -19,12 +19,14 @@ class Side(NamedTuple):
         at: [m], the block coordinate of each line, ascending: its features are `at * b` to `(at + 1) * b`. Or [m, b],
             the features of each line, in any order.
         member: [n], the line of each block.
+        place: [n], where it is: its block coordinate, `at[member]`; of features in any order, `member`.
         order: [n], the blocks in the order of their lines.
         starts: [m + 1], where the blocks of each line start in `order`.
     """
 
     at: Tensor
     member: Tensor
+    place: Tensor
     order: Tensor
     starts: Tensor
 
@@ -54,7 +56,12 @@ def side(coordinates: Tensor) -> Side:
     at, member = coordinates.long().unique(return_inverse=True)
     order = torch.argsort(member, stable=True)
     counts = torch.bincount(member, minlength=len(at))
-    return Side(at, member, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    return Side(at, member, at[member], order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def _apart(side: Side) -> Side:
+    """The same lines, but one after the other."""
+    return side._replace(at=torch.arange(len(side.at), device=side.at.device), place=side.member)
 
 
 def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
@@ -62,11 +69,11 @@ def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
 
     `keep_input`: for backward keep the input itself, not the lines that are read.
     """
-    out, inner = side(rows), side(cols)
-    return Plan(out, inner, inner if keep_input else inner._replace(at=torch.arange(len(inner.at), device="cpu")))
+    inner = side(cols)
+    return Plan(side(rows), inner, inner if keep_input else _apart(inner))
 
 
 def move(plan: Plan, device: torch.device) -> Plan:
     """The same plan with its tensors on `device`."""
     out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in (plan.out, plan.inner))
-    return Plan(out, inner, inner._replace(at=plan.kept.at.to(device)) if plan.gathers else inner)
+    return Plan(out, inner, _apart(inner) if plan.gathers else inner)

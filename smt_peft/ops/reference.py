@@ -5,21 +5,21 @@ the input features (`inner`) of a matrix [out, in]. Matrices may have any stride
 for float64 operands (`sum_dtype`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .plan import Side
+from .plan import Plan, Side
 
 SCORES = ("abs_mean", "mean_abs", "l1", "l2")
 
-# Elements of one gathered operand: 256 KiB of float32, so that it is still in the cache when bmm reads it back.
-_GATHER_ELEMENTS = 1 << 16
 # Elements of the part of dW that block_scores holds at a time (16 MiB of float32).
 _STRIP_ELEMENTS = 1 << 22
-# Gathering a column of a block takes as long as this many more columns of arithmetic (measured, one Xeon core).
-_GATHER_COST = 48
+# Elements of one gathered operand: 256 KiB of float32, so that it is still in the cache when bmm reads it back.
+_GATHER_ELEMENTS = 1 << 16
+# Multiplications per block from which it pays to take blocks one by one, where they are: no copy, but more calls.
+CALL_COST = 1 << 18
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,22 +45,28 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         delta: [n, b, b], any strides, rounded to the dtype of `x` if it has another.
         out, inner: where the blocks lie; blocks at one place add up.
     """
-    block_size, dtype = delta.shape[1], sum_dtype(x.dtype)
-    delta, wide = delta.to(x.dtype).to(dtype), torch.promote_types(y.dtype, dtype)
-    total, rows = _by_line(y, out.at, block_size, wide)
-    if _dense_is_faster(out, inner, block_size):
-        product = gather(x, inner.at, block_size).to(dtype) @ _dense(delta, out, inner).T
-        total.index_add_(1, rows, _lines(product, block_size).to(wide))
+    tokens, block_size, dtype = x.shape[0], delta.shape[1], y.dtype
+    if not x.dtype == dtype == delta.dtype or dtype.itemsize < 4:  # else all is as it should be
+        dtype = torch.promote_types(dtype, sum_dtype(x.dtype))
+        delta = delta.to(x.dtype).to(dtype)
+    in_y = out.at.ndim == 1 and y.dtype == dtype
+    if in_y:
+        total, rows = _lines(y, block_size), out.place
     else:
-        x, cols = _by_line(x, inner.at, block_size)
-        row, col = rows.index_select(0, out.member), cols.index_select(0, inner.member)
-        for part in _chunks(len(row), x.shape[0], block_size):
-            product = torch.bmm(x.index_select(1, col[part]).transpose(0, 1).to(dtype), delta[part].mT)
-            total.index_add_(1, row[part], product.transpose(0, 1).to(wide))
-    if out.at.ndim == 2:
-        y.index_copy_(1, out.at.flatten(), total.flatten(1).to(y.dtype))
-    elif rows is not out.at:
-        _lines(y, block_size).index_copy_(1, out.at, total.to(y.dtype))
+        total, rows = x.new_zeros(tokens, out.at.shape[0], block_size, dtype=dtype), out.member
+    x, cols = _by_line(x, inner, block_size)
+    blocks = delta.mT
+    if tokens * block_size**2 > CALL_COST:
+        x = x.to(dtype)
+        for block, row, col in zip(blocks.unbind(), rows.tolist(), cols.tolist(), strict=True):
+            total.select(1, row).addmm_(x.select(1, col), block)
+    else:
+        for block, row, col in _chunks(tokens * block_size, blocks, rows, cols):
+            columns = x.index_select(1, col).transpose(0, 1)
+            product = torch.bmm(columns if columns.dtype == dtype else columns.to(dtype), block)
+            total.index_add_(1, row, product.transpose(0, 1))
+    if not in_y:
+        _add_lines_(y, out.at, total)
 
 
 def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:
@@ -75,18 +81,43 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
     Returns:
         [n, b, b] in `sum_dtype`.
     """
-    dtype, x = sum_dtype(dy.dtype), x.to(dy.dtype)
-    if _dense_is_faster(out, inner, block_size):
-        dy, x = gather(dy, out.at, block_size).to(dtype), gather(x, inner.at, block_size).to(dtype)
-        dense = _lines(dy.T @ x, block_size).unflatten(0, (-1, block_size))
-        return dense.transpose(1, 2)[out.member, inner.member]
-    (dy, rows), (x, cols) = _by_line(dy, out.at, block_size), _by_line(x, inner.at, block_size)
-    row, col = rows.index_select(0, out.member), cols.index_select(0, inner.member)
-    gradient = dy.new_empty(len(row), block_size, block_size, dtype=dtype)
-    for part in _chunks(len(row), dy.shape[0], block_size):
-        read = x.index_select(1, col[part]).transpose(0, 1).to(dtype)
-        torch.bmm(dy.index_select(1, row[part]).permute(1, 2, 0).to(dtype), read, out=gradient[part])
-    return gradient
+    tokens, dtype = dy.shape[0], sum_dtype(dy.dtype)
+    x = x if x.dtype == dy.dtype else x.to(dy.dtype)
+    (x, cols), (dy, rows) = _by_line(x, inner, block_size), _by_line(dy, out, block_size)
+    if tokens * block_size**2 > CALL_COST:
+        gradient = dy.new_empty(rows.shape[0], block_size, block_size, dtype=dtype)
+        dy, x = dy.to(dtype), x.to(dtype)
+        for block, row, col in zip(gradient.unbind(), rows.tolist(), cols.tolist(), strict=True):
+            torch.mm(dy.select(1, row).T, x.select(1, col), out=block)
+        return gradient
+    parts = []
+    for row, col in _chunks(tokens * block_size, rows, cols):
+        factors = dy.index_select(1, row).permute(1, 2, 0), x.index_select(1, col).transpose(0, 1)
+        parts.append(torch.bmm(*(factor if factor.dtype == dtype else factor.to(dtype) for factor in factors)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def short_forward(y: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
+    """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x or the lines read."""
+    block_size = delta.shape[1]
+    lines = x.view(-1, x.shape[-1] // block_size, block_size)
+    kept = x
+    if plan.gathers and plan.inner.at.shape[0] < lines.shape[1]:
+        lines = kept = lines.index_select(1, plan.inner.at)
+    product = torch.bmm(lines.index_select(1, plan.kept.place).transpose(0, 1), delta.mT)
+    y.view(-1, y.shape[-1] // block_size, block_size).index_add_(1, plan.out.place, product.transpose(0, 1))
+    return kept
+
+
+def short_backward(dy: Tensor, dx: Tensor | None, kept: Tensor, delta: Tensor, plan: Plan) -> Tensor:
+    """`block_add_` to dx [..., in] and `block_grad`, from dy [..., out] and what `short_forward` kept."""
+    block_size, tokens = delta.shape[1], dy.numel() // dy.shape[-1]
+    dy = dy.view(tokens, -1, block_size).index_select(1, plan.out.place).transpose(0, 1)
+    if dx is not None:
+        lines = dx.view(tokens, -1, block_size)
+        lines.index_add_(1, plan.inner.place, torch.bmm(dy, delta).transpose(0, 1))
+    lines = kept.view(tokens, -1, block_size)
+    return torch.bmm(dy.mT, lines.index_select(1, plan.kept.place).transpose(0, 1))
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
@@ -147,37 +178,31 @@ def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
     return sums if score == "l1" else sums.abs() / block_size**2
 
 
-def _by_line(matrix: Tensor, at: Tensor, block_size: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """A matrix as [T, lines, b] in `dtype`, and where in it the lines `at` are: a view where there can be one."""
-    if at.ndim == 1 and dtype in (None, matrix.dtype):
-        return _lines(matrix, block_size), at
-    return _lines(gather(matrix, at, block_size), block_size).to(dtype), torch.arange(len(at), device=at.device)
+def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
+    """A matrix as [T, lines, b], and for each block its line there: of neighbouring features a view."""
+    if side.at.ndim == 1:
+        return _lines(matrix, block_size), side.place
+    return _lines(gather(matrix, side.at, block_size), block_size), side.member
+
+
+def _add_lines_(matrix: Tensor, at: Tensor, values: Tensor) -> None:
+    """Add values [T, m, b] to the lines `at` of a matrix [T, features], rounded once."""
+    if at.ndim == 1:
+        matrix = _lines(matrix, values.shape[2])
+    else:
+        at, values = at.flatten(), values.flatten(1)
+    if matrix.dtype == values.dtype:
+        matrix.index_add_(1, at, values)
+    else:
+        matrix.index_copy_(1, at, (matrix.index_select(1, at) + values).to(matrix.dtype))
+
+
+def _chunks(elements: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Parts of tensors [n, ...], for as many blocks as may be gathered at a time with `elements` each."""
+    size = max(1, _GATHER_ELEMENTS // max(1, elements))
+    return [tensors] if tensors[0].shape[0] <= size else zip(*(t.split(size) for t in tensors), strict=True)
 
 
 def _lines(matrix: Tensor, block_size: int) -> Tensor:
     """View a matrix [T, k * b] as [T, k, b]."""
-    return matrix.unflatten(1, (matrix.shape[1] // block_size, block_size))
-
-
-def _dense(delta: Tensor, out: Side, inner: Side) -> Tensor:
-    """The lines of D: [out lines * b, in lines * b] from the blocks [n, b, b]."""
-    if len(delta) == 1:
-        return delta[0]
-    lines, read, block_size = len(out.at), len(inner.at), delta.shape[1]
-    dense = delta.new_zeros(lines, block_size, read, block_size)
-    dense.transpose(1, 2).index_put_((out.member, inner.member), delta, accumulate=True)
-    return dense.view(lines * block_size, read * block_size)
-
-
-def _chunks(blocks: int, tokens: int, block_size: int) -> Iterator[slice]:
-    """Which blocks to gather at a time."""
-    size = max(1, _GATHER_ELEMENTS // max(1, tokens * block_size))
-    return (slice(start, start + size) for start in range(0, blocks, size))
-
-
-def _dense_is_faster(out: Side, inner: Side, block_size: int) -> bool:
-    """Whether one product of all lines costs less than one for each block with the copies that it needs.
-
-    Small blocks do little arithmetic for each gathered element, so for them this happens at a few per cent.
-    """
-    return len(out.at) * len(inner.at) * block_size <= len(out.member) * (block_size + _GATHER_COST)
+    return matrix.view(matrix.shape[0], matrix.shape[1] // block_size, block_size)

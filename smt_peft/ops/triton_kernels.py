@@ -59,13 +59,6 @@ def _sum_over_tokens(
 
 
 @triton.jit
-def _place(block, member, at, TILES: tl.constexpr):
-    """Where the features of a block are: its block coordinate, or its line in a list [m, b]."""
-    line = tl.load(member + block)
-    return tl.load(at + line) if TILES else line
-
-
-@triton.jit
 def _features(place, i, at, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """The features `i` of a place."""
     return place * BLOCK + i if TILES else tl.load(at + place * BLOCK + i, mask=i < BLOCK, other=0)
@@ -78,9 +71,9 @@ def _block_grad_kernel(
     dy,
     x,
     out_at,
-    out_member,
+    out_place,
     in_at,
-    in_member,
+    in_place,
     tokens,
     bucket,  # only a key for the tuner
     dy_token,  # strides
@@ -103,8 +96,8 @@ def _block_grad_kernel(
     split = tl.program_id(2)
     i = tl.program_id(1) // PARTS * SPAN + tl.arange(0, SPAN)
     j = tl.program_id(1) % PARTS * SPAN + tl.arange(0, SPAN)
-    dy += _features(_place(block, out_member, out_at, OUT_TILES), i, out_at, BLOCK, OUT_TILES) * dy_feature
-    x += _features(_place(block, in_member, in_at, IN_TILES), j, in_at, BLOCK, IN_TILES) * x_feature
+    dy += _features(tl.load(out_place + block), i, out_at, BLOCK, OUT_TILES) * dy_feature
+    x += _features(tl.load(in_place + block), j, in_at, BLOCK, IN_TILES) * x_feature
     run = tl.cdiv(tokens, SPLITS)
     last = tl.minimum(split * run + run, tokens)
     total = _sum_over_tokens(dy, x, i < BLOCK, j < BLOCK, split * run, last, dy_token, x_token, STEP, PRECISION)
@@ -122,7 +115,7 @@ def _block_add_kernel(
     order,
     starts,
     in_at,
-    in_member,
+    in_place,
     tokens,
     bucket,  # only a key for the tuner
     y_token,  # strides
@@ -156,7 +149,7 @@ def _block_add_kernel(
     first = tl.load(starts + line).to(tl.int32) * STEPS
     last = tl.load(starts + line + 1).to(tl.int32) * STEPS
     block = tl.load(order + first // STEPS)
-    place = _place(block, in_member, in_at, IN_TILES)
+    place = tl.load(in_place + block)
     for step in range(first, last):
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
         x_tile = x + token * x_token + _features(place, j, in_at, BLOCK, IN_TILES)[None, :] * x_feature
@@ -165,7 +158,7 @@ def _block_add_kernel(
         delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :], other=0.0)
         total = _add_product(total, delta_tile.to(x_tile.dtype), tl.trans(x_tile), PRECISION)
         block = tl.load(order + tl.minimum(step + 1, last - 1) // STEPS)
-        place = _place(block, in_member, in_at, IN_TILES)
+        place = tl.load(in_place + block)
     place = tl.load(out_at + line) if OUT_TILES else line
     y += token * y_token + _features(place, i, out_at, BLOCK, OUT_TILES)[None, :] * y_feature
     mask = inside & (i < BLOCK)[None, :]
@@ -223,7 +216,7 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
     lines = out.at.shape[0]
     if not tokens or not lines:
         return
-    args = y, x, delta, out.at, out.order, out.starts, inner.at, inner.member, tokens, _bucket(tokens)
+    args = y, x, delta, out.at, out.order, out.starts, inner.at, inner.place, tokens, _bucket(tokens)
     tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
     with torch.cuda.device_of(x):
         _block_add_kernel[lambda meta: (lines * _parts(block_size, meta), triton.cdiv(tokens, meta["TILE"]))](
@@ -242,7 +235,7 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
     splits = min(_ENOUGH_PROGRAMS // (blocks * triton.cdiv(block_size, 128) ** 2), tokens // _SPLIT_TOKENS)
     splits = triton.next_power_of_2(max(splits, 1) + 1) // 2  # rounded down, to tune for few values
     product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
-    args = product, dy, x, out.at, out.member, inner.at, inner.member, tokens, _bucket(tokens)
+    args = product, dy, x, out.at, out.place, inner.at, inner.place, tokens, _bucket(tokens)
     tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
     with torch.cuda.device_of(dy):
         _block_grad_kernel[lambda meta: (blocks, _parts(block_size, meta) ** 2, splits)](
