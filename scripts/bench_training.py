@@ -448,7 +448,7 @@ class Trial:
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = (tensor.coalesce().values() if tensor.is_sparse else tensor).untyped_storage()
             saved[storage.data_ptr()] = storage  # held, so that no address is used twice
-            return tensor
+            return tensor.detach()  # the tensor itself could be a node's own output, and never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             self.model(input_ids=self.batch, labels=self.batch)

@@ -98,8 +98,8 @@ class ParamWrapper(Linear):
         for name in self.active_adapters:
             bank, target = self._bank(name)
             if bank is None:
-                if name in self.smt_blocks and name in self.banks:
-                    self._require_selection(self.banks[name], name)
+                if name in self.smt_blocks:
+                    self._require_selection(self.smt_blocks[name])
                 continue
             places = (index.to(weight.device) for index in bank.places(target))
             weight = AddToWeight.apply(weight, bank.parts(target, bank.index.device)[1].to(weight.device), *places)

@@ -112,7 +112,9 @@ class Linear(nn.Module, SMTLayer):
         if self._disable_adapters and self.merged_adapters:
             with onload_layer(self):  # an offloaded weight comes in for this
                 self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        modules = self._modules  # quicker than attributes: each forward comes here for every layer
+        base_layer, shares = modules["base_layer"], modules["smt_blocks"]._modules
+        y = base_layer(x, *args, **kwargs)
         if self._disable_adapters:
             return y
         if adapter_names is not None:
@@ -120,25 +122,20 @@ class Linear(nn.Module, SMTLayer):
         if self.merged_adapters:
             return y
         for name in self.active_adapters:
-            y = self._add_blocks(y, x, name)
+            if name in shares:
+                y = self._add_blocks(y, x, shares[name], base_layer)
         return y
 
-    def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        share = self.smt_blocks._modules.get(adapter)
-        if share is None:
-            return y
+    def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, share: Share, base_layer: nn.Module) -> torch.Tensor:
         plan, delta = share.parts(y.device)
         if plan is None:
-            self._require_selection(share.bank, adapter)
+            self._require_selection(share)
             return y
         if delta.device != y.device or x.device != y.device:  # a model spread over devices
             delta, x = delta.to(y.device), x.to(y.device)
-        return ops.add_blocks(y, x, delta, plan, in_place=self._owns_output())
-
-    def _owns_output(self) -> bool:
-        """Whether nothing but this layer can hold what the base layer returned."""
-        base_layer = self.base_layer
-        return type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
+        # Nothing but this layer can hold what a plain base layer without hooks returned.
+        in_place = type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
+        return ops.add_blocks(y, x, delta, plan, in_place)
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """Each sample of the batch with its own adapter (inference): the base output `y` plus each one's delta."""
@@ -151,17 +148,18 @@ class Linear(nn.Module, SMTLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively; give one name per row."
             )
-        for name in sorted(set(adapter_names) - {"__base__"}):
+        for name in set(adapter_names) & set(self.smt_blocks):
             rows = torch.tensor([i for i, n in enumerate(adapter_names) if n == name], device=x.device)
-            y = y.index_copy(0, rows, self._add_blocks(y[rows], x[rows], name))
+            y = y.index_copy(0, rows, self._add_blocks(y[rows], x[rows], self.smt_blocks[name], self.base_layer))
         return y
 
-    def _require_selection(self, bank: DeltaBank, adapter: str) -> None:
+    def _require_selection(self, share: Share) -> None:
+        bank = share.bank
         if bank.is_selected or bank.in_warmup:
             return
         if self.training and torch.is_grad_enabled() and bank.weight.requires_grad:
             raise RuntimeError(
-                f"Adapter {adapter!r} has no blocks yet: training needs a selection first. Pass "
+                f"Adapter {share.adapter!r} has no blocks yet: training needs a selection first. Pass "
                 "callbacks=[SMTWarmupCallback()] to the Trainer, or call "
                 "smt_peft.select_blocks(model, dataloader)."
             )

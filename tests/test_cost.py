@@ -72,7 +72,7 @@ def saved_bytes(model, batch, loss=loss_of) -> int:
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address is used twice
-        return tensor
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss(model, batch)

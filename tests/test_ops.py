@@ -81,7 +81,7 @@ class Case:
         out, self.out_lines = self.side(out, block_rows, sides in ("lists", "out lists"))
         inner, self.in_lines = self.side(inner, block_cols, sides in ("lists", "in lists"))
         kept = inner._replace(at=torch.arange(len(inner.at)), place=inner.member)
-        self.keeping, self.gathering = (ops.move(ops.Plan(out, inner, k), device) for k in (inner, kept))
+        self.keeping, self.gathering = (ops.move(ops.Plan(out, inner, k, False), device) for k in (inner, kept))
         self.out, self.inner = self.keeping[:2]
         # The features of each block, [n, b, 1] and [n, 1, b].
         self.place = self.out_lines[rows][:, :, None].to(device), self.in_lines[cols][:, None, :].to(device)
@@ -146,9 +146,10 @@ def test_plan():
     out, inner = ([tensor.tolist() for tensor in side] for side in plan[:2])
     assert out == [[0, 2, 5], [2, 1, 2, 0], [5, 2, 5, 0], [3, 1, 0, 2], [0, 1, 2, 4]]
     assert inner == [[0, 1], [1, 1, 0, 1], [1, 1, 0, 1], [2, 0, 1, 3], [0, 1, 4]]
-    assert all(tensor.dtype == torch.int64 for side in plan for tensor in side)
+    assert all(tensor.dtype == torch.int64 for side in plan[:3] for tensor in side)
     kept = ops.plan(rows, cols + 3, keep_input=False).kept
     assert kept.at.tolist() == [0, 1] and kept.place.tolist() == [1, 1, 0, 1]
+    assert not plan.in_order and ops.plan(rows[:3], torch.tensor([1, 2, 4]), keep_input=False).in_order
     for keep in (True, False):
         plan = ops.plan(rows, cols, keep_input=keep)
         assert plan.gathers is ops.move(plan, "cpu").gathers is not keep

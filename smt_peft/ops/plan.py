@@ -39,11 +39,13 @@ class Plan(NamedTuple):
         inner: along the input features.
         kept: along the input features that are kept for backward: `inner` where the input itself is kept, otherwise
             its lines, one after the other.
+        in_order: whether block i is on line i of `kept`, so that nothing need be looked up.
     """
 
     out: Side
     inner: Side
     kept: Side
+    in_order: bool
 
     @property
     def gathers(self) -> bool:
@@ -70,10 +72,11 @@ def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
     `keep_input`: for backward keep the input itself, not the lines that are read.
     """
     inner = side(cols)
-    return Plan(side(rows), inner, inner if keep_input else _apart(inner))
+    in_order = not keep_input and inner.member.tolist() == list(range(len(inner.at)))
+    return Plan(side(rows), inner, inner if keep_input else _apart(inner), in_order)
 
 
 def move(plan: Plan, device: torch.device) -> Plan:
     """The same plan with its tensors on `device`."""
     out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in (plan.out, plan.inner))
-    return Plan(out, inner, _apart(inner) if plan.gathers else inner)
+    return plan._replace(out=out, inner=inner, kept=_apart(inner) if plan.gathers else inner)

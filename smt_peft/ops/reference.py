@@ -104,7 +104,8 @@ def short_forward(y: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
     kept = x
     if plan.gathers and plan.inner.at.shape[0] < lines.shape[1]:
         lines = kept = lines.index_select(1, plan.inner.at)
-    product = torch.bmm(lines.index_select(1, plan.kept.place).transpose(0, 1), delta.mT)
+    lines = lines if plan.in_order else lines.index_select(1, plan.kept.place)
+    product = torch.bmm(lines.transpose(0, 1), delta.mT)
     y.view(-1, y.shape[-1] // block_size, block_size).index_add_(1, plan.out.place, product.transpose(0, 1))
     return kept
 
@@ -117,7 +118,8 @@ def short_backward(dy: Tensor, dx: Tensor | None, kept: Tensor, delta: Tensor, p
         lines = dx.view(tokens, -1, block_size)
         lines.index_add_(1, plan.inner.place, torch.bmm(dy, delta).transpose(0, 1))
     lines = kept.view(tokens, -1, block_size)
-    return torch.bmm(dy.mT, lines.index_select(1, plan.kept.place).transpose(0, 1))
+    lines = lines if plan.in_order else lines.index_select(1, plan.kept.place)
+    return torch.bmm(dy.mT, lines.transpose(0, 1))
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
