@@ -41,15 +41,15 @@ class Layout(NamedTuple):
 
     Attributes:
         index, version: of what.
-        slots: per target its slots in the bank, int64 [n] on the CPU.
-        places: per target the (block rows, block columns) of these slots.
-        order: None where slots are in the order of the targets, as every selection of this package is; else all slots.
+        counts: per target how many blocks it has; nothing before the selection.
+        places: per target the (block rows, block columns) of its blocks, int64 on the CPU.
+        order: all slots of the bank in the order of the targets; None where they are, as in every selection made here.
         plans: device -> per target its plan there; None where it has no blocks.
     """
 
     index: Tensor
     version: int
-    slots: tuple[Tensor, ...]
+    counts: list[int]
     places: list[tuple[Tensor, Tensor]]
     order: Tensor | None
     plans: dict[torch.device, list[ops.Plan | None]]
@@ -169,7 +169,7 @@ class DeltaBank(nn.Module):
 
     @property
     def is_selected(self) -> bool:
-        return bool(self.layout().slots)
+        return bool(self.layout().counts)
 
     def set_index(self, index: Tensor) -> None:
         """Write a selection, int [num_blocks, 3]. Raises ValueError where it does not fit the targets."""
@@ -179,7 +179,7 @@ class DeltaBank(nn.Module):
         _forget_layout(self)
 
     def layout(self) -> Layout:
-        """What follows from the index; without slots before the selection."""
+        """What follows from the index; without counts before the selection."""
         index, layout = self._buffers["index"], self._layout
         if torch.compiler.is_compiling() and layout is not None:
             return layout
@@ -190,7 +190,7 @@ class DeltaBank(nn.Module):
     def plan(self, target: int, device: torch.device) -> ops.Plan | None:
         """Where the blocks of one target lie, for the operations on `device`; None where it has none."""
         layout = self.layout()
-        if not layout.slots:
+        if not layout.counts:
             return None
         plans = layout.plans.get(device)
         if plans is None:
@@ -204,7 +204,7 @@ class DeltaBank(nn.Module):
     def selected_blocks(self) -> dict[str, list[list[int]]] | None:
         """The selection by name, as `SMTConfig.selected_blocks` holds it."""
         layout = self.layout()
-        if not layout.slots:
+        if not layout.counts:
             return None
         return {
             target.name: torch.stack([rows, cols], 1).tolist()
@@ -216,14 +216,13 @@ class DeltaBank(nn.Module):
         on_cpu = index.detach().cpu().long()
         self._check(on_cpu)
         if not (on_cpu[:, 0] >= 0).all():
-            return Layout(index, _version(index), (), [], None, {})
+            return Layout(index, _version(index), [], [], None, {})
         self._check_fingerprint(self.fingerprint)
         order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
-        slots = order.split(counts)
-        places = [(on_cpu[mine, 1], on_cpu[mine, 2]) for mine in slots]
-        is_ordered = torch.equal(order, torch.arange(len(order), device="cpu"))
-        layout = Layout(index, _version(index), slots, places, None if is_ordered else order, {})
+        places = [(on_cpu[slots, 1], on_cpu[slots, 2]) for slots in order.split(counts)]
+        is_ordered = bool((on_cpu[1:, 0] >= on_cpu[:-1, 0]).all())
+        layout = Layout(index, _version(index), counts, places, None if is_ordered else order, {})
         if index.device.type != "meta":  # a compiler can look plans up, but not make them
             layout.plans[index.device] = self._plans(layout, index.device)
         return layout
@@ -380,7 +379,7 @@ class Share(nn.Module):
 def _split(weight: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     if layout.order is not None:
         weight = weight.index_select(0, layout.order.to(weight.device))
-    return weight.split([len(slots) for slots in layout.slots])
+    return weight.split(layout.counts)
 
 
 def _version(tensor: Tensor) -> int:

@@ -114,14 +114,15 @@ class Linear(nn.Module, SMTLayer):
                 self.unmerge()
         modules = self._modules  # quicker than attributes: each forward comes here for every layer
         base_layer, shares = modules["base_layer"], modules["smt_blocks"]._modules
+        active, is_base = self.active_adapters, self._disable_adapters or self.merged_adapters
+        if len(active) == 1 and active[0] in shares and not (is_base or adapter_names) and _is_plain(base_layer, x):
+            plan, delta = shares[active[0]].parts(x.device)
+            if plan is not None and delta.device == x.device:
+                return ops.linear_add_blocks(x, base_layer.weight, base_layer.bias, delta, plan)
         y = base_layer(x, *args, **kwargs)
-        if self._disable_adapters:
-            return y
-        if adapter_names is not None:
+        if adapter_names is not None and not self._disable_adapters:
             return self._mixed_batch(x, y, adapter_names)
-        if self.merged_adapters:
-            return y
-        for name in self.active_adapters:
+        for name in () if is_base else active:
             if name in shares:
                 y = self._add_blocks(y, x, shares[name], base_layer)
         return y
@@ -251,8 +252,30 @@ class Linear(nn.Module, SMTLayer):
     def _base_weight(self) -> torch.Tensor:
         return self.get_base_weight() if self.quantization_backend is None else dequantized(self)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.banks.pop(adapter_name) if adapter_name in self.banks else None
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # blocks have full rank: an SVD would lose part of what was trained
 
     def __repr__(self) -> str:
         return "smt." + super().__repr__()
+
+
+def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a training step may compute the base layer's product itself: a frozen Linear that nobody looks into."""
+    if type(base_layer) is not nn.Linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
+    hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks
+    return (
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and weight.dtype == x.dtype
+        and weight.device == x.device
+        and not (hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks)
+        and "forward" not in vars(base_layer)  # as accelerate's hooks put there
+        and not torch.is_autocast_enabled(x.device.type)
+    )

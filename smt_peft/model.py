@@ -126,7 +126,6 @@ class SMTModel(BaseTuner):
         targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
         groups = share_budget(config, targets, base_parameters)
         bank = DeltaBank(size, targets, groups, "meta" if on_meta else next(iter(layers.values())).device)
-        self._check_new_bank(config, bank)
         bank.config = config
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
@@ -141,20 +140,17 @@ class SMTModel(BaseTuner):
             config.selected_blocks = bank.selected_blocks()
 
     @staticmethod
-    def _check_new_bank(config: SMTConfig, bank: DeltaBank) -> None:
-        unknown = set(config.selected_blocks or ()) - {target.name for target in bank.targets}
-        if unknown:
-            raise ValueError(
-                f"selected_blocks names {sorted(unknown)[0]!r}, which is not among the {len(bank.targets)} target "
-                f"modules ({bank.targets[0].name}, ...); fix the name or target_modules."
-            )
-
-    @staticmethod
     def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
         """The selection where none needs to be learnt: given, or by a rule that needs no data."""
         grids = [(target.rows, target.cols) for target in bank.targets]
         if config.selected_blocks is not None:
             position = {target.name: i for i, target in enumerate(bank.targets)}
+            unknown = sorted(set(config.selected_blocks) - set(position))
+            if unknown:
+                raise ValueError(
+                    f"selected_blocks names {unknown[0]!r}, which is not among the {len(bank.targets)} target modules "
+                    f"({bank.targets[0].name}, ...); fix the name or target_modules."
+                )
             rows = [[position[name], *rc] for name, blocks in config.selected_blocks.items() for rc in blocks]
             return sort_index(torch.tensor(rows, device="cpu"))
         if config.selection == "random":
@@ -179,12 +175,6 @@ class SMTModel(BaseTuner):
         bank: DeltaBank = getattr(self.model, BANK)[adapter_name]
         if autocast_adapter_dtype and bank.weight.dtype in (torch.float16, torch.bfloat16):
             bank.weight = nn.Parameter(bank.weight.data.float(), requires_grad=bank.weight.requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        banks: Banks = getattr(self.model, BANK)
-        if adapter_name in banks:
-            del banks[adapter_name]
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         layers = [module for module in self.model.modules() if isinstance(module, Linear)]

@@ -27,6 +27,7 @@ __all__ = [
     "block_grad",
     "block_scores",
     "block_sums",
+    "linear_add_blocks",
     "move",
     "plan",
     "reduce_blocks",
@@ -66,46 +67,75 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
     return total
 
 
+def linear_add_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, plan: Plan) -> Tensor:
+    """`add_blocks` to x @ weight^T + bias, where neither of them is trained: both products are added in place, in
+    backward too. All of one dtype and device but `delta`."""
+    return LinearAddBlocks.apply(x, weight, bias, delta, plan)
+
+
 class AddBlocks(torch.autograd.Function):
     """See `add_blocks`."""
 
     @staticmethod
     def forward(ctx, y, x, delta, plan, in_place):
-        total = _to_change(y, in_place)
-        if _is_short(x, y, delta, plan):
-            kept = reference.short_forward(total, x, delta, plan)
-        else:
-            flat, kept = x.reshape(-1, x.shape[-1]), x
-            if plan.gathers:
-                flat = kept = reference.gather(flat, plan.inner.at, delta.shape[1])
-            if flat.dtype.itemsize > y.dtype.itemsize:  # under autocast
-                flat = kept = flat.to(y.dtype)
-            block_add_(total.view(-1, y.shape[-1]), flat.to(y.dtype), delta, plan.out, plan.kept)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
+        total = _to_change(y, in_place)
+        kept = _add(total, x, delta, plan)
         ctx.save_for_backward(kept if ctx.needs_input_grad[2] else None, delta)
         return total
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():  # better no second derivative than one that lacks a part
-            raise RuntimeError("SMT's block product has no second derivative: do not pass create_graph=True.")
         kept, delta = ctx.saved_tensors
-        plan, dx, ddelta = ctx.plan, None, None
-        if ctx.needs_input_grad[1]:
-            dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
-        if _is_short(dy, kept, delta, plan):
-            return dy, dx, reference.short_backward(dy, dx, kept, delta, plan), None, None
-        flat = dy.reshape(-1, dy.shape[-1])
-        if dx is not None:
-            block_add_(dx.view(-1, dx.shape[-1]), flat, delta.mT, plan.inner, plan.out)
-        if ctx.needs_input_grad[2]:
-            size = delta.shape[1]
-            if plan.gathers:
-                kept = kept.reshape(flat.shape[0], plan.inner.at.shape[0] * size)
-            else:
-                kept = kept.reshape(-1, kept.shape[-1])
-            ddelta = block_grad(flat, kept, plan.out, plan.kept, size).to(delta.dtype)
-        return dy, dx, ddelta, None, None
+        dx = dy.new_zeros(ctx.shape, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
+        return dy, dx, _backward(dy, dx, kept, delta, ctx.plan), None, None
+
+
+class LinearAddBlocks(torch.autograd.Function):
+    """See `linear_add_blocks`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, delta, plan):
+        ctx.plan = plan
+        total = torch.nn.functional.linear(x, weight, bias)
+        kept = _add(total, x, delta, plan)
+        ctx.save_for_backward(kept if ctx.needs_input_grad[3] else None, delta, weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept, delta, weight = ctx.saved_tensors
+        dx = torch.matmul(dy, weight) if ctx.needs_input_grad[0] else None
+        return dx, None, None, _backward(dy, dx, kept, delta, ctx.plan), None
+
+
+def _add(total: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
+    """Add the product to `total` [..., out]; returns what to keep of x [..., in]."""
+    if _is_short(x, total, delta, plan):
+        return reference.short_forward(total, x, delta, plan)
+    flat, kept = x.reshape(-1, x.shape[-1]), x
+    if plan.gathers:
+        flat = kept = reference.gather(flat, plan.inner.at, delta.shape[1])
+    if flat.dtype.itemsize > total.dtype.itemsize:  # under autocast
+        flat = kept = flat.to(total.dtype)
+    block_add_(total.view(-1, total.shape[-1]), flat.to(total.dtype), delta, plan.out, plan.kept)
+    return kept
+
+
+def _backward(dy: Tensor, dx: Tensor | None, kept: Tensor | None, delta: Tensor, plan: Plan) -> Tensor | None:
+    """Add to dx [..., in], if there is one, and return the gradient of `delta`, if what it needs was kept."""
+    if torch.is_grad_enabled():  # better no second derivative than one that lacks a part
+        raise RuntimeError("SMT's block product has no second derivative: do not pass create_graph=True.")
+    if _is_short(dy, kept, delta, plan):
+        return reference.short_backward(dy, dx, kept, delta, plan)
+    dy, size = dy.reshape(-1, dy.shape[-1]), delta.shape[1]
+    if dx is not None:
+        block_add_(dx.view(-1, dx.shape[-1]), dy, delta.mT, plan.inner, plan.out)
+    if kept is None:
+        return None
+    features = plan.inner.at.shape[0] * size if plan.gathers else kept.shape[-1]
+    kept = kept.reshape(dy.shape[0], features)
+    return block_grad(dy, kept, plan.out, plan.kept, size).to(delta.dtype)
 
 
 def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -> bool:
