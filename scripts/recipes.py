@@ -151,7 +151,7 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     """Select, by the package's rule or by one of this script's. `batches(count)` gives the first batches."""
     if not recipe.needs_warmup:
         return None
-    _, bank, config = find_adapter(model, "default")
+    bank, config = find_adapter(model, "default")
     data = batches(config.warmup_steps)
     selection = select_blocks(model, data, progress_bar=False)
     if not recipe.ranks_itself:
@@ -226,7 +226,7 @@ def make_optimizer(
 
 def scale_delta(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float | str) -> None:
     """Train delta / scale: by the chain rule its gradient is scale times the delta's. The bank holds the delta."""
-    _, bank, _ = find_adapter(model, "default")
+    bank, _ = find_adapter(model, "default")
     if scale == "weight_rms":
         rms = torch.stack([blocks_of(model, target.name, 1).square().mean().sqrt() for target in bank.targets])
         scale = (rms / rms.mean())[bank.index[:, 0].long()][:, None, None]

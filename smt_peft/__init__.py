@@ -1,14 +1,12 @@
 """Sparse Matrix Tuning (arXiv 2405.15525) as a method of Hugging Face PEFT. Importing it registers "SMT"."""
 
-from smt_peft.registration import add_peft_type, check_peft_version, register
+from smt_peft.registration import add_peft_type, register
 
-check_peft_version()
 add_peft_type()  # before the config is defined: SMTConfig names PeftType.SMT
 
-from smt_peft.callback import SMTWarmupCallback  # noqa: E402
+from smt_peft.callback import SMTMonitorCallback, SMTWarmupCallback  # noqa: E402
 from smt_peft.config import SMTConfig  # noqa: E402
 from smt_peft.model import SMTModel  # noqa: E402
-from smt_peft.monitor import SMTMonitorCallback  # noqa: E402
 from smt_peft.selection import Selection  # noqa: E402
 from smt_peft.warmup import select_blocks  # noqa: E402
 

@@ -1,10 +1,14 @@
-"""SMTWarmupCallback: decides when the warm-up runs inside a Trainer, and gives it the Trainer's own loss."""
+"""The two callbacks for a Trainer: one decides when the warm-up runs, and gives it the Trainer's own loss; the other
+looks after the run, and says where it goes wrong without an error."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
+import math
+import os
+import statistics
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +16,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
+from smt_peft.diagnostics import warn
 from smt_peft.warmup import find_adapter, select_blocks
+
+# Gradient norms that are a sign of divergence:
+SPIKE = 100  # times the running median
+FEWEST_NORMS = 5
+OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its scale
 
 
 class SMTWarmupCallback(TrainerCallback):
@@ -37,53 +47,34 @@ class SMTWarmupCallback(TrainerCallback):
         bank, _ = find_adapter(model, self.adapter_name)
         if bank.is_selected:
             return
-        loss_function, scale, (trainer, _) = None, 1.0, calling_trainer()
-        if trainer is not None:
-            loss_function = _TrainerLoss(trainer)
-            scaler = getattr(trainer.accelerator, "scaler", None)
-            scale = scaler.get_scale() if scaler is not None else 1.0
-            train_dataloader = _RawBatches(trainer, train_dataloader)
-        with _without_trace(trainer):
-            self.selection = select_blocks(
-                model,
-                train_dataloader,
-                self.adapter_name,
-                loss_function=loss_function,
-                loss_scale=scale,
-                progress_bar=not args.disable_tqdm and state.is_local_process_zero,
-            )
+        trainer, _ = _calling_trainer()
+        scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None
+        apart = _Apart(trainer, train_dataloader) if trainer else None
+        self.selection = select_blocks(
+            model,
+            apart or train_dataloader,
+            self.adapter_name,
+            loss_function=apart and apart.loss,
+            loss_scale=scaler.get_scale() if scaler else 1.0,
+            progress_bar=not args.disable_tqdm and state.is_local_process_zero,
+        )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
 
 
-# What TRL's losses count and log, and what Trainer divides the loss by (set only when its loop has begun).
-_COUNTED = ("_metrics", "_logs", "_total_train_tokens", "_pending_metrics", "_pending_extra_logs")
-_ACCUMULATION = "current_gradient_accumulation_steps"
-
-
-@contextlib.contextmanager
-def _without_trace(trainer: Trainer | None) -> Iterator[None]:
-    """Keep warm-up batches out of what the Trainer logs; each counts as a step of its own, without accumulation."""
-    if trainer is None:
-        yield
-        return
-    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in (*_COUNTED, _ACCUMULATION) if name in vars(trainer)}
-    tokens = trainer.state.num_input_tokens_seen
-    setattr(trainer, _ACCUMULATION, 1)
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
-        trainer.state.num_input_tokens_seen = tokens
-
-
-class _RawBatches:
-    """The Trainer's dataloader as (batch, num_items_in_batch), counted by the Trainer for each batch alone."""
+class _Apart:
+    """A Trainer's data and loss without a trace in what it counts and logs: both come from a copy of it. Each batch,
+    (inputs, num_items_in_batch), is a step of its own, without accumulation."""
 
     def __init__(self, trainer: Trainer, dataloader):
-        self.trainer, self.dataloader = trainer, dataloader
+        self.trainer, self.dataloader = copy.copy(trainer), dataloader
+        self.trainer.state = copy.copy(trainer.state)
+        self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
+        for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs"):  # where TRL's losses log
+            if name in vars(trainer):
+                setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple]:
         epoch = getattr(getattr(self.dataloader, "batch_sampler", None), "epoch", 0)
         iterator = iter(self.dataloader)
         while True:
@@ -94,21 +85,80 @@ class _RawBatches:
         if hasattr(self.dataloader, "set_epoch"):
             self.dataloader.set_epoch(epoch)  # the sampler counts complete passes; training starts at its own epoch
 
-
-class _TrainerLoss:
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __call__(self, model: nn.Module, batch_and_items) -> torch.Tensor:
-        batch, items = batch_and_items
-        trainer = self.trainer
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
-        return loss.mean()
+    def loss(self, model: nn.Module, batch: tuple) -> torch.Tensor:
+        inputs = self.trainer._prepare_inputs(batch[0])
+        with self.trainer.compute_loss_context_manager():
+            return self.trainer.compute_loss(model, inputs, num_items_in_batch=batch[1]).mean()
 
 
-def calling_trainer() -> tuple[Trainer | None, str | None]:
+class SMTMonitorCallback(TrainerCallback):
+    """Warns, once, where a run diverges: of gradient norms in the Trainer's log that are not finite or leap, and of
+    deltas that are not finite, at every save and in the end. Refuses to resume from a checkpoint that is half written.
+
+    Args:
+        adapter_name: whose deltas to look at.
+    """
+
+    def __init__(self, adapter_name: str = "default"):
+        self.adapter_name = adapter_name
+        self._norms: deque[float] = deque(maxlen=100)
+        self._broken = 0  # norms in a row that are not finite
+        self._warned = False
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._bank, _ = find_adapter(model, self.adapter_name)  # in the end another callback may have merged it
+        _, resumed = _calling_trainer()
+        if resumed:
+            _refuse_half_written(resumed, args)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or logs.get("grad_norm") is None:
+            return
+        norm = float(logs["grad_norm"])
+        median = statistics.median(self._norms) if len(self._norms) >= FEWEST_NORMS else None
+        if math.isfinite(norm):
+            self._norms.append(norm)
+            self._broken = 0
+            wrong = median is not None and norm > SPIKE * median > 0
+        else:
+            self._broken += 1
+            wrong = self._broken > (OVERFLOWS if args.fp16 else 0)
+        if wrong:
+            before = "" if median is None else f", after a median of {median:.3g}"
+            self._warn_once(f"The gradient norm is {norm:.3g} at step {state.global_step}{before}")
+
+    def on_save(self, args, state, control, **kwargs):
+        part = self._bank.local()
+        broken = part.numel() - int(part.isfinite().sum())
+        if broken:
+            self._warn_once(f"{broken} of {part.numel()} trained values are not finite at step {state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_save(args, state, control)
+
+    def _warn_once(self, fact: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"{fact}: training is about to diverge, or has. Lower the learning rate, train in bfloat16 instead of "
+                "float16, or set max_grad_norm=1.0; go on from a checkpoint before this step. logging_steps=10 shows "
+                "in the log when it begins."
+            )
+
+
+def _refuse_half_written(checkpoint: str, args) -> None:
+    """Raise where a rank died while the checkpoint was written: its random state is missing, so the run that goes on
+    from there would be another one. Trainer itself only logs that."""
+    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    files = os.listdir(checkpoint)
+    if any(file.startswith("rng_state") for file in files) and name not in files:
+        raise FileNotFoundError(
+            f"{checkpoint} has no {name}: rank {args.process_index} died while it was written, or the number of "
+            "processes was another. Resume from an earlier checkpoint, or with as many processes as wrote it."
+        )
+
+
+def _calling_trainer() -> tuple[Trainer | None, str | None]:
     """The Trainer whose event this is, and the checkpoint it resumes from.
 
     Events hand over the model and the data but not the Trainer, and only it knows the loss; it is found as the `self`

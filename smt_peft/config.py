@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,6 +14,7 @@ Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
 Bias = Literal["none", "all", "smt_only"]
+CHOICES = {"selection": SelectionRule, "scope": Scope, "score": Score, "accumulation": Accumulation, "bias": Bias}
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
 HOW_TO_LOAD = """
@@ -40,73 +42,31 @@ class SMTConfig(PeftConfig):
             `get_peft_model`.
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names, a regex or 'all-linear'. Default: q, k and v of the model's architecture."},
+    target_modules: list[str] | str | None = None  # names, a regex or 'all-linear'; default: q, k and v
+    target_parameters: list[str] | None = None  # of 2 or 3 dimensions, such as 'mlp.experts.gate_up_proj'
+    exclude_modules: list[str] | str | None = None  # names, or a regex
+    layers_to_transform: list[int] | int | None = None  # which layers to adapt; default: all
+    layers_pattern: list[str] | str | None = None  # name of the module list that `layers_to_transform` counts in
+    modules_to_save: list[str] | None = None  # trained and saved whole, such as a new classifier
+    bias: Bias = "none"  # which are trained; 'smt_only': those of the targets
+    init_weights: bool = True  # True: the delta starts at zero. False: small random values, for tests of other code
+    block_size: int | Literal["auto"] = (
+        "auto"  # 'auto': the largest power of two, at most 256, that divides every side
     )
-    target_parameters: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of parameters with 2 or 3 dimensions, such as 'mlp.experts.gate_up_proj'."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regex of modules to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt. Default: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as a new classifier."}
-    )
-    bias: Bias = field(
-        default="none", metadata={"help": "Biases to train: 'none', 'all', or 'smt_only' (those of the targets)."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: the delta starts at zero. False: small random values, for tests of other code."},
-    )
-    block_size: int | Literal["auto"] = field(
-        default="auto",
-        metadata={"help": "Side of a block. 'auto': the largest power of two, at most 256, that divides every side."},
-    )
-    num_blocks: int | None = field(default=None, metadata={"help": "Budget: how many blocks are trained."})
-    trainable_ratio: float | None = field(
-        default=None,
-        metadata={"help": f"Budget as a share of the base model's parameters. Default: {DEFAULT_TRAINABLE_RATIO}."},
-    )
-    num_blocks_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Regex of module names -> a budget of their own. Modules that match none share the main budget."
-        },
-    )
-    selection: SelectionRule = field(default="gradient", metadata={"help": "The rule that scores blocks."})
-    scope: Scope = field(
-        default="model",
-        metadata={
-            "help": "Which blocks are ranked together. 'model': all (the paper). 'input': those of modules that read "
-            "one input (q, k, v), 'module': those of one matrix; each such set gets the same share of its blocks."
-        },
-    )
-    score: Score = field(
-        default="abs_mean",
-        metadata={"help": "Score of a block with gradient g: mean |g| (the paper), |mean g|, sum |g| or the l2 norm."},
-    )
-    accumulation: Accumulation = field(
-        default="absolute",
-        metadata={"help": "'absolute': mean of every iteration's score. 'signed': score of the mean gradient."},
-    )
-    warmup_steps: int = field(default=100, metadata={"help": "Batches that the warm-up looks at."})
-    seed: int = field(default=0, metadata={"help": "Seed of selection='random'."})
-    selected_blocks: dict[str, list[list[int]]] | None = field(
-        default=None,
-        metadata={
-            "help": "Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled "
-            "by the selection; given by hand, it is the selection and its length is the budget."
-        },
-    )
+    num_blocks: int | None = None  # the budget: how many blocks are trained ...
+    trainable_ratio: float | None = None  # ... or as a share of the base model's parameters; default: 0.0086
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict)  # regex of module names -> a budget of their own
+    selection: SelectionRule = "gradient"  # the rule that scores blocks
+    # Which blocks are ranked together. 'model': all (the paper). 'input': those of modules that read one input (q, k,
+    # v), 'module': those of one matrix; each such set gets the same share of its blocks.
+    scope: Scope = "model"
+    score: Score = "abs_mean"  # of a block with gradient g: mean |g| (the paper), |mean g|, sum |g| or the l2 norm
+    accumulation: Accumulation = "absolute"  # mean of every iteration's score; 'signed': score of the mean gradient
+    warmup_steps: int = 100  # batches that the warm-up looks at
+    seed: int = 0  # of selection='random'
+    # Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled by the selection;
+    # given by hand, it is the selection and its length is the budget.
+    selected_blocks: dict[str, list[list[int]]] | None = None
 
     awaits_weights = False  # no field: read from a folder or repository whose weights are to follow
 
@@ -120,14 +80,12 @@ class SMTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SMT
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
         if self.selected_blocks is not None:
             self.selected_blocks = {name: _parse_blocks(name, blocks) for name, blocks in self.selected_blocks.items()}
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
+        for refusal in self._refusals():
+            raise ValueError(refusal)
 
     def to_dict(self) -> dict:
         """As a file holds it: the blocks of a module on one line."""
@@ -146,71 +104,43 @@ class SMTConfig(PeftConfig):
             with card.open("a", encoding="utf-8") as file:
                 file.write(HOW_TO_LOAD)
 
-    def _check_choices(self) -> None:
-        choices = {
-            "selection": SelectionRule,
-            "scope": Scope,
-            "score": Score,
-            "accumulation": Accumulation,
-            "bias": Bias,
-        }
-        for name, allowed in choices.items():
+    def _refusals(self) -> Iterator[str]:
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}.")
-
-    def _check_numbers(self) -> None:
-        if self.block_size != "auto" and not _is_positive_int(self.block_size):
-            raise ValueError(f"block_size={self.block_size!r} is neither a positive integer nor 'auto'.")
-        if self.num_blocks is not None and not _is_int(self.num_blocks, at_least=0 if self.num_blocks_pattern else 1):
-            raise ValueError(f"num_blocks={self.num_blocks!r} is not a positive integer.")
-        ratio = self.trainable_ratio
+                yield f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
+        if self.block_size != "auto" and not _is_int(self.block_size):
+            yield f"block_size={self.block_size!r} is neither a positive integer nor 'auto'."
+        blocks, ratio, patterns = self.num_blocks, self.trainable_ratio, self.num_blocks_pattern
+        if blocks is not None and not _is_int(blocks, at_least=0 if patterns else 1):
+            yield f"num_blocks={blocks!r} is not a positive integer."
         if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
-            raise ValueError(
-                f"trainable_ratio={self.trainable_ratio!r} is not in (0, 1]: it is a share, so 0.86 % is 0.0086."
-            )
-        if not _is_positive_int(self.warmup_steps):
-            raise ValueError(f"warmup_steps={self.warmup_steps!r} is not a positive integer.")
-        for pattern, budget in self.num_blocks_pattern.items():
-            if not _is_positive_int(budget):
-                raise ValueError(f"num_blocks_pattern[{pattern!r}]={budget!r} is not a positive integer.")
-
-    def _check_combinations(self) -> None:
-        if self.num_blocks is not None and self.trainable_ratio is not None:
-            raise ValueError(
-                f"num_blocks={self.num_blocks} and trainable_ratio={self.trainable_ratio} both set the budget; "
-                "give one of them."
-            )
+            yield f"trainable_ratio={ratio!r} is not in (0, 1]: it is a share, so 0.86 % is 0.0086."
+        if not _is_int(self.warmup_steps):
+            yield f"warmup_steps={self.warmup_steps!r} is not a positive integer."
+        for pattern, budget in patterns.items():
+            if not _is_int(budget):
+                yield f"num_blocks_pattern[{pattern!r}]={budget!r} is not a positive integer."
+        if blocks is not None and ratio is not None:
+            yield f"num_blocks={blocks} and trainable_ratio={ratio} both set the budget; give one of them."
         if self.accumulation == "signed" and self.selection != "gradient":
-            raise ValueError(
-                f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; "
-                "use accumulation='absolute' or selection='gradient'."
-            )
+            yield f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; use 'absolute'."
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give both."
-            )
+            yield f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give both."
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
+            yield (
                 f"layers_to_transform={self.layers_to_transform} needs target_modules as a list of names, "
                 f"but it is the string {self.target_modules!r}; put the layers into the regex instead."
             )
         if self.selected_blocks is not None:
-            given = sum(len(blocks) for blocks in self.selected_blocks.values())
+            given, wanted = sum(map(len, self.selected_blocks.values())), (blocks or 0) + sum(patterns.values())
             if given == 0:
-                raise ValueError("selected_blocks is empty; leave it out to let the warm-up select.")
-            wanted = (self.num_blocks or 0) + sum(self.num_blocks_pattern.values())
-            if self.num_blocks is not None and given != wanted:
-                raise ValueError(
-                    f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or the list."
-                )
+                yield "selected_blocks is empty; leave it out to let the warm-up select."
+            if blocks is not None and given != wanted:
+                yield f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or the list."
 
 
-def _is_int(value: object, at_least: int) -> bool:
+def _is_int(value: object, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _is_positive_int(value: object) -> bool:
-    return _is_int(value, at_least=1)
 
 
 def _parse_blocks(name: str, blocks: str | list) -> list[list[int]]:
@@ -218,6 +148,5 @@ def _parse_blocks(name: str, blocks: str | list) -> list[list[int]]:
     try:
         return [[int(row), int(col)] for row, col in pairs]
     except (TypeError, ValueError):
-        raise ValueError(
-            f"selected_blocks[{name!r}]={blocks!r} is not a list of [block row, block column] pairs."
-        ) from None
+        message = f"selected_blocks[{name!r}]={blocks!r} is not a list of [block row, block column] pairs."
+        raise ValueError(message) from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from smt_peft.bank import Group
 from smt_peft.selection import Selection, places_of
 
 CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
@@ -16,17 +17,11 @@ DOMINANT = 0.5  # share of the scores from one batch
 FEWEST_BATCHES = 4
 
 
-def warn_of_concentration(
-    selection: Selection, groups: Sequence[tuple[Sequence[int], int]], inputs: Sequence[int]
-) -> None:
+def warn_of_concentration(selection: Selection, groups: Sequence[Group], inputs: Sequence[int]) -> None:
     """Warn where modules of different inputs competed in one ranking and one kind of them took nearly all.
 
-    Among modules that read one input (q, k, v) the ranking was never clearly worse than an even share: V is no fault.
-
-    Args:
-        selection: with its scores.
-        groups: (positions of the targets that competed, their budget of blocks).
-        inputs: a number per target, equal where targets read the same input.
+    Among modules that read one input (q, k, v; equal in `inputs`, a number per target) the ranking was never clearly
+    worse than an even share: V is no fault.
     """
     counts, places = Counter(selection.index[:, 0].tolist()), places_of(selection.names)
     for members, budget in groups:

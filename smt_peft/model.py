@@ -20,7 +20,7 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
-from smt_peft.selection import diagonal_scores, random_scores, select, sort_index
+from smt_peft.selection import diagonal_scores, random_scores, select
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
@@ -152,7 +152,7 @@ class SMTModel(BaseTuner):
                     f"({bank.targets[0].name}, ...); fix the name or target_modules."
                 )
             rows = [[position[name], *rc] for name, blocks in config.selected_blocks.items() for rc in blocks]
-            return sort_index(torch.tensor(rows, device="cpu"))
+            return torch.tensor(sorted(rows), device="cpu")
         if config.selection == "random":
             return select(random_scores(grids, config.seed), bank.groups, config.scope)
         if config.selection == "diagonal":  # the same share everywhere: all diagonals tie

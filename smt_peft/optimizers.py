@@ -26,22 +26,17 @@ class BlockMuon(torch.optim.Optimizer):
 
     Blocks are square matrices, which LoRA's thin factors are not, so that an orthogonal update uses all of their
     directions alike. The state is one float32 per trained value (AdamW: two); a step costs 30 b^3 operations per
-    block.
+    block. Works on whole blocks: with DDP and FSDP2 (which shards between blocks), not with DeepSpeed ZeRO, which
+    hands its optimizer flat slices.
 
         Trainer(..., optimizer_cls_and_kwargs=(BlockMuon, {"lr": 3e-2}))
 
     There the learning rate is the one given here, the weight decay that of `TrainingArguments`.
 
-    Works on whole blocks: with DDP and FSDP2 (which shards between blocks), not with DeepSpeed ZeRO, which hands its
-    optimizer flat slices.
-
     Args:
-        params: as for any optimizer.
-        lr: of both.
-        momentum: of Muon, with Nesterov's look-ahead.
+        lr, weight_decay: of both; on the bank the decay is towards a zero delta.
+        momentum, steps: of Muon: with Nesterov's look-ahead; Newton-Schulz iterations.
         betas, eps: of AdamW.
-        weight_decay: of both; on the bank towards a zero delta.
-        steps: Newton-Schulz iterations.
 
     Raises:
         ValueError: where there is no bank among the parameters, now or in a step.
@@ -95,26 +90,22 @@ class BlockMuon(torch.optim.Optimizer):
             delta.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * ADAMW_RMS * math.sqrt(size))
 
     def _step_adamw(self, parameters: list[torch.Tensor], group: dict) -> None:
-        if not parameters:
-            return
-        for parameter in parameters:
-            state = self.state[parameter]
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         adamw(
             parameters,
-            [p.grad for p in parameters],
-            *([self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")),
+            [parameter.grad for parameter in parameters],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
-            state_steps=[self.state[p]["step"] for p in parameters],
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
+            state_steps=[state["step"] for state in states],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
+            **{name: group[name] for name in ("lr", "eps", "weight_decay")},
+            amsgrad=False,
+            maximize=False,
         )
 
 

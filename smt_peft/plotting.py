@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import adaptive_max_pool2d
@@ -21,7 +20,8 @@ from smt_peft.selection import Place, Selection, layers_of, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#999999", "#f0e442"]
@@ -44,18 +44,11 @@ FINEST = 1 / 75  # two pixels, or selected blocks would not be seen
 def plot_selection(selection: Selection, path: str | Path | None = None) -> Figure:
     """Draw every target module as a grid of its blocks: the darker, the higher the score; in colour, the selected.
 
-    There is a row of modules for each module type (q_proj, ...) and a column for each layer, as many abreast as suit
-    the page. All modules are of one width, and on one logarithmic scale from the 5th to the 99th percentile of the
+    There is a row of modules for each module type (q_proj, ...) and a column for each layer, as few abreast as
+    fit the page. All modules are of one width, and on one logarithmic scale from the 5th to the 99th percentile of the
     scores. Where blocks are too fine to be seen, several share a cell, which shows the best of them. The numbers above
-    a module are its selected blocks and all its blocks.
-
-    Args:
-        selection: as `select_blocks` gives it and `SMTWarmupCallback.selection` keeps it.
-        path: where to save the picture, too.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: where the selection has no scores.
+    a module are its selected blocks and all its blocks. The selection must have its scores, as `select_blocks` gives
+    it and `SMTWarmupCallback.selection` keeps it.
     """
     if selection.scores is None:
         raise ValueError("This selection has no scores to draw; select_blocks() gives one that has them.")
@@ -74,10 +67,10 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
         y += row.height(width)
         top = y - width * row.steepness
         sheet.text(left - 0.08, (top + y) / 2, row.kind, ha="right", va="center")
-        for column, (layer, target) in enumerate(zip(row.layers, row.targets, strict=True)):
+        for column, target in enumerate(row.targets):
             x = left + column * (width + BESIDE)
-            if row.is_first:
-                sheet.text(x + width / 2, top - ABOVE, layer, ha="center", fontsize="small")
+            if row.headings:
+                sheet.text(x + width / 2, top - ABOVE, row.headings[column], ha="center", fontsize="small")
             if target is not None:
                 _draw_blocks(sheet, (x, x + width, y, top), selection.scores[target], chosen[target], scale)
                 if width >= 0.4:  # there is room
@@ -105,7 +98,8 @@ def plot_shares(selection: Selection, path: str | Path | None = None) -> Figure:
         label = f"{kind}: {100 * count / len(selection.index):.0f} %"
         ax.bar(range(len(layers)), shares, 0.8, below, label=label, color=colour, hatch=hatch, edgecolor="black")
         below = [low + share for low, share in zip(below, shares, strict=True)]
-    ax.set_xticks(*_ticks(layers))
+    step = -(-len(layers) // 16)
+    ax.set_xticks(range(0, len(layers), step), layers[::step], rotation=90 if "." in layers[-1] else 0)
     ax.margins(x=0.02)
     ax.set(xlabel="layer", ylabel="% of the selected blocks", ylim=(0, 1.05 * max(below)))
     figure.legend(loc="outside right upper", frameon=False)
@@ -137,15 +131,9 @@ def plot_losses(
     Args:
         runs: name -> what `trainer.state.log_history` holds, or a list of (step, loss).
         key: which entry of a log to draw, such as "eval_loss" or "grad_norm".
-        path: where to save the picture, too.
     """
-    figure = _figure(5.5, 3.6)
-    ax = figure.subplots()
-    for (name, log), colour, marker, dash in zip(runs.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
-        points = _points(name, log, key)
-        every = -(-len(points) // 8)  # markers tell curves apart in print; on every point they would hide them
-        ax.plot(*zip(*points, strict=True), dash, color=colour, marker=marker, markevery=every, label=name)
-    return _saved(_with_legend(figure, xlabel="step", ylabel=key.replace("_", " ")), path)
+    curves = {name: [(*point, 0.0) for point in _points(name, log, key)] for name, log in runs.items()}
+    return _saved(_curves(curves, xlabel="step", ylabel=key.replace("_", " ")).figure, path)
 
 
 def plot_quality(
@@ -158,17 +146,17 @@ def plot_quality(
 
     Args:
         methods: name -> (budget, loss) or (budget, loss, spread); a spread becomes a bar of that length each way.
-        xlabel: what a budget is.
-        ylabel: what a loss is.
-        path: where to save the picture, too.
     """
-    figure = _figure(5.5, 3.6)
-    ax = figure.subplots()
-    for (name, points), colour, marker, dash in zip(methods.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
-        budgets, losses, spreads = zip(*((*point, 0.0)[:3] for point in sorted(points)), strict=True)
-        ax.errorbar(budgets, losses, spreads, fmt=dash, color=colour, marker=marker, capsize=3, label=name)
-    _label_budgets(ax, [budget for points in methods.values() for budget, *_ in points])
-    return _saved(_with_legend(figure, xlabel=xlabel, ylabel=ylabel), path)
+    from matplotlib.ticker import LogLocator
+
+    curves = {name: [(*point, 0.0)[:3] for point in sorted(points)] for name, points in methods.items()}
+    ax = _curves(curves, xlabel=xlabel, ylabel=ylabel)
+    budgets = [budget for points in methods.values() for budget, *_ in points]
+    ax.set_xscale("log")  # with plain numbers: 1, 2, 5, 10, ..., or powers of ten where those would be too many
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(budgets) < 100 * min(budgets) else (1,)))
+    ax.xaxis.set_major_formatter("{x:,.10g}")
+    ax.xaxis.set_minor_formatter("")
+    return _saved(ax.figure, path)
 
 
 def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
@@ -177,6 +165,26 @@ def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     except ImportError as error:
         raise ImportError("A picture needs matplotlib; run: pip install 'smt-peft[plot]'") from error
     return Figure(figsize=(width, height), layout=layout)
+
+
+def _curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], **labels: str) -> Axes:
+    """Curves through points (x, y, spread)."""
+    ax = _figure(5.5, 3.6).subplots()
+    for (name, points), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
+        x, y, spread = zip(*points, strict=True)
+        look = {"fmt": dash, "color": colour, "marker": marker, "capsize": 3, "label": name}
+        every = -(-len(points) // 8)  # markers tell curves apart in print; on every point they would hide them
+        ax.errorbar(x, y, spread if any(spread) else None, markevery=every, **look)
+    ax.set(**labels)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
 
 
 def _points(name: str, log: Sequence[dict | tuple[float, float]], key: str) -> list[tuple[float, float]]:
@@ -188,96 +196,51 @@ def _points(name: str, log: Sequence[dict | tuple[float, float]], key: str) -> l
     return points
 
 
-def _with_legend(figure: Figure, **labels: str) -> Figure:
-    [ax] = figure.axes
-    ax.set(**labels)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return figure
-
-
-def _label_budgets(ax: Axes, budgets: list[float]) -> None:
-    """A logarithmic axis with plain numbers: 1, 2, 5, 10, ..., or powers of ten where those would be too many."""
-    from matplotlib.ticker import LogLocator
-
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(budgets) < 100 * min(budgets) else (1,)))
-    ax.xaxis.set_major_formatter("{x:,.10g}")
-    ax.xaxis.set_minor_formatter("")
-
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _ticks(layers: list[str]) -> tuple[list[int], list[str]]:
-    """Places and labels for about sixteen layers; below the first of a stack, its name."""
-    step = -(-len(layers) // 16)
-    ticks, firsts = {}, {}
-    for place, (stack, _, number) in enumerate(layer.rpartition(".") for layer in layers):
-        first = firsts.setdefault(stack, place)
-        if (place - first) % step == 0:
-            ticks[place] = f"{number}\n{stack}".strip() if place == first else number
-    return list(ticks), list(ticks.values())
-
-
 # --- parts of plot_selection -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Row:
-    """Modules abreast.
-
-    Attributes:
-        kind: their type.
-        layers: their layers, as they stand above the first row that has them.
-        targets: their positions in the selection; None where a layer has no such module.
-        steepness: their height in terms of their width: the matrix's, within bounds.
-    """
+class _Row(NamedTuple):
+    """Modules of one kind abreast: their positions in the selection, None where a layer has no such module. The first
+    row of some layers has their names as headings. Steepness: height in terms of width, the matrix's within bounds."""
 
     kind: str
-    layers: list[str]
-    is_first: bool
     targets: list[int | None]
+    headings: list[str]
     steepness: float
 
     def height(self, width: float) -> float:
         """With the room above."""
-        return width * self.steepness + ABOVE + HEADING * self.is_first
+        return width * self.steepness + ABOVE + HEADING * bool(self.headings)
 
 
 def _arrange(selection: Selection) -> tuple[list[_Row], float]:
-    """Rows of modules, and the width of a module: as many abreast as fill most of the page with modules."""
+    """Rows of modules, and the width of a module: as few abreast, from eight on, as fit the height of the page."""
     places = places_of(selection.names)
     if len(set(places)) < len(places):
         places = places_of(selection.names, numbered=True)
-    best: tuple[float, list[_Row], float] | None = None
-    for abreast in range(1, 1 + len(layers_of(places))):
+    layers = len(layers_of(places))
+    for abreast in range(min(8, layers), layers + 1):
         rows = _rows(places, selection.scores, abreast)
-        down = PAGE[1] - sum(row.height(0) for row in rows)
-        width = min(WIDEST, PAGE[0] / abreast - BESIDE, down / sum(row.steepness for row in rows))
-        used = width * len(places) / (len(rows) * abreast)
-        if best is None or used >= best[0]:
-            best = used, rows, max(width, NARROWEST)
-    return best[1:]
+        width = max(NARROWEST, min(WIDEST, PAGE[0] / abreast - BESIDE))
+        if sum(row.height(width) for row in rows) <= PAGE[1]:
+            break
+    return rows, width
 
 
 def _rows(places: list[Place], scores: list[torch.Tensor], abreast: int) -> list[_Row]:
     """A row per type for every so many layers; stacks do not share rows, nor layers with what is outside of them."""
-    rows = []
+    rows, positions = [], {place: position for position, place in enumerate(places)}
     for stack, is_outside in dict.fromkeys((place.stack, place.layer is None) for place in places):
-        here = {at: i for i, at in enumerate(places) if (at.stack, at.layer is None) == (stack, is_outside)}
+        here = [place for place in places if (place.stack, place.layer is None) == (stack, is_outside)]
         layers = sorted({place.layer for place in here})
         for band in (layers[start : start + abreast] for start in range(0, len(layers), abreast)):
-            names = [f"{stack or 'layer'} {band[0]}", *map(str, band[1:])]
-            for number, kind in enumerate(dict.fromkeys(place.kind for place in here if place.layer in band)):
-                targets = [here.get(Place(stack, layer, kind)) for layer in band]
+            headings = [] if is_outside else [f"{stack or 'layer'} {band[0]}", *map(str, band[1:])]
+            for kind in dict.fromkeys(place.kind for place in here if place.layer in band):
+                targets = [positions.get(Place(stack, layer, kind)) for layer in band]
                 shapes = [scores[target].shape for target in targets if target is not None]
                 steepness = max(height / width for height, width in shapes)
-                bounded = max(FLATTEST, min(steepness, STEEPEST))
-                rows.append(_Row(kind, names, number == 0 and not is_outside, targets, bounded))
+                rows.append(_Row(kind, targets, headings, max(FLATTEST, min(steepness, STEEPEST))))
+                headings = []
     return rows
 
 
@@ -289,9 +252,9 @@ def _draw_blocks(
     finest = int((bottom - top) / FINEST), int((right - left) / FINEST)
     cells = [max(1, min(sizes)) for sizes in zip(scores.shape, finest, strict=True)]
     scores, chosen = (adaptive_max_pool2d(of[None].float(), cells)[0].numpy() for of in (scores, chosen))
-    places = scale(scores.clip(min=scale.vmin))
-    colours = _shades(SHADES)(places)
-    colours[chosen > 0] = _shades(SELECTED_SHADES)(places)[chosen > 0]
+    scores = scores.clip(min=scale.vmin)
+    colours = _shaded(scale, SHADES).to_rgba(scores)
+    colours[chosen > 0] = _shaded(scale, SELECTED_SHADES).to_rgba(scores)[chosen > 0]
     sheet.imshow(colours, extent=box, aspect="auto", interpolation="nearest")
     sheet.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="black", linewidth=0.8)
 
@@ -305,20 +268,20 @@ def _scale_of(scores: torch.Tensor) -> LogNorm:
     return LogNorm(lowest, max(highest, 2 * lowest))
 
 
-def _shades(ends: list[str]) -> LinearSegmentedColormap:
+def _shaded(scale: LogNorm, shades: list[str]) -> ScalarMappable:
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("scores", ends)
+    return ScalarMappable(scale, LinearSegmentedColormap.from_list("scores", shades))
 
 
 def _draw_scale(figure: Figure, x: float, scale: LogNorm) -> None:
     """A bar for the selected blocks, and to its left one for the others."""
-    from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import LogLocator
 
     across, down = figure.get_size_inches()
     for shades, left, label in ((SHADES, x, ""), (SELECTED_SHADES, x + 0.14, "score; in colour: selected")):
         ax = figure.add_axes((left / across, 1 - 2.6 / down, 0.12 / across, 1.8 / down))
         ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.0e}"}
-        figure.colorbar(ScalarMappable(scale, _shades(shades)), ax, extend="both", label=label, **ticks)
+        figure.colorbar(_shaded(scale, shades), ax, extend="both", label=label, **ticks)
         ax.minorticks_off()

@@ -6,32 +6,28 @@ to PEFT's own `register_peft_method`.
 
 from __future__ import annotations
 
-import importlib.metadata
-
+import peft
 from packaging.version import Version
 from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
 
 MINIMUM_PEFT = "0.21.0"
 NAME = "SMT"
 
 
-def check_peft_version() -> None:
-    """Raise ImportError where PEFT lacks the hooks that a method with model-wide state needs."""
-    installed = importlib.metadata.version("peft")
-    if Version(installed) < Version(f"{MINIMUM_PEFT}.dev0"):
-        raise ImportError(
-            f"smt_peft needs peft >= {MINIMUM_PEFT} (its adapter state hooks), but peft {installed} is installed; "
-            f"run: pip install 'peft>={MINIMUM_PEFT}'"
-        )
-
-
 def add_peft_type() -> None:
     """Make `PeftType.SMT` exist; do nothing where this package has made it already."""
+    if Version(peft.__version__) < Version(f"{MINIMUM_PEFT}.dev0"):
+        raise ImportError(
+            f"smt_peft needs peft >= {MINIMUM_PEFT} (its adapter state hooks), but this is peft {peft.__version__}; "
+            f"run: pip install 'peft>={MINIMUM_PEFT}'"
+        )
     if NAME in PeftType.__members__:
         if not getattr(PeftType[NAME], "_from_smt_peft_", False):
             raise ImportError(
-                f"peft {importlib.metadata.version('peft')} has a method named {NAME} of its own, which smt_peft must "
-                "not replace; use that one, or install an older peft beside smt_peft."
+                f"peft {peft.__version__} has a method named {NAME} of its own, which smt_peft must not replace; use "
+                "that one, or install an older peft beside smt_peft."
             )
         return
     member = str.__new__(PeftType, NAME)
@@ -50,8 +46,5 @@ def add_peft_type() -> None:
 
 def register(config_cls: type, model_cls: type) -> None:
     """Register SMT with PEFT's tuner registry. Idempotent."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-    from peft.utils import register_peft_method
-
     if PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[NAME]) is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

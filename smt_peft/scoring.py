@@ -47,38 +47,41 @@ class ScoreCollector:
       'mean_abs': the mean of a block is linear, so block sums suffice.
     """
 
-    def __init__(self, layers: list[nn.Module], block_size: int, score: str, accumulation: str):
-        self.layers, self.block_size, self.score, self.accumulation = layers, block_size, score, accumulation
+    needs_backward = True
+
+    def __init__(self, layers: list[nn.Module], block_size: int, score: str, accumulation: str, scale: float):
+        self.layers, self.block_size, self.score = layers, block_size, score
+        self.scale = scale  # of the loss, for float16
+        self.keeps = "scores" if accumulation == "absolute" else "sums" if score == "mean_abs" else "gradients"
         self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
-        self.scale = 1.0  # of the loss, for float16
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
-        self._last: tuple[torch.Tensor, int] | None = None
-        self._batch: list[torch.Tensor | None] = [None] * len(layers)
-        self._sums: list[torch.Tensor | None] = [None] * len(layers)
         self.skipped = 0
-        self._totals: list[float] = []  # of each batch's scores; 0 where it was left out
+        self._last: tuple[torch.Tensor, int] | None = None
+        self._batch: dict[int, torch.Tensor] = {}  # of each layer that has one, what is kept
+        self._sums: dict[int, torch.Tensor] = {}
+        self._totals: list[float] = []  # of each batch; 0 where it was left out
 
     @property
     def batches(self) -> int:
         return len(self._totals)
 
-    def attach(self, handles: list) -> None:
-        """Have every layer watched from now on; adds to `handles` what ends it by `remove()`."""
+    def attach(self, undo: list[Callable[[], object]]) -> None:
+        """Have every layer watched from now on; adds to `undo` what ends it."""
         for position, layer in enumerate(self.layers):
-            handles.append(self._watch(layer, position))
+            undo.append(self._watch(layer, position))
 
-    def _watch(self, layer: nn.Module, position: int):
+    def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         if isinstance(layer, ParamWrapper):
             layer.watch = self.source, partial(self._add_gradient, position)
-            return _Watched(layer)
+            return partial(setattr, layer, "watch", None)
 
         def watch(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
                 return output
             self._read(position, args[0])
-            return Watch.apply(output, args[0], self.source, partial(self._add, position))
+            return Watch.apply(output, args[0], self.source, partial(self._add_product, position))
 
-        return layer.register_forward_hook(watch)
+        return layer.register_forward_hook(watch).remove
 
     def _read(self, position: int, x: torch.Tensor) -> None:
         """Note which layers read one input, one after the other."""
@@ -86,100 +89,79 @@ class ScoreCollector:
             self._last = x, position
         self.inputs[position] = self._last[1]
 
+    def _add_product(self, position: int, dy: torch.Tensor, x: torch.Tensor) -> None:
+        """Of the gradient dY^T x, which is formed only where it is kept."""
+        if self.keeps == "scores":
+            self._add(position, ops.block_scores(dy, x, self.block_size, self.score))
+        elif self.keeps == "sums":
+            self._add(position, ops.block_sums(dy, x, self.block_size))
+        else:
+            self._add(position, dy.float().T @ x.float())
+
     def _add_gradient(self, position: int, gradient: torch.Tensor) -> None:
-        if self.accumulation == "absolute":
-            new = ops.reduce_blocks(gradient, self.block_size, self.score).float()
-        elif self.score == "mean_abs":
-            new = gradient.float().unfold(0, *[self.block_size] * 2).unfold(1, *[self.block_size] * 2).sum((2, 3))
-        else:
-            new = gradient.float()
-        old = self._batch[position]
+        size, gradient = self.block_size, gradient.float()
+        if self.keeps == "scores":
+            gradient = ops.reduce_blocks(gradient, size, self.score)
+        elif self.keeps == "sums":
+            gradient = gradient.unfold(0, size, size).unfold(1, size, size).sum((2, 3))
+        self._add(position, gradient)
+
+    def _add(self, position: int, new: torch.Tensor) -> None:
+        old = self._batch.get(position)
         self._batch[position] = new if old is None else old + new
 
-    def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor) -> None:
-        if self.accumulation == "absolute":
-            new = ops.block_scores(dy, x, self.block_size, self.score)
-        elif self.score == "mean_abs":
-            new = ops.block_sums(dy, x, self.block_size)
-        else:
-            new = dy.float().T @ x.float()
-        old = self._batch[position]
-        self._batch[position] = new if old is None else old + new
-
-    def end_batch(self) -> bool:
-        """Take the batch's scores over; False where they were not finite."""
-        self._last = None
-        new, self._batch = self._batch, [None] * len(self.layers)
-        total = sum(_totals(new)) / self.scale
-        finite = math.isfinite(total)
-        self._totals.append(total if finite else 0.0)
-        if not finite:
+    def end_batch(self) -> None:
+        """Take over what the batch gave, or leave it out where it is not finite, and halve the scale."""
+        new, self._batch, self._last = self._batch, {}, None
+        norms = [torch.linalg.vector_norm(scores, 1) for scores in new.values()]
+        total = torch.stack([norm.to(norms[0].device) for norm in norms]).sum().item() / self.scale if norms else 0.0
+        if not math.isfinite(total):
+            self._totals.append(0.0)
             self.skipped += 1
-            return False
-        for position, scores in enumerate(new):
-            if scores is not None:
-                scores = scores / self.scale
-                old = self._sums[position]
-                self._sums[position] = scores if old is None else old.add_(scores)
-        return True
+            self.scale = max(1.0, self.scale / 2)
+            return
+        self._totals.append(total)
+        for position, scores in new.items():
+            old, scores = self._sums.get(position), scores / self.scale
+            self._sums[position] = scores if old is None else old.add_(scores)
 
     def scores(self) -> list[torch.Tensor]:
         """Mean over the batches, float32 [block rows, block columns] per layer; the same on every rank."""
-        used = self.batches - self.skipped
-        sums = []
-        for layer, total in zip(self.layers, self._sums, strict=True):
-            grid = (layer.out_features // self.block_size, layer.in_features // self.block_size)
-            if self.accumulation == "signed" and self.score != "mean_abs":
-                if total is None:
-                    total = torch.zeros(layer.out_features, layer.in_features, device=layer.device)
-                total = ops.reduce_blocks(_sum_over_ranks(total), self.block_size, self.score)
-            else:
-                total = torch.zeros(grid, device=layer.device) if total is None else total
-                total = _sum_over_ranks(total)
-                if self.accumulation == "signed":
-                    total = total.abs() / self.block_size**2
-            sums.append(total)
-        used = int(_sum_over_ranks(torch.tensor(float(used), device=sums[0].device)))
-        return [total / max(used, 1) for total in sums]
+        size, scores = self.block_size, []
+        used = torch.tensor(float(self.batches - self.skipped), device=self.layers[0].device)
+        used = max(1.0, sum_over_ranks(used).item())
+        for position, layer in enumerate(self.layers):
+            cell = 1 if self.keeps == "gradients" else size
+            total = self._sums.get(position)
+            if total is None:
+                total = torch.zeros(layer.out_features // cell, layer.in_features // cell, device=layer.device)
+            total = sum_over_ranks(total) / used
+            if self.keeps == "gradients":
+                total = ops.reduce_blocks(total, size, self.score)
+            scores.append(total.abs() / size**2 if self.keeps == "sums" else total)
+        return scores
 
     def batch_scores(self) -> list[float]:
         """Per batch, the sum of its scores ('signed': of its |gradients|) over all ranks; 0 where it was left out."""
-        return _sum_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
+        return sum_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
 
 
 class ActivationCollector(ScoreCollector):
     """Scores a block by the mean |x| over its input columns: the same for all blocks of a block column."""
 
-    def _watch(self, layer: nn.Module, position: int):
+    needs_backward = False
+
+    def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
             self._read(position, args[0])
             x = args[0].detach().abs().flatten(0, -2).float().mean(0)
             columns = x.view(-1, self.block_size).mean(1)
             self._batch[position] = columns.expand(layer.out_features // self.block_size, -1).clone()
 
-        return layer.register_forward_pre_hook(observe)
+        return layer.register_forward_pre_hook(observe).remove
 
 
-class _Watched:
-    """The handle of a layer that watches its own weight."""
-
-    def __init__(self, layer: ParamWrapper):
-        self.layer = layer
-
-    def remove(self) -> None:
-        self.layer.watch = None
-
-
-def _totals(scores: list[torch.Tensor | None]) -> list[float]:
-    """The sum of |score| on each device, so that a batch costs one look at the device."""
-    sums: dict[torch.device, torch.Tensor] = {}
-    for score in scores:
-        if score is not None:
-            sums[score.device] = sums.get(score.device, 0) + torch.linalg.vector_norm(score, 1)
-    return [total.item() for total in sums.values()]
-
-
-def _sum_over_ranks(scores: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(scores)
-    return scores
+        dist.all_reduce(values)
+    return values

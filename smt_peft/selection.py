@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 
 def select(
@@ -23,8 +24,7 @@ def select(
     Args:
         scores: one float tensor [block rows, block columns] per target matrix.
         groups: (positions of the targets that share a budget, that budget in blocks).
-        scope: who competes within a group. 'model': all of it, in one ranking. 'input': the matrices that read the
-            same input (q, k and v; gate and up), 'module': nobody; each such set gets the same share of its blocks.
+        scope: who competes within a group, see `SMTConfig`.
         inputs: for scope 'input', a number per target, equal where targets read the same input. Default: all differ.
 
     Returns:
@@ -33,13 +33,14 @@ def select(
     Raises:
         ValueError: where a score is not finite, or where all scores of a group are equal to zero.
     """
-    chosen = []
+    chosen = [torch.zeros(score.shape, dtype=torch.bool, device="cpu") for score in scores]
     for members, budget in groups:
         _check_scores([scores[member] for member in members])
         rankings = _rankings(members, scope, inputs)
         shares = apportion(budget, [sum(scores[member].numel() for member in ranking) for ranking in rankings])
-        chosen += [_best(scores, ranking, share) for ranking, share in zip(rankings, shares, strict=True)]
-    return sort_index(torch.cat(chosen))
+        for ranking, share in zip(rankings, shares, strict=True):
+            _mark_best([scores[member] for member in ranking], share, [chosen[member] for member in ranking])
+    return torch.cat([pad(blocks.nonzero(), (1, 0), value=target) for target, blocks in enumerate(chosen)]).int()
 
 
 def _check_scores(scores: list[torch.Tensor]) -> None:
@@ -65,29 +66,13 @@ def _rankings(members: Sequence[int], scope: str, inputs: Sequence[int] | None) 
     return list(rankings.values())
 
 
-def _best(scores: Sequence[torch.Tensor], members: list[int], count: int) -> torch.Tensor:
-    """The `count` best blocks of these targets, [count, 3]."""
-    flat = [scores[member].flatten().cpu().double() for member in members]
-    starts = torch.tensor([0, *map(len, flat[:-1])], device="cpu").cumsum(0)
-    best = _top(torch.cat(flat), count)
-    owner = torch.bucketize(best, starts, right=True) - 1
-    block = best - starts[owner]
-    target = torch.tensor(members, device="cpu")[owner]
-    columns = torch.tensor([scores[member].shape[1] for member in members], device="cpu")[owner]
-    return torch.stack([target, block // columns, block % columns], dim=1)
-
-
-def sort_index(index: torch.Tensor) -> torch.Tensor:
-    """A selection in the order of (target, row, column), int32 [num_blocks, 3]."""
-    index = index.long()
-    for column in (2, 1, 0):
-        index = index[torch.argsort(index[:, column], stable=True)]
-    return index.int()
-
-
-def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of the `count` largest; a stable sort, because topk breaks ties differently on every device."""
-    return torch.sort(scores, descending=True, stable=True).indices[:count]
+def _mark_best(scores: list[torch.Tensor], count: int, chosen: list[torch.Tensor]) -> None:
+    """Set the `count` best blocks of these targets; a stable sort, because topk breaks ties as each device likes."""
+    flat = torch.cat([score.flatten().cpu().double() for score in scores])
+    best = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
+    best[flat.sort(descending=True, stable=True).indices[:count]] = True
+    for blocks, part in zip(chosen, best.split([blocks.numel() for blocks in chosen]), strict=True):
+        blocks.copy_(part.view_as(blocks))
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
@@ -124,17 +109,20 @@ class Selection:
         names: the target modules.
         index: int32 [num_blocks, 3] of (position in `names`, block row, block column).
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
-        batches: batches that were looked at; `skipped` of them had a non-finite loss or gradient.
         batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
+        skipped: how many batches had a non-finite loss or gradient.
     """
 
     names: list[str]
     block_size: int
     index: torch.Tensor
     scores: list[torch.Tensor] | None = None
-    batches: int = 0
+    batch_scores: Sequence[float] = ()
     skipped: int = 0
-    batch_scores: list[float] | None = None
+
+    @property
+    def batches(self) -> int:
+        return len(self.batch_scores)
 
     def blocks(self) -> dict[str, list[list[int]]]:
         """Module name -> [[block row, block column], ...], as `SMTConfig.selected_blocks`."""
@@ -145,9 +133,9 @@ class Selection:
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (see `Place`), most first."""
-        places = places_of(self.names)
-        counts = Counter({place.kind: 0 for place in places})
-        counts.update(places[target].kind for target in self.index[:, 0].tolist())
+        kinds = [place.kind for place in places_of(self.names)]
+        counts = Counter(dict.fromkeys(kinds, 0))
+        counts.update(kinds[target] for target in self.index[:, 0].tolist())
         return dict(counts.most_common())
 
     def counts_by_layer(self) -> dict[str, int]:
@@ -157,52 +145,36 @@ class Selection:
         return {layer: counts[layer] for layer in layers_of(places) if layer in counts}
 
     def overlap(self, other: Selection) -> float:
-        """Share of the blocks that both have, by module name: |A and B| / max(|A|, |B|).
-
-        Raises:
-            ValueError: where the block sizes differ, so that no block is the same.
-        """
+        """Share of the blocks that both have, by module name: |A and B| / max(|A|, |B|). Needs equal block sizes."""
         if self.block_size != other.block_size:
             raise ValueError(
                 f"Blocks of {self.block_size} x {self.block_size} and of {other.block_size} x {other.block_size} "
                 "cannot be compared; select both with the same block_size."
             )
         ours, theirs = (
-            {(name, *block) for name, blocks in selection.blocks().items() for block in blocks}
-            for selection in (self, other)
+            {(one.names[target], row, col) for target, row, col in one.index.tolist()} for one in (self, other)
         )
         return len(ours & theirs) / max(len(ours), len(theirs))
 
     def summary(self) -> str:
         """A few lines to print: where the blocks are."""
-        total = len(self.index)
+        total, size = len(self.index), self.block_size
         types = ", ".join(f"{name} {n} ({100 * n / total:.0f} %)" for name, n in self.counts_by_type().items())
         layers = ", ".join(f"{layer}: {n}" for layer, n in self.counts_by_layer().items())
-        lines = [
-            f"SMT selected {total} blocks of {self.block_size} x {self.block_size} "
-            f"({total * self.block_size**2:,} parameters) in {len(self.blocks())} of {len(self.names)} modules.",
-            f"  by type:  {types}",
-            f"  by layer: {layers}",
-        ]
-        if self.batches:
-            skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
-            lines.append(f"  from {self.batches} batches{skipped}")
-        return "\n".join(lines)
+        skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
+        source = f"\n  from {self.batches} batches{skipped}" if self.batches else ""
+        return (
+            f"SMT selected {total} blocks of {size} x {size} ({total * size**2:,} parameters) in "
+            f"{len(self.blocks())} of {len(self.names)} modules.\n  by type:  {types}\n  by layer: {layers}{source}"
+        )
 
 
 class Place(NamedTuple):
-    """Where a module is in its model.
+    """Where a module is in its model."""
 
-    Attributes:
-        stack: which layers, where a model counts them more than once: "encoder", "decoder"; otherwise "".
-        layer: the first number in the module's name, if there is one.
-        kind: the module's type: as much of the end of its name as tells it from other modules of its layer, such as
-            "q_proj", or "SelfAttention.q" where there is an "EncDecAttention.q", too.
-    """
-
-    stack: str
-    layer: int | None
-    kind: str
+    stack: str  # "encoder", "decoder" where a model counts layers more than once; otherwise ""
+    layer: int | None  # the first number in the module's name
+    kind: str  # as much of the end of the name as tells it from others of its layer: "q_proj", or "SelfAttention.q"
 
     @property
     def layer_name(self) -> str:
@@ -212,16 +184,16 @@ class Place(NamedTuple):
 def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
     """The place of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
     modules are in one place."""
-    before, layers, inside = zip(*map(_split, names), strict=True)
+    parts = [_split(name) for name in names]
     if not numbered:
-        inside = [re.sub(r"\b\d+\b", "*", path) for path in inside]
-    stacks = {stack: stack.split(".") for stack, layer in zip(before, layers, strict=True) if layer is not None}
-    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*stacks.values(), strict=False))))
-    stack_names = _shortest({stack: path[shared:] for stack, path in stacks.items()})
-    kinds = _shortest({path: path.split(".")[::-1] for path in inside})
+        parts = [(stack, layer, re.sub(r"\b\d+\b", "*", inside)) for stack, layer, inside in parts]
+    stacks = {stack: stack.split(".") for stack, layer, _ in parts if layer is not None}
+    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*stacks.values(), strict=False))))
+    stacks = _shortest({stack: path[common:] for stack, path in stacks.items()})
+    kinds = _shortest({inside: inside.split(".")[::-1] for _, _, inside in parts})
     return [
-        Place("" if layer is None else ".".join(stack_names[stack]), layer, ".".join(kinds[path][::-1]))
-        for stack, layer, path in zip(before, layers, inside, strict=True)
+        Place("" if layer is None else ".".join(stacks[stack]), layer, ".".join(kinds[inside][::-1]))
+        for stack, layer, inside in parts
     ]
 
 
@@ -243,9 +215,9 @@ def _split(name: str) -> tuple[str, int | None, str]:
 
 def _shortest(paths: dict[str, list[str]]) -> dict[str, list[str]]:
     """Of every path the shortest beginning that no other has, and that does not stop at a number."""
+    having = Counter(tuple(path[:length]) for path in paths.values() for length in range(1, 1 + len(path)))
     found = {}
     for name, path in paths.items():
         beginnings = (path[:length] for length in range(1, len(path)) if not re.fullmatch(r"\d+|\*", path[length - 1]))
-        alone = (start for start in beginnings if sum(one[: len(start)] == start for one in paths.values()) == 1)
-        found[name] = next(alone, path)
+        found[name] = next((start for start in beginnings if having[tuple(start)] == 1), path)
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -55,7 +57,7 @@ def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> 
     Raises:
         ValueError: where the chosen size does not divide a side.
     """
-    common = _common_block_size(shapes)
+    common = _common_block_size(shapes.values())
     if config.block_size == "auto":
         _warn_of_odd_modules(shapes, common)
         return common
@@ -68,18 +70,15 @@ def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> 
     return config.block_size
 
 
-def _common_block_size(shapes: dict[str, tuple[int, int]]) -> int:
-    sides, common = {side for shape in shapes.values() for side in shape}, 1
-    while common < LARGEST_AUTO_BLOCK and not any(side % (2 * common) for side in sides):
-        common *= 2
-    return common
+def _common_block_size(shapes: Iterable[tuple[int, int]]) -> int:
+    return math.gcd(LARGEST_AUTO_BLOCK, *(side for shape in shapes for side in shape))  # a power of two, as that is
 
 
 def _warn_of_odd_modules(shapes: dict[str, tuple[int, int]], common: int) -> None:
     """Warn where few modules, such as a head of 37 classes, make every block small."""
     odd = {name: shape for name, shape in shapes.items() if any(side % SMALLEST_FAST_BLOCK for side in shape)}
-    if common < SMALLEST_FAST_BLOCK and odd and len(odd) < len(shapes):
-        without = _common_block_size({name: shape for name, shape in shapes.items() if name not in odd})
+    if common < SMALLEST_FAST_BLOCK and 0 < len(odd) < len(shapes):
+        without = _common_block_size(shape for name, shape in shapes.items() if name not in odd)
         name, shape = next(iter(odd.items()))
         others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         warnings.warn(
@@ -113,10 +112,10 @@ def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int)
     config.trainable_ratio = None  # from here on the number of blocks says it
     if config.num_blocks:
         groups.append(Group(rest, config.num_blocks))
+    size = config.block_size
     for members, budget in groups:
         candidates = sum(targets[i].rows * targets[i].cols for i in members)
         if budget > candidates:
-            size = config.block_size
             raise ValueError(
                 f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
                 f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower num_blocks or "

@@ -6,17 +6,19 @@ import contextlib
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
-from smt_peft.scoring import ActivationCollector, ScoreCollector
+from smt_peft.scoring import ActivationCollector, ScoreCollector, sum_over_ranks
 from smt_peft.selection import Selection, select
 
 
@@ -35,12 +37,9 @@ def select_blocks(
     batches; all get the selection of the summed scores.
 
     Args:
-        model: a model with an SMT adapter (from `get_peft_model`, or one that transformers injected).
         dataloader: batches; iterated again from the start where it is shorter than `warmup_steps`.
-        adapter_name: which adapter to select for.
         loss_function: (model, batch) -> scalar loss. Default: `model(**batch).loss`, the batch moved to the model.
         loss_scale: multiplies the loss, for float16; halved after a batch that overflows.
-        progress_bar: show one.
 
     Returns:
         The selection, with the scores it was made from. It is already applied.
@@ -55,12 +54,16 @@ def select_blocks(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
-    _refuse_trained_deltas(bank, adapter_name)
+    if sum_over_ranks(bank.local().count_nonzero().to(bank.index.device)):
+        raise ValueError(
+            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would get "
+            "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
+            "model.add_adapter(name, SMTConfig(...))."
+        )
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
     collecting = ActivationCollector if config.selection == "activation" else ScoreCollector
-    collector = collecting(layers, bank.block_size, config.score, config.accumulation)
-    collector.scale = loss_scale
+    collector = collecting(layers, bank.block_size, config.score, config.accumulation, loss_scale)
     with torch.compiler.set_stance("force_eager"), _untouched(model, bank, collector):
         _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
     scores = collector.scores()
@@ -71,9 +74,8 @@ def select_blocks(
         bank.block_size,
         bank.index.cpu(),
         [score.float().cpu() for score in scores],
-        collector.batches,
-        collector.skipped,
         collector.batch_scores(),
+        collector.skipped,
     )
     warn_of_dominant_batch(selection)
     warn_of_concentration(selection, bank.groups, collector.inputs)
@@ -82,22 +84,22 @@ def select_blocks(
 
 def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object]:
     """An adapter's bank and its config. Raises ValueError where there is no such adapter, or more than one."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
-    if not found:
-        raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
-    homes = [name for name, banks in found.items() if adapter_name in banks]
+    homes = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
     if not homes:
+        raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
+    found = [name for name, banks in homes.items() if adapter_name in banks]
+    if not found:
         raise ValueError(
-            f"There is no SMT adapter {adapter_name!r}; the model has {sorted(set().union(*found.values()))}."
+            f"There is no SMT adapter {adapter_name!r}; the model has {sorted(set().union(*homes.values()))}."
         )
-    if len(homes) > 1:
+    if len(found) > 1:
         raise ValueError(
-            f"{len(homes)} parts of the model have an SMT adapter {adapter_name!r} ({', '.join(homes)}), each with a "
+            f"{len(found)} parts of the model have an SMT adapter {adapter_name!r} ({', '.join(found)}), each with a "
             "budget of its own. Give them different adapter names and run a warm-up for each: "
             "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
         )
     owner = next(m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
-    return found[homes[0]][adapter_name], owner.peft_config[adapter_name]
+    return homes[found[0]][adapter_name], owner.peft_config[adapter_name]
 
 
 def apply_selection(model: nn.Module, adapter_name: str, index: torch.Tensor) -> None:
@@ -110,31 +112,17 @@ def apply_selection(model: nn.Module, adapter_name: str, index: torch.Tensor) ->
     config.selected_blocks = bank.selected_blocks()
 
 
-def _refuse_trained_deltas(bank: DeltaBank, adapter_name: str) -> None:
-    trained = bank.local().count_nonzero()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        trained = trained.to(bank.index.device)
-        dist.all_reduce(trained)
-    if trained:
-        raise ValueError(
-            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would get "
-            "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
-            "model.add_adapter(name, SMTConfig(...))."
-        )
-
-
 def _run(model, dataloader, steps: int, collector: ScoreCollector, loss_function, progress_bar: bool) -> None:
     batches = _endless(dataloader, steps)
     bar = tqdm(range(steps), desc="SMT warm-up", disable=not progress_bar, unit="batch")
-    needs_backward = not isinstance(collector, ActivationCollector)
     for _ in bar:
         batch = next(batches)
-        with torch.set_grad_enabled(needs_backward):
+        with torch.set_grad_enabled(collector.needs_backward):
             loss = loss_function(model, batch)
-            if needs_backward:
+            if collector.needs_backward:
                 (loss * collector.scale).backward()
-        if not collector.end_batch():
-            collector.scale = max(1.0, collector.scale / 2)
+        collector.end_batch()
+        if collector.skipped:
             bar.set_postfix(skipped=collector.skipped)
     if 2 * collector.skipped >= collector.batches:
         raise ValueError(
@@ -155,7 +143,7 @@ def _endless(dataloader: Iterable, steps: int) -> Iterator:
                 "The warm-up got no batch: the dataloader is empty, or it can be iterated only once. Give it data, or "
                 "a dataset that can be iterated again."
             )
-        if seen < steps and before == 0:
+        if before == 0 and seen < steps:
             warnings.warn(
                 f"The data has {seen} batches, fewer than warmup_steps={steps}: the warm-up goes through them again."
             )
@@ -163,59 +151,50 @@ def _endless(dataloader: Iterable, steps: int) -> Iterator:
 
 def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     device = next(model.parameters()).device
-    if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
-        return model(**batch).loss
-    moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}
-    return model(**moved).loss
+    if device.type != "meta":  # offloaded: accelerate's hooks move the inputs
+        batch = send_to_device(batch, device)
+    return model(**batch).loss
 
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module, bank: DeltaBank, collector: ScoreCollector) -> Iterator[None]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
     modes, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
-    modes = {module: module.training for module in model.modules()}
-    trainable = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None and id(buffer) not in own and buffer.device.type != "meta"
-    ]
-    random_states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    cuda_states = [torch.cuda.get_rng_state(device) for device in devices]
-    handles: list = []
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    undo: list[Callable[[], object]] = [partial(setattr, bank, "in_warmup", False)]
+    for module in model.modules():
+        undo.append(partial(setattr, module, "training", module.training))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in own and buffer.device.type != "meta":
+                undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
+    for parameter in trainable:
+        undo += [partial(setattr, parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
+    undo += [partial(random.setstate, random.getstate()), partial(numpy.random.set_state, numpy.random.get_state())]
+    undo += [partial(torch.set_rng_state, torch.get_rng_state())]
+    if torch.cuda.is_initialized():
+        undo += [partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())]
 
     def restore() -> None:
-        bank.in_warmup = False
-        for handle in handles:
-            handle.remove()
-        for parameter, gradient in trainable:
-            parameter.requires_grad_(True)
-            parameter.grad = gradient
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for owner, name, buffer, values in buffers:
-                owner[name] = buffer
-                if not torch.equal(buffer, values):
-                    buffer.copy_(values)
-        random.setstate(random_states[0])
-        numpy.random.set_state(random_states[1])
-        torch.set_rng_state(random_states[2])
-        for device, state in zip(devices, cuda_states, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        for change_back in undo:
+            change_back()
 
     try:
         try:
             bank.in_warmup = True
             model.train()
-            for parameter, _ in trainable:
+            for parameter in trainable:
                 parameter.requires_grad_(False)
-            collector.attach(handles)
+            collector.attach(undo)
             yield
         finally:
             restore()
     finally:
         restore()  # once more: an interrupt may have fallen into the first
+
+
+def _put_back(owner: nn.Module, name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
+    owner._buffers[name] = buffer
+    if not torch.equal(buffer, values):
+        with torch.no_grad():
+            buffer.copy_(values)

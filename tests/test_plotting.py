@@ -198,7 +198,7 @@ def test_shares_need_no_scores_and_no_layers():
 def test_layers_of_an_encoder_and_a_decoder_have_bars_of_their_own():
     names = [f"{part}.block.{layer}.{kind}" for part in ("encoder", "decoder") for layer in range(2) for kind in "qv"]
     ax = plot_shares(selection_of(names, [(2, 2)] * 8, budget=6)).axes[0]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0\nencoder", "1", "0\ndecoder", "1"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
     assert [[bar.get_height() for bar in bars] for bars in ax.containers] == [
         [0, 0, 0, pytest.approx(400 / 6)],
         [0, 0, 0, pytest.approx(200 / 6)],
@@ -226,7 +226,8 @@ LOG = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 2.5}, {"step": 2, "los
 
 
 def curves(figure) -> dict[str, list[tuple[float, float]]]:
-    return {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in figure.axes[0].get_lines()}
+    drawn = figure.axes[0].containers
+    return {curve.get_label(): [tuple(point) for point in curve.lines[0].get_xydata()] for curve in drawn}
 
 
 def test_losses_are_those_of_the_log_or_of_the_list():

@@ -37,7 +37,7 @@ def select(short):
         recipe = Recipe.parse(settings)
         model = recipes.adapted(recipe, testbed.model, QKV, BUDGET, 0, None)
         selection = recipes.warm_up(recipe, model, lambda count: bench_quality.batches(RUN, testbed, count))
-        return model, find_adapter(model, "default")[1], selection
+        return model, find_adapter(model, "default")[0], selection
 
     return of
 

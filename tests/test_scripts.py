@@ -133,8 +133,9 @@ def test_the_saved_adapter_has_been_trained(adapter):
     assert delta.abs().amax((1, 2)).min() > 0
 
 
-def test_reloaded_and_merged_smt_adapters_give_the_very_same_logits(run):
-    assert run["smt"]["logits_off_by"] == {"reloaded": 0, "merged": 0}
+def test_reloaded_smt_adapters_give_the_very_same_logits_and_merged_ones_but_for_rounding(run):
+    off_by = run["smt"]["logits_off_by"]
+    assert off_by["reloaded"] == 0 and off_by["merged"] < 1e-4
 
 
 def test_the_summary_has_a_line_for_each_method(run):
@@ -165,7 +166,7 @@ def test_plain_transformers_loads_what_merge_writes(files, adapter):
     with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "model"), adapter)
     with torch.no_grad():
         expected = with_adapter(torch.arange(8)[None]).logits
-    torch.testing.assert_close(torch.load(files / "logits.pt"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(files / "logits.pt"), expected, rtol=1e-4, atol=1e-5)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

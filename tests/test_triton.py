@@ -1,9 +1,10 @@
 """What only the Triton kernels can get wrong; `test_ops.py` compares their results.
 
 Both run natively on CUDA. Elsewhere a process of its own runs them in Triton's interpreter, which must be switched on
-before anything imports triton.
+before anything imports triton. How compiled kernels are launched again is tested without any, on the CPU.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smt_peft import ops
+from smt_peft.ops import reference
 
 pytest.importorskip("triton")
 NATIVE = torch.cuda.is_available()
 RUNS_HERE = NATIVE or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if NATIVE else "cpu"
 here = pytest.mark.skipif(not RUNS_HERE, reason="runs in the process of test_in_the_interpreter")
+compiling = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the kernels run in this process")
@@ -88,11 +92,15 @@ def check(kernels, block_size, grid, tokens, dtype=torch.float32, lists=False):
     dy, x = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     # The last block row is empty; the first has the most blocks, two of them at one place.
     rows, cols = torch.tensor([0, max(grid[0] - 2, 0), 0, 0]), torch.tensor([0, grid[1] - 1, 0, 1])
-    out, inner, _ = ops.move(ops.plan(rows, cols, keep_input=True), DEVICE)
+    out, inner = ops.move(ops.plan(rows, cols, keep_input=True), DEVICE)[:2]
     if lists:
         out, inner = (lists_of(side, block_size, size) for side, size in zip((out, inner), grid, strict=True))
     place = features_of(out, block_size)[:, :, None], features_of(inner, block_size)[:, None, :]
     dense = dy.double().T @ x.double()
+    for side in (out, inner):
+        lines = features_of(side._replace(member=torch.arange(len(side.at))), block_size).flatten()
+        matrix = dy if side is out else x
+        assert torch.equal(watched(kernels.gather, matrix, side.at, block_size), matrix[:, lines])
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * (1 + tokens) ** 0.5, "check_dtype": False}
     narrow = {"rtol": 2e-2 if dtype != torch.float32 else 1e-4, "atol": 1e-2, "check_dtype": False}
 
@@ -123,13 +131,31 @@ def test_every_element_is_written_and_nothing_waits(kernels, block_size, tokens,
 
 @here
 @pytest.mark.parametrize("config", range(4))
-@pytest.mark.parametrize(("block_size", "lists"), [(16, True), (96, False)])
+@pytest.mark.parametrize(("block_size", "lists"), [(16, True), (96, False), (256, False)])
 def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, block_size, lists):
-    tile, step, warps, stages = kernels._CONFIGS[config]
-    choice = kernels.triton.Config({"TILE": tile, "STEP": step}, num_warps=warps, num_stages=stages)
-    for kernel in (kernels._block_grad_kernel, kernels._block_add_kernel, kernels._block_scores_kernel):
+    for kernel, configs in [
+        (kernels._block_add_kernel, kernels._ADD_CONFIGS),
+        (kernels._block_grad_kernel, kernels._SUM_CONFIGS),
+        (kernels._block_scores_kernel, kernels._SUM_CONFIGS),
+    ]:
+        rows, cols, step, warps, stages = configs[config]
+        shape = {"ROWS": rows, "COLS": cols, "STEP": step}
+        choice = kernels.triton.Config(shape, num_warps=warps, num_stages=stages)
         monkeypatch.setattr(kernel, "configs", [choice])
     check(kernels, block_size, (2, 3), 70, torch.float16, lists)
+
+
+@here
+def test_rounding_deltas_once_changes_nothing(kernels, monkeypatch):
+    side = ops.plan(torch.tensor([0]), torch.tensor([0]), keep_input=True).out
+    side = side._replace(**{name: tensor.to(DEVICE) for name, tensor in side._asdict().items()})
+    x, delta = torch.randn(20, 16, device=DEVICE).half(), torch.randn(1, 16, 16, device=DEVICE)
+    results = []
+    for products in (0, 1 << 62):
+        monkeypatch.setattr(kernels, "_CAST_PRODUCTS", products)
+        results.append(torch.zeros(20, 16, device=DEVICE))
+        kernels.block_add_(results[-1], x, delta, side, side)
+    assert torch.equal(*results)
 
 
 @here
@@ -147,7 +173,7 @@ def test_offsets_beyond_int32(kernels):
     memory = torch.empty((tokens - 1) * stride + size, dtype=torch.float16, device=DEVICE)
     far = memory.as_strided((tokens, size), (stride, 1)).copy_(torch.randn(tokens, size))
     near, place, delta = far.clone(), torch.zeros(1, dtype=torch.int64), torch.ones(1, size, size, device=DEVICE)
-    out, inner, _ = ops.move(ops.plan(place, place, keep_input=True), DEVICE)
+    out, inner = ops.move(ops.plan(place, place, keep_input=True), DEVICE)[:2]
     results = []
     for x in (near, far):
         gradient = kernels.block_grad(x, x, out, inner, size)
@@ -169,7 +195,7 @@ def test_features_beyond_int32(kernels):
     far = memory.as_strided((tokens, 48), (1, stride))
     near, delta = torch.randn(tokens, 48, device=DEVICE).half(), torch.ones(1, size, size, device=DEVICE)
     far.copy_(near)
-    out, inner, _ = ops.move(ops.plan(torch.tensor([2]), torch.tensor([2]), keep_input=True), DEVICE)
+    out, inner = ops.move(ops.plan(torch.tensor([2]), torch.tensor([2]), keep_input=True), DEVICE)[:2]
     lists = [lists_of(side, size, 3) for side in (out, inner)]
     for sides in ((out, inner), lists):
         assert torch.equal(kernels.block_grad(near, near, *sides, size), kernels.block_grad(far, far, *sides, size))
@@ -182,7 +208,7 @@ def test_features_beyond_int32(kernels):
 @here
 def test_tuning_adds_only_once(kernels, monkeypatch):
     """A tuner calls the kernel many times; here without the clocks of a GPU, which the interpreter does not have."""
-    configs = [kernels.triton.Config({"TILE": tile, "STEP": 32}) for tile in (64, 128)]
+    configs = [kernels.triton.Config({"ROWS": edge, "COLS": edge, "STEP": 32}) for edge in (64, 128)]
     monkeypatch.setattr(kernels._block_add_kernel, "configs", configs)
     monkeypatch.setattr(kernels._block_add_kernel, "cache", {})
     monkeypatch.setattr(kernels._block_add_kernel, "_do_bench", lambda call, quantiles: [call() or call() or 1.0] * 3)
@@ -194,3 +220,177 @@ def test_tuning_adds_only_once(kernels, monkeypatch):
 def test_batches_of_similar_length_share_a_tuning(kernels):
     assert kernels._bucket(1) == kernels._bucket(1024) == 1024
     assert kernels._bucket(1025) == kernels._bucket(1999) == 2048
+
+
+# --- Launching again ------------------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """In place of a tuned kernel: compiles nothing, but notes what Triton would compile for and launch."""
+
+    def __init__(self, kernels, name, monkeypatch, names_constants=True):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import create_function_from_signature
+
+        kernel = getattr(kernels, name)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.fn.signature, kernel.fn.params, backend)
+        self.arg_names, self.best_config = kernel.arg_names, kernel.configs[0]
+        self.names_constants = names_constants  # in the signature of what is compiled: from Triton 3.3 on
+        self.asked, self.launched = [], []
+        monkeypatch.setattr(kernels, name, self)
+        monkeypatch.setattr(kernels, "CompiledKernel", Compiled)
+        monkeypatch.setattr(kernels, "_ready", {})
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            bound, *specialization = self.bind(*args, **constants, **self.best_config.kwargs)
+            values = list(bound.values())[: None if self.names_constants else len(args)]
+            values = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+            # The first argument is mostly a new tensor in every call.
+            self.asked.append((str(specialization[:2]), grid(self.best_config.kwargs), values[1:]))
+            return Compiled(self, self.asked[-1][0], len(values))
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel, specialization, parameters):
+        self.kernel, self.specialization, self.src = kernel, specialization, self
+        self.signature = range(parameters)
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.launched.append((self.specialization, grid, list(args[1:])))
+
+
+def check_launches(kernels, kernel, calls):
+    """The second time, and between all others, each call must launch what Triton would if it were asked."""
+    for call in calls:
+        call()
+        kernels._ready.clear()
+    for call in calls * 2:
+        call()
+    assert kernel.launched[-len(calls) :] == kernel.asked[: len(calls)]
+
+
+def matrices(dtype=torch.bfloat16):
+    """[3, 64]; of their address, row stride and feature stride 16 divides all, or not one of them, or one is 1."""
+    memory = torch.zeros(1100, dtype=dtype)
+    return [
+        memory.as_strided((3, 64), strides, offset)
+        for strides, offset in [((64, 1), 0), ((64, 1), 1), ((72, 1), 0), ((1, 1), 0), ((1, 16), 0), ((1, 17), 0)]
+    ]
+
+
+def namings(side):
+    """The same lines as tiles, as lists and at addresses that 16 does not divide."""
+    shifted = [torch.cat([tensor[:1], tensor])[1:] for tensor in side]
+    return [side, lists_of(side, 16, 4), side._make(shifted)]
+
+
+@pytest.fixture
+def sides():
+    return ops.plan(torch.tensor([0, 2]), torch.tensor([3, 0]), keep_input=True)[:2]
+
+
+def each_varied(call, **options):
+    """Calls with the first of all options, and with each other option alone."""
+    base = {name: values[0] for name, values in options.items()}
+    varied = [{**base, name: value} for name, values in options.items() for value in values[1:]]
+    return [lambda chosen=chosen: call(**chosen) for chosen in [base, *varied]]
+
+
+@compiling
+@pytest.mark.parametrize("names_constants", [True, False])
+def test_what_is_added_is_launched_as_compiled(kernels, monkeypatch, sides, names_constants):
+    kernel = Kernel(kernels, "_block_add_kernel", monkeypatch, names_constants)
+    deltas = torch.zeros(1000)
+    deltas = [deltas[offset : 512 + offset].view(2, 16, 16) for offset in (0, 1)]
+    deltas += [deltas[0].mT, deltas[0].half(), torch.zeros(2, 32, 32), deltas[0][:1].expand(2, 16, 16)]
+    wide = [*matrices(), *matrices(torch.float32), matrices(torch.float16)[0]]
+
+    def add(y, x, delta, out, inner, precision):
+        monkeypatch.setattr(kernels, "_precision", lambda dtype: precision)
+        kernels.block_add_(y, x, delta, out, inner)
+
+    out, inner = map(namings, sides)
+    options = {"y": wide, "x": wide, "delta": deltas, "out": out, "inner": inner, "precision": ["ieee", "tf32"]}
+    check_launches(kernels, kernel, each_varied(add, **options))
+
+
+@compiling
+def test_gradients_and_scores_are_launched_as_compiled(kernels, monkeypatch, sides):
+    out, inner = map(namings, sides)
+    options = {"dy": matrices(), "x": matrices(), "block_size": [16, 32]}
+    kernel = Kernel(kernels, "_block_grad_kernel", monkeypatch)
+    calls = each_varied(kernels.block_grad, **options, out=out, inner=inner)
+    half = matrices(torch.float16)[0]
+    check_launches(kernels, kernel, [*calls, lambda: kernels.block_grad(half, half, *sides, 16)])
+    kernel = Kernel(kernels, "_block_scores_kernel", monkeypatch)
+    check_launches(kernels, kernel, each_varied(kernels.block_scores, **options, score=["l1", "l2"]))
+
+
+@compiling
+def test_gathers_are_launched_as_compiled(kernels, monkeypatch, sides):
+    kernel = Kernel(kernels, "_gather_kernel", monkeypatch)
+    options = {"matrix": [*matrices(), *matrices(torch.float32)], "at": [side.at for side in namings(sides[0])]}
+    check_launches(kernels, kernel, each_varied(kernels.gather, **options, block_size=[16, 8]))
+
+
+@compiling
+def test_other_batches_are_launched_as_compiled(kernels, monkeypatch, sides):
+    """Up to the length for which they share a tuning, and with a grid of their own."""
+    kernel = Kernel(kernels, "_block_add_kernel", monkeypatch)
+    memory, delta = torch.zeros(1500, 64), torch.zeros(2, 16, 16)
+    calls = [lambda tokens=tokens: kernels.block_add_(memory[:tokens], memory[:tokens], delta, *sides)
+             for tokens in (1, 16, 17, 1024, 1025, 1500)]  # fmt: skip
+    check_launches(kernels, kernel, calls)
+    assert len(kernel.asked) == len(calls) + 2
+    assert len({grid for _, grid, _ in kernel.asked}) > 2
+
+
+@compiling
+def test_every_device_has_launches_of_its_own(kernels, monkeypatch, sides):
+    kernel = Kernel(kernels, "_gather_kernel", monkeypatch)
+    state = {"current": 0, "tensor": 0}
+
+    @contextlib.contextmanager
+    def device(index):
+        before, state["current"] = state["current"], index
+        yield
+        state["current"] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state["current"])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(Tensor, "get_device", lambda tensor: state["tensor"])
+    places = []
+    monkeypatch.setattr(Compiled, "__getitem__", lambda *_: lambda *args: places.append(state["current"]))
+    for state["tensor"] in (0, 1, 0, 1):
+        kernels.gather(matrices()[0], sides[0].at, 16)
+    assert len(kernel.asked) == 2
+    assert places == [0, 1]
+
+
+@compiling
+def test_what_is_kept_ready_has_a_bound(kernels, monkeypatch, sides):
+    """The stride of a transposed matrix is its number of tokens, of which there are many."""
+    Kernel(kernels, "_gather_kernel", monkeypatch)
+    monkeypatch.setattr(kernels, "_MOST_READY", 3)
+    for tokens in range(1, 9):
+        kernels.gather(torch.zeros(64, tokens).T, sides[0].at, 16)
+        assert 1 <= len(kernels._ready) <= 3
+
+
+@here
+def test_kernels_are_called_as_operators_where_something_looks_on(kernels, monkeypatch):
+    monkeypatch.setattr(ops, "interpret", True)
+    x, seen = torch.randn(3, 64, device=DEVICE), []
+    assert ops._functions(16, x) == (kernels.gather, kernels.block_add_, kernels.block_grad)
+    seen.append(ops._functions(16, torch.nn.Parameter(x)))
+    torch.jit.trace(lambda x: seen.append(ops._functions(16, x)) or x + 1, x, check_trace=False)
+    with Watch():
+        seen.append(ops._functions(16, x))
+    with torch.autocast(DEVICE):
+        seen.append(ops._functions(16, x))
+    assert seen == [(reference.gather, ops.block_add_, ops.block_grad)] * 4

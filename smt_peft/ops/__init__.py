@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, library
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -113,12 +114,13 @@ def _add(total: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
     """Add the product to `total` [..., out]; returns what to keep of x [..., in]."""
     if _is_short(x, total, delta, plan):
         return reference.short_forward(total, x, delta, plan)
+    gather, add_, _ = _functions(delta.shape[1], x, total)
     flat, kept = x.reshape(-1, x.shape[-1]), x
     if plan.gathers:
-        flat = kept = reference.gather(flat, plan.inner.at, delta.shape[1])
+        flat = kept = gather(flat, plan.inner.at, delta.shape[1])
     if flat.dtype.itemsize > total.dtype.itemsize:  # under autocast
         flat = kept = flat.to(total.dtype)
-    block_add_(total.view(-1, total.shape[-1]), flat.to(total.dtype), delta, plan.out, plan.kept)
+    add_(total.view(-1, total.shape[-1]), flat.to(total.dtype), delta, plan.out, plan.kept)
     return kept
 
 
@@ -129,13 +131,25 @@ def _backward(dy: Tensor, dx: Tensor | None, kept: Tensor | None, delta: Tensor,
     if _is_short(dy, kept, delta, plan):
         return reference.short_backward(dy, dx, kept, delta, plan)
     dy, size = dy.reshape(-1, dy.shape[-1]), delta.shape[1]
+    _, add_, grad = _functions(size, dy, dy if dx is None else dx)
     if dx is not None:
-        block_add_(dx.view(-1, dx.shape[-1]), dy, delta.mT, plan.inner, plan.out)
+        add_(dx.view(-1, dx.shape[-1]), dy, delta.mT, plan.inner, plan.out)
     if kept is None:
         return None
     features = plan.inner.at.shape[0] * size if plan.gathers else kept.shape[-1]
     kept = kept.reshape(dy.shape[0], features)
-    return block_grad(dy, kept, plan.out, plan.kept, size).to(delta.dtype)
+    return grad(dy, kept, plan.out, plan.kept, size).to(delta.dtype)
+
+
+def _functions(block_size: int, *operands: Tensor) -> tuple[Callable, Callable, Callable]:
+    """gather, block_add_ and block_grad: the operators, which cost the host time, only where something sees them (a
+    compiler, a trace, a mode such as a counter of FLOPs, a subclass of Tensor, autocast); else what they call."""
+    device = operands[0].device.type
+    is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if is_seen or torch.is_autocast_enabled(device) or any(type(operand) is not Tensor for operand in operands):
+        return reference.gather, block_add_, block_grad
+    kernels = _implementation(block_size, *operands)
+    return kernels.gather, kernels.block_add_, kernels.block_grad
 
 
 def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -> bool:

@@ -3,35 +3,66 @@
 Every program owns its output tile and walks what adds up to it, so nothing is atomic and results are repeatable.
 Nothing waits for the device: shapes alone decide the launch. Strides, and so layouts, are free.
 
-Common names: BLOCK is b; PADDED is b rounded up to a power of two, as Triton's tiles are; TILE is the edge of an
-output tile and STEP the number of summands taken at a time, both chosen by timing.
+Common names: BLOCK is b; PADDED is b rounded up to a power of two, as Triton's tiles are; an output tile has ROWS x
+COLS elements, of which each takes STEP summands at a time, all three chosen by timing.
 """
 
 import os
+from collections.abc import Callable
+from threading import Lock
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from . import reference
 from .plan import Side
 
-# TILE, STEP, num_warps, num_stages. The last is for devices with little shared memory and for float32.
-_CONFIGS = ((64, 64, 4, 4), (128, 64, 8, 3), (128, 32, 4, 4), (64, 32, 4, 2))
-# Edge of the squares over which block_scores sums in registers; it divides every TILE.
+# ROWS, COLS, STEP, num_warps, num_stages, of sums over features and over tokens. The first, for wide blocks of 16 bit,
+# reads least from the L2 cache, which bounds large products. The third is for small ones: over tokens these are few
+# programs, of which each must have many bytes on their way. The last needs little shared memory.
+_ADD_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 32, 4, 2))
+_SUM_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 128, 4, 4), (64, 64, 32, 4, 2))
+# Edge of the squares over which block_scores sums in registers; it divides every tile.
 _SCORE_SPAN = 64
 # Programs of a 128 x 128 tile that fill a large GPU about twice. A constant, so that all devices sum in one order.
 _ENOUGH_PROGRAMS = 256
-# Fewest tokens worth a program of their own.
-_SPLIT_TOKENS = 1024
+# Fewest tokens worth a program of their own: to add up what several sum is a kernel more.
+_SPLIT_TOKENS = 4096
+# Multiplications from which it pays to round the deltas once, and not in every program.
+_CAST_PRODUCTS = 1 << 31
+# Elements that a program of the gather copies.
+_GATHER_ELEMENTS = 4096
+# Most launches that are kept ready; a model has some ten, but strides that are token counts could make more.
+_MOST_READY = 1024
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+# Triton compiles anew where 16 divides a number or an address, or does not. Not for these: it would gain nothing.
+_UNSPECIALIZED = {
+    "do_not_specialize": ["tokens", "bucket"],
+    "do_not_specialize_on_alignment": ["out_at", "order", "starts", "out_place", "in_at", "in_place"],
+}
+_ready: dict[tuple, tuple] = {}  # see `_launch`
+_tuning = Lock()
 
-def _tuned(*key: str, **options):
-    """Choose TILE and STEP by timing, once per `key`. The interpreter has nothing to time: it takes the first."""
-    configs = [triton.Config({"TILE": c[0], "STEP": c[1]}, num_warps=c[2], num_stages=c[3]) for c in _CONFIGS]
-    return triton.autotune(configs[:1] if _INTERPRETED else configs, key=list(key), **options)
+
+def _tuned(configs: tuple[tuple[int, ...], ...], *key: str, **options):
+    """Choose among `configs` by timing, once per `key`. The interpreter has nothing to time: it takes the last."""
+    choices = [
+        triton.Config(dict(zip(("ROWS", "COLS", "STEP"), shape, strict=True)), num_warps=warps, num_stages=stages)
+        for *shape, warps, stages in configs
+    ]
+    return triton.autotune(
+        choices[-1:] if _INTERPRETED else choices, list(key), prune_configs_by={"early_config_prune": _fit}, **options
+    )
+
+
+def _fit(configs: list[triton.Config], operands: dict, **constants) -> list[triton.Config]:
+    """Without the tiles that are too wide: for registers where elements have 32 bit, or for small blocks."""
+    most = 128 if operands["x"].dtype.itemsize > 2 else constants.get("PADDED", 256)
+    return [config for config in configs if config.kwargs["COLS"] <= max(most, 128)] or configs
 
 
 @triton.jit
@@ -64,8 +95,8 @@ def _features(place, i, at, BLOCK: tl.constexpr, TILES: tl.constexpr):
     return place * BLOCK + i if TILES else tl.load(at + place * BLOCK + i, mask=i < BLOCK, other=0)
 
 
-@_tuned("bucket", "BLOCK", "SPLITS")
-@triton.jit(do_not_specialize=["tokens", "bucket"])
+@_tuned(_SUM_CONFIGS, "bucket", "BLOCK", "SPLITS")
+@triton.jit(**_UNSPECIALIZED)
 def _block_grad_kernel(
     product,  # [SPLITS, n, b, b] float32
     dy,
@@ -86,16 +117,18 @@ def _block_grad_kernel(
     OUT_TILES: tl.constexpr,
     IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """One tile of one block's gradient, summed over one of SPLITS runs of tokens."""
-    SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
-    PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
+    HEIGHT: tl.constexpr = ROWS if ROWS < PADDED else PADDED
+    WIDTH: tl.constexpr = COLS if COLS < PADDED else PADDED
+    PARTS: tl.constexpr = (BLOCK + WIDTH - 1) // WIDTH
     block = tl.program_id(0)
     split = tl.program_id(2)
-    i = tl.program_id(1) // PARTS * SPAN + tl.arange(0, SPAN)
-    j = tl.program_id(1) % PARTS * SPAN + tl.arange(0, SPAN)
+    i = tl.program_id(1) // PARTS * HEIGHT + tl.arange(0, HEIGHT)
+    j = tl.program_id(1) % PARTS * WIDTH + tl.arange(0, WIDTH)
     dy += _features(tl.load(out_place + block), i, out_at, BLOCK, OUT_TILES) * dy_feature
     x += _features(tl.load(in_place + block), j, in_at, BLOCK, IN_TILES) * x_feature
     run = tl.cdiv(tokens, SPLITS)
@@ -105,8 +138,8 @@ def _block_grad_kernel(
     tl.store(product + i[:, None] * BLOCK + j[None, :], total, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :])
 
 
-@_tuned("bucket", "BLOCK", restore_value=["y"])  # or tuning would add the product many times
-@triton.jit(do_not_specialize=["tokens", "bucket"])
+@_tuned(_ADD_CONFIGS, "bucket", "BLOCK", restore_value=["y"])  # or tuning would add the product many times
+@triton.jit(**_UNSPECIALIZED)
 def _block_add_kernel(
     y,
     x,
@@ -130,20 +163,21 @@ def _block_add_kernel(
     OUT_TILES: tl.constexpr,
     IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of y: some tokens by (part of) one line that has blocks."""
-    SPAN: tl.constexpr = TILE if TILE < PADDED else PADDED
+    """One tile of y: ROWS tokens by (part of) one line that has blocks."""
+    SPAN: tl.constexpr = COLS if COLS < PADDED else PADDED
     PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
     DEPTH: tl.constexpr = STEP if STEP < PADDED else PADDED
     STEPS: tl.constexpr = (BLOCK + DEPTH - 1) // DEPTH
     line = tl.program_id(0) // PARTS
     i = tl.program_id(0) % PARTS * SPAN + tl.arange(0, SPAN)
-    token = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = token < tokens
-    token = token.to(tl.int64)
-    total = tl.zeros([SPAN, TILE], dtype=tl.float32)
+    token = tl.minimum(token, tokens - 1).to(tl.int64)  # reads need no mask: what is beyond is not stored
+    total = tl.zeros([SPAN, ROWS], dtype=tl.float32)
     # One loop over the steps of all blocks of the line, and not one in another, so that loads run ahead across blocks.
     # They run further ahead if they wait for no others, so each step looks up where the next one reads.
     first = tl.load(starts + line).to(tl.int32) * STEPS
@@ -153,9 +187,13 @@ def _block_add_kernel(
     for step in range(first, last):
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
         x_tile = x + token * x_token + _features(place, j, in_at, BLOCK, IN_TILES)[None, :] * x_feature
-        x_tile = tl.load(x_tile, mask=inside & (j < BLOCK)[None, :], other=0.0)
         delta_tile = delta + block * delta_block + i[:, None] * delta_row + j[None, :] * delta_col
-        delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :], other=0.0)
+        if BLOCK == PADDED:
+            x_tile = tl.load(x_tile)
+            delta_tile = tl.load(delta_tile)
+        else:
+            x_tile = tl.load(x_tile, mask=(j < BLOCK)[None, :], other=0.0)
+            delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :], other=0.0)
         total = _add_product(total, delta_tile.to(x_tile.dtype), tl.trans(x_tile), PRECISION)
         block = tl.load(order + tl.minimum(step + 1, last - 1) // STEPS)
         place = tl.load(in_place + block)
@@ -165,8 +203,8 @@ def _block_add_kernel(
     tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + tl.trans(total), mask=mask)
 
 
-@_tuned("bucket", "BLOCK")
-@triton.jit(do_not_specialize=["tokens", "bucket"])
+@_tuned(_SUM_CONFIGS, "bucket", "BLOCK")
+@triton.jit(**_UNSPECIALIZED)
 def _block_scores_kernel(
     sums,  # [R * PARTS, C * PARTS] float32, PARTS = ceil(b / SPAN)
     dy,
@@ -183,31 +221,75 @@ def _block_scores_kernel(
     SPAN: tl.constexpr,
     SQUARE: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """Sums of |g| or g^2 over the SPAN x SPAN squares in one tile of dW. A block is PARTS x PARTS squares."""
     PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
-    SPANS: tl.constexpr = TILE // SPAN
-    out_tiles = tl.cdiv(out_spans, SPANS)
-    in_tiles = tl.cdiv(in_spans, SPANS)
+    OUT_SPANS: tl.constexpr = ROWS // SPAN  # in a tile
+    IN_SPANS: tl.constexpr = COLS // SPAN
+    out_tiles = tl.cdiv(out_spans, OUT_SPANS)
+    in_tiles = tl.cdiv(in_spans, IN_SPANS)
     # Neighbouring programs share columns of both operands, which then stay in the L2 cache.
     m, n = tl.swizzle2d(tl.program_id(0) // in_tiles, tl.program_id(0) % in_tiles, out_tiles, in_tiles, 8)
-    lane = tl.arange(0, TILE)
-    out_span = m * SPANS + lane // SPAN
-    in_span = n * SPANS + lane // SPAN
-    i = out_span % PARTS * SPAN + lane % SPAN
-    j = in_span % PARTS * SPAN + lane % SPAN
+    out_lane = tl.arange(0, ROWS)
+    in_lane = tl.arange(0, COLS)
+    out_span = m * OUT_SPANS + out_lane // SPAN
+    in_span = n * IN_SPANS + in_lane // SPAN
+    i = out_span % PARTS * SPAN + out_lane % SPAN
+    j = in_span % PARTS * SPAN + in_lane % SPAN
     dy += ((out_span // PARTS).to(tl.int64) * BLOCK + i) * dy_feature
     x += ((in_span // PARTS).to(tl.int64) * BLOCK + j) * x_feature
     dy_mask = (i < BLOCK) & (out_span < out_spans)
     x_mask = (j < BLOCK) & (in_span < in_spans)
     g = _sum_over_tokens(dy, x, dy_mask, x_mask, 0, tokens, dy_token, x_token, STEP, PRECISION)
     g = g * g if SQUARE else tl.abs(g)
-    g = tl.sum(tl.sum(tl.reshape(g, [SPANS, SPAN, SPANS, SPAN]), axis=3), axis=1)
-    out_span = (m * SPANS + tl.arange(0, SPANS))[:, None]
-    in_span = (n * SPANS + tl.arange(0, SPANS))[None, :]
+    g = tl.sum(tl.sum(tl.reshape(g, [OUT_SPANS, SPAN, IN_SPANS, SPAN]), axis=3), axis=1)
+    out_span = (m * OUT_SPANS + tl.arange(0, OUT_SPANS))[:, None]
+    in_span = (n * IN_SPANS + tl.arange(0, IN_SPANS))[None, :]
     tl.store(sums + out_span * in_spans + in_span, g, mask=(out_span < out_spans) & (in_span < in_spans))
+
+
+@triton.autotune([triton.Config({}, num_warps=4)], [])
+@triton.jit(**_UNSPECIALIZED)
+def _gather_kernel(
+    gathered,  # [T, m * b]
+    matrix,
+    at,
+    tokens,
+    matrix_token,  # strides
+    matrix_feature,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS tokens of one line."""
+    line = tl.program_id(1)
+    i = tl.arange(0, PADDED)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    mask = (token < tokens) & (i < BLOCK)[None, :]
+    token = token.to(tl.int64)
+    place = tl.load(at + line) if TILES else line
+    matrix += token * matrix_token + _features(place, i, at, BLOCK, TILES)[None, :] * matrix_feature
+    gathered += token * (tl.num_programs(1) * BLOCK) + line * BLOCK + i[None, :]
+    tl.store(gathered, tl.load(matrix, mask=mask), mask=mask)
+
+
+def gather(matrix: Tensor, at: Tensor, block_size: int) -> Tensor:
+    """See `reference.gather`."""
+    tokens, lines, tiles = matrix.shape[0], at.shape[0], at.ndim == 1
+    if tiles and lines * block_size == matrix.shape[1]:
+        return matrix
+    gathered = matrix.new_empty(tokens, lines * block_size)
+    if gathered.numel():
+        padded = _padded(block_size)
+        rows = max(1, _GATHER_ELEMENTS // padded)
+        constants = block_size, padded, tiles, rows
+        grid = -(-tokens // rows), lines, 1
+        _launch(_gather_kernel, (gathered, matrix), (at,), tokens, matrix.stride(), constants, lambda meta: grid)
+    return gathered
 
 
 def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> None:
@@ -216,32 +298,47 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
     lines = out.at.shape[0]
     if not tokens or not lines:
         return
-    args = y, x, delta, out.at, out.order, out.starts, inner.at, inner.place, tokens, _bucket(tokens)
-    tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
-    with torch.cuda.device_of(x):
-        _block_add_kernel[lambda meta: (lines * _parts(block_size, meta), triton.cdiv(tokens, meta["TILE"]))](
-            *args, *y.stride(), *x.stride(), *delta.stride(),
-            BLOCK=block_size, PADDED=_padded(block_size), PRECISION=_precision(), **tiles,
-        )  # fmt: skip
+    if delta.dtype != x.dtype and tokens * delta.numel() >= _CAST_PRODUCTS:
+        delta = delta.to(x.dtype)
+
+    def grid(meta: dict) -> tuple[int, int, int]:
+        return lines * -(-block_size // meta["COLS"]), -(-tokens // meta["ROWS"]), 1
+
+    _launch(
+        _block_add_kernel,
+        (y, x, delta),
+        (out.at, out.order, out.starts, inner.at, inner.place),
+        tokens,
+        (_bucket(tokens), *y.stride(), *x.stride(), *delta.stride()),
+        (block_size, _padded(block_size), out.at.ndim == 1, inner.at.ndim == 1, _precision(x.dtype)),
+        grid,
+    )
     torch.autograd.graph.increment_version(y)  # PyTorch does not see that a kernel writes
 
 
 def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:
     """See `reference.block_grad`."""
-    tokens, blocks, x = dy.shape[0], out.member.shape[0], x.to(dy.dtype)
+    tokens, blocks = dy.shape[0], out.member.shape[0]
     if not tokens or not blocks:
         return dy.new_zeros(blocks, block_size, block_size, dtype=torch.float32)
+    x = x if x.dtype == dy.dtype else x.to(dy.dtype)
     # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
-    splits = min(_ENOUGH_PROGRAMS // (blocks * triton.cdiv(block_size, 128) ** 2), tokens // _SPLIT_TOKENS)
-    splits = triton.next_power_of_2(max(splits, 1) + 1) // 2  # rounded down, to tune for few values
+    splits = min(_ENOUGH_PROGRAMS // (blocks * -((-block_size // 128) ** 2)), tokens // _SPLIT_TOKENS)
+    splits = 1 << max(splits, 1).bit_length() - 1  # rounded down, to tune for few values
     product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
-    args = product, dy, x, out.at, out.place, inner.at, inner.place, tokens, _bucket(tokens)
-    tiles = {"OUT_TILES": out.at.ndim == 1, "IN_TILES": inner.at.ndim == 1}
-    with torch.cuda.device_of(dy):
-        _block_grad_kernel[lambda meta: (blocks, _parts(block_size, meta) ** 2, splits)](
-            *args, *dy.stride(), *x.stride(),
-            BLOCK=block_size, PADDED=_padded(block_size), SPLITS=splits, PRECISION=_precision(), **tiles,
-        )  # fmt: skip
+
+    def grid(meta: dict) -> tuple[int, int, int]:
+        return blocks, -(-block_size // meta["ROWS"]) * -(-block_size // meta["COLS"]), splits
+
+    _launch(
+        _block_grad_kernel,
+        (product, dy, x),
+        (out.at, out.place, inner.at, inner.place),
+        tokens,
+        (_bucket(tokens), *dy.stride(), *x.stride()),
+        (block_size, _padded(block_size), splits, out.at.ndim == 1, inner.at.ndim == 1, _precision(x.dtype)),
+        grid,
+    )
     return product[0] if splits == 1 else product.sum(0)
 
 
@@ -249,32 +346,77 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     """See `reference.block_scores`."""
     if score == "mean_abs":
         return reference.block_scores(dy, x, block_size, score)  # two small sums and a small product
-    tokens, span, x = dy.shape[0], min(_SCORE_SPAN, _padded(block_size)), x.to(dy.dtype)
-    parts = triton.cdiv(block_size, span)
+    span, x = min(_SCORE_SPAN, _padded(block_size)), x if x.dtype == dy.dtype else x.to(dy.dtype)
+    parts = -(-block_size // span)
     out_spans, in_spans = (matrix.shape[1] // block_size * parts for matrix in (dy, x))
     sums = dy.new_empty(out_spans, in_spans, dtype=torch.float32)
-    args = sums, dy, x, tokens, _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()
-    with torch.cuda.device_of(dy):
-        _block_scores_kernel[
-            lambda meta: (triton.cdiv(out_spans * span, meta["TILE"]) * triton.cdiv(in_spans * span, meta["TILE"]),)
-        ](*args, BLOCK=block_size, SPAN=span, SQUARE=score == "l2", PRECISION=_precision())
+
+    def grid(meta: dict) -> tuple[int, int, int]:
+        return -(-out_spans * span // meta["ROWS"]) * -(-in_spans * span // meta["COLS"]), 1, 1
+
+    tokens = dy.shape[0]
+    numbers = _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()
+    constants = block_size, span, score == "l2", _precision(x.dtype)
+    _launch(_block_scores_kernel, (sums, dy, x), (), tokens, numbers, constants, grid)
     return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
 
 
-def _parts(block_size: int, meta: dict) -> int:
-    """Output tiles along one side of a block."""
-    return triton.cdiv(block_size, min(meta["TILE"], _padded(block_size)))
+def _launch(
+    kernel: triton.runtime.Autotuner,
+    tensors: tuple[Tensor, ...],
+    places: tuple[Tensor, ...],
+    tokens: int,
+    numbers: tuple[int, ...],
+    constants: tuple,
+    grid: Callable[[dict], tuple[int, int, int]],
+) -> None:
+    """Launch a kernel whose parameters are, in this order, these and what is tuned. `places` are int64.
+
+    Triton tunes and compiles it, and looks up what it compiled anew at every launch, which takes the host longer than
+    most kernels take the device. So what it found is kept, for all that it compiles for: the device, the constants,
+    and of the arguments that are not exempt (`_UNSPECIALIZED`) the dtype and whether 16 divides them.
+    """
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, tensors, places, tokens, numbers, constants, grid)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    key = (kernel, device, *numbers, *constants, *[pointer % 16 for pointer in pointers], *[t.dtype for t in tensors])
+    ready = _ready.get(key)
+    if ready is None:
+        _first_launch(kernel, key, (*tensors, *places, tokens, *numbers), constants, grid)
+    else:
+        compiled, tail, meta = ready
+        compiled[grid(meta)](*pointers, *[place.data_ptr() for place in places], tokens, *numbers, *tail)
+
+
+def _first_launch(kernel: triton.runtime.Autotuner, key: tuple, args: tuple, constants: tuple, grid: Callable) -> None:
+    """Have Triton launch, and keep what it compiled. The interpreter compiles nothing."""
+    names = kernel.arg_names[len(args) :]
+    with _tuning:  # a tuner keeps the tensors that it works on in itself
+        compiled = kernel[grid](*args, **dict(zip(names, constants, strict=False)))
+        meta = kernel.best_config.kwargs
+    if not isinstance(compiled, CompiledKernel) or torch.version.hip:  # which specialises on more
+        return
+    tail = (*constants, *[meta[name] for name in names[len(constants) :]])
+    if len(_ready) == _MOST_READY:
+        _ready.clear()
+    # Triton 3.2 wants no constants, and does not name them in the signature.
+    _ready[key] = compiled, tail[: len(compiled.src.signature) - len(args)], meta
 
 
 def _padded(block_size: int) -> int:
-    return triton.next_power_of_2(block_size)
+    """The next power of two."""
+    return 1 << (block_size - 1).bit_length()
 
 
 def _bucket(tokens: int) -> int:
     """Batches of any length up to a power of two share a tuning; short ones, which cost little, all do."""
-    return triton.next_power_of_2(max(tokens, 1024))
+    return _padded(max(tokens, 1024))
 
 
-def _precision() -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own matmul does (before torch 2.9, exactly)."""
+    if dtype != torch.float32:
+        return "ieee"
     return "tf32" if getattr(torch.backends.cuda.matmul, "fp32_precision", "ieee") == "tf32" else "ieee"
