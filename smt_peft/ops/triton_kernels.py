@@ -42,7 +42,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Triton compiles anew where 16 divides a number or an address, or does not. Not for these: it would gain nothing.
 _UNSPECIALIZED = {
     "do_not_specialize": ["tokens", "bucket"],
-    "do_not_specialize_on_alignment": ["out_at", "order", "starts", "out_place", "in_at", "in_place"],
+    "do_not_specialize_on_alignment": ["at", "out_at", "order", "starts", "out_place", "in_at", "in_place"],
 }
 _ready: dict[tuple, tuple] = {}  # see `_launch`
 _tuning = Lock()
