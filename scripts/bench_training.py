@@ -563,7 +563,8 @@ def place(file: str, function: str) -> str:
         "autograd/function.py": SAVING,
         "transformers/": "transformers",
     }
-    return next((place for part, place in places.items() if part in file), file.rpartition("site-packages/")[2])
+    inside = file.rpartition("site-packages/")[2]
+    return next((place for part, place in places.items() if part in file), inside.rpartition("/scripts/")[2])
 
 
 if __name__ == "__main__":

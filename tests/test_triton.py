@@ -163,7 +163,12 @@ def test_rounding_deltas_once_changes_nothing(kernels, monkeypatch):
 def test_tokens_are_split_without_loss(kernels, monkeypatch, tokens, split_tokens):
     """Ragged runs, and at 5 tokens for 4 programs an empty one."""
     monkeypatch.setattr(kernels, "_SPLIT_TOKENS", split_tokens)
+    launch, splits = kernels._launch, []
+    monkeypatch.setattr(
+        kernels, "_launch", lambda *args: splits.append(args[-1]({"ROWS": 64, "COLS": 64})[2]) or launch(*args)
+    )
     check(kernels, 16, (2, 2), tokens)
+    assert max(splits) == 4
 
 
 @here

@@ -323,7 +323,7 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
         return dy.new_zeros(blocks, block_size, block_size, dtype=torch.float32)
     x = x if x.dtype == dy.dtype else x.to(dy.dtype)
     # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
-    splits = min(_ENOUGH_PROGRAMS // (blocks * -((-block_size // 128) ** 2)), tokens // _SPLIT_TOKENS)
+    splits = min(_ENOUGH_PROGRAMS // (blocks * (-(-block_size // 128)) ** 2), tokens // _SPLIT_TOKENS)
     splits = 1 << max(splits, 1).bit_length() - 1  # rounded down, to tune for few values
     product = dy.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
 
