@@ -103,7 +103,8 @@ class DeltaBank(nn.Module):
         values needs no new ones; a training step makes new ones all the same, since autograd's graph has been used.
         """
         weight, index, kept = self._parameters["weight"], self._buffers["index"], self._kept
-        if kept is not None and kept.weight is weight and kept.index is index and kept.device == device:
+        is_traced = torch.jit.is_tracing()  # a trace must see how views are made
+        if kept and not is_traced and kept.weight is weight and kept.index is index and kept.device == device:
             state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
             if kept.state == state:
                 return kept.plans[target], kept.views[target]
@@ -112,8 +113,8 @@ class DeltaBank(nn.Module):
             return None, None
         if hasattr(weight, "ds_id"):
             return plan, (self.split() if self.running is None else self.running)[target]
-        if isinstance(weight, DTensor) or self.layout().order is not None or torch.jit.is_tracing():
-            return plan, self.split()[target]  # copies, which could go stale; a trace must see how views are made
+        if isinstance(weight, DTensor) or self.layout().order is not None or is_traced:
+            return plan, self.split()[target]  # copies, which could go stale
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
         return plan, self._keep(device).views[target]

@@ -1,6 +1,7 @@
 """An adapter on disk: what is written comes back as the same function, and what does not fit is refused."""
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +204,45 @@ def test_the_model_card_shows_the_import_that_loading_needs_once(llama, tmp_path
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("import smt_peft") == 1
+
+
+# --- files of earlier versions ---------------------------------------------------------------------------------------
+
+OLD = sorted((Path(__file__).parent / "fixtures/adapters_of_0.1").iterdir())
+
+
+def with_what_a_file_holds(base, folder):
+    """A dense model with the blocks of an adapter file, read without this package."""
+    tensors = {key.rpartition(".")[2]: value for key, value in load_file(folder / "adapter_model.safetensors").items()}
+    targets = [name for name, _ in base.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    for (target, row, col), block in zip(tensors["index"].tolist(), tensors["weight"], strict=True):
+        weight = base.get_submodule(targets[target]).weight.data
+        weight[16 * row : 16 * row + 16, 16 * col : 16 * col + 16] += block
+    return base
+
+
+@pytest.mark.parametrize("load", ["PEFT", "transformers"])
+@pytest.mark.parametrize("folder", OLD, ids=lambda folder: folder.name)
+def test_adapter_files_of_earlier_versions_load_unchanged(llama, logits, folder, load):
+    """Also where the index is not in the order of the targets, which no selection of this package is."""
+    expected = logits(with_what_a_file_holds(deepcopy(llama), folder))
+    if load == "PEFT":
+        model = PeftModel.from_pretrained(llama, folder)
+    else:
+        model = llama
+        model.load_adapter(str(folder), "default")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("folder", OLD, ids=lambda folder: folder.name)
+def test_adapter_files_of_earlier_versions_go_on_training(llama, batches, folder):
+    dense = with_what_a_file_holds(deepcopy(llama), folder).requires_grad_(False).train()
+    model = PeftModel.from_pretrained(llama, folder, is_trainable=True).train()
+    bank = model.base_model.model.smt_bank["default"]
+    for target in bank.targets:
+        dense.get_submodule(target.name).weight.requires_grad_()
+    for one in (model, dense):
+        one(**batches[0]).loss.backward()
+    for gradient, (target, row, col) in zip(bank.weight.grad, bank.index.tolist(), strict=True):
+        full = dense.get_submodule(bank.targets[target].name).weight.grad
+        torch.testing.assert_close(gradient, full.unfold(0, 16, 16).unfold(1, 16, 16)[row, col], rtol=1e-4, atol=1e-6)

@@ -81,7 +81,9 @@ class Case:
         out, self.out_lines = self.side(out, block_rows, sides in ("lists", "out lists"))
         inner, self.in_lines = self.side(inner, block_cols, sides in ("lists", "in lists"))
         kept = inner._replace(at=torch.arange(len(inner.at)), place=inner.member)
-        self.keeping, self.gathering = (ops.move(ops.Plan(out, inner, k, False), device) for k in (inner, kept))
+        self.keeping, self.gathering = (
+            ops.move(ops.Plan(out, inner, k, k is kept, False), device) for k in (inner, kept)
+        )
         self.out, self.inner = self.keeping[:2]
         # The features of each block, [n, b, 1] and [n, 1, b].
         self.place = self.out_lines[rows][:, :, None].to(device), self.in_lines[cols][:, None, :].to(device)

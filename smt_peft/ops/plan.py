@@ -39,18 +39,15 @@ class Plan(NamedTuple):
         inner: along the input features.
         kept: along the input features that are kept for backward: `inner` where the input itself is kept, otherwise
             its lines, one after the other.
+        gathers: whether the lines that are read are copied out of the input, so that the rest of it need not be kept.
         in_order: whether block i is on line i of `kept`, so that nothing need be looked up.
     """
 
     out: Side
     inner: Side
     kept: Side
+    gathers: bool
     in_order: bool
-
-    @property
-    def gathers(self) -> bool:
-        """Whether the lines that are read are copied out of the input, so that the rest of it need not be kept."""
-        return self.kept is not self.inner
 
 
 def side(coordinates: Tensor) -> Side:
@@ -73,7 +70,7 @@ def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
     """
     inner = side(cols)
     in_order = not keep_input and inner.member.tolist() == list(range(len(inner.at)))
-    return Plan(side(rows), inner, inner if keep_input else _apart(inner), in_order)
+    return Plan(side(rows), inner, inner if keep_input else _apart(inner), not keep_input, in_order)
 
 
 def move(plan: Plan, device: torch.device) -> Plan:
