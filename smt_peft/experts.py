@@ -101,8 +101,8 @@ class ParamWrapper(Linear):
                 if name in self.smt_blocks:
                     self._require_selection(self.smt_blocks[name])
                 continue
-            places = (index.to(weight.device) for index in bank.places(target))
-            weight = AddToWeight.apply(weight, bank.parts(target, bank.index.device)[1].to(weight.device), *places)
+            plan, delta = bank.parts(target, weight.device)
+            weight = AddToWeight.apply(weight, delta.to(weight.device), plan.out.place, plan.inner.place)
         return None if weight is self.weight else weight
 
     @contextlib.contextmanager
