@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from peft import PeftConfig, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
 Scope = Literal["model", "input", "module"]
@@ -71,8 +73,16 @@ class SMTConfig(PeftConfig):
     awaits_weights = False  # no field: read from a folder or repository whose weights are to follow
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> SMTConfig:
-        config = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> SMTConfig:
+        """As PEFT's. In a folder, weights that are cut off are refused here, before PEFT adds the adapter for them."""
+        weights = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{weights} is broken or cut off ({error}); copy or download it again.") from None
+        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config.awaits_weights = True
         return config
 

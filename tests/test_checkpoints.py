@@ -246,3 +246,15 @@ def test_adapter_files_of_earlier_versions_go_on_training(llama, batches, folder
     for gradient, (target, row, col) in zip(bank.weight.grad, bank.index.tolist(), strict=True):
         full = dense.get_submodule(bank.targets[target].name).weight.grad
         torch.testing.assert_close(gradient, full.unfold(0, 16, 16).unfold(1, 16, 16)[row, col], rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_that_is_cut_off_leaves_no_trace_under_a_new_name(llama, logits, tmp_path):
+    model = wrap(llama)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"is broken or cut off.*download it again"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"] and not any("second" in key for key in model.state_dict())
+    assert torch.equal(logits(model), expected)
