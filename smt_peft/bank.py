@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Layout(NamedTuple):
     Attributes:
         index, version: of what.
         counts: per target how many blocks it has; nothing before the selection.
-        places: per target the (block rows, block columns) of its blocks, int64 on the CPU.
+        blocks: per target where they lie, int64 on the CPU: [n, 2] for tiles, [n, 2, b] for sorted blocks.
         order: all slots of the bank in the order of the targets; None where they are, as in every selection made here.
         plans: device -> per target its plan there; None where it has no blocks.
     """
@@ -50,7 +51,7 @@ class Layout(NamedTuple):
     index: Tensor
     version: int
     counts: list[int]
-    places: list[tuple[Tensor, Tensor]]
+    blocks: list[Tensor]
     order: Tensor | None
     plans: dict[torch.device, list[ops.Plan | None]]
 
@@ -70,12 +71,20 @@ class DeltaBank(nn.Module):
     """Every delta of one adapter.
 
     * `weight`: float32 parameter [num_blocks, block_size, block_size].
-    * `index`: int32 buffer [num_blocks, 3] of (target, block row, block column); -1 before the selection.
+    * `index`: int32 buffer [num_blocks, 3] of (target, block row, block column). In a sorted arrangement
+      [num_blocks, 1 + 2 * block_size]: the target, the block's rows, its columns. -1 before the selection.
     * `fingerprint`: int64 buffer [1], a hash of the targets' names and grids, so that a checkpoint of another model
       or block size is refused instead of half-loaded.
     """
 
-    def __init__(self, block_size: int, targets: Sequence[Target], groups: Sequence[Group], device: torch.device):
+    def __init__(
+        self,
+        block_size: int,
+        targets: Sequence[Target],
+        groups: Sequence[Group],
+        device: torch.device,
+        is_sorted: bool = False,
+    ):
         super().__init__()
         self.block_size, self.targets, self.groups = block_size, list(targets), list(groups)
         self.num_blocks = num_blocks = sum(group.budget for group in groups)
@@ -83,7 +92,8 @@ class DeltaBank(nn.Module):
         with torch.inference_mode(False):  # or it could never be trained
             self.weight = nn.Parameter(torch.zeros(num_blocks, block_size, block_size, device=device))
             index_device = "cpu" if device.type == "meta" else device
-            self.register_buffer("index", torch.full((num_blocks, 3), -1, dtype=torch.int32, device=index_device))
+            width = 1 + 2 * (block_size if is_sorted else 1)
+            self.register_buffer("index", torch.full((num_blocks, width), -1, dtype=torch.int32, device=index_device))
             self.register_buffer("fingerprint", torch.tensor([self._hash_targets()], device=index_device))
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
@@ -173,7 +183,7 @@ class DeltaBank(nn.Module):
         return bool(self.layout().counts)
 
     def set_index(self, index: Tensor) -> None:
-        """Write a selection, int [num_blocks, 3]. Raises ValueError where it does not fit the targets."""
+        """Write a selection of the shape of `index`. Raises ValueError where it does not fit the targets."""
         self._check(index)
         with torch.no_grad():
             self.index.copy_(index)
@@ -198,20 +208,10 @@ class DeltaBank(nn.Module):
             plans = layout.plans[device] = self._plans(layout, device)
         return plans[target]
 
-    def places(self, target: int) -> tuple[Tensor, Tensor]:
-        """The (block rows, block columns) of one target's blocks, int64 [n] on the CPU, in the order of `parts`."""
-        return self.layout().places[target]
-
-    def selected_blocks(self) -> dict[str, list[list[int]]] | None:
+    def selected_blocks(self) -> dict[str, list] | None:
         """The selection by name, as `SMTConfig.selected_blocks` holds it."""
-        layout = self.layout()
-        if not layout.counts:
-            return None
-        return {
-            target.name: torch.stack([rows, cols], 1).tolist()
-            for target, (rows, cols) in zip(self.targets, layout.places, strict=True)
-            if len(rows)
-        }
+        chosen = zip(self.targets, self.layout().blocks, strict=False)
+        return {target.name: blocks.tolist() for target, blocks in chosen if len(blocks)} or None
 
     def _lay_out(self, index: Tensor) -> Layout:
         on_cpu = index.detach().cpu().long()
@@ -221,9 +221,9 @@ class DeltaBank(nn.Module):
         self._check_fingerprint(self.fingerprint)
         order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
-        places = [(on_cpu[slots, 1], on_cpu[slots, 2]) for slots in order.split(counts)]
+        sides = on_cpu[order, 1:] if index.shape[1] == 3 else on_cpu[order, 1:].unflatten(1, (2, -1))
         is_ordered = bool((on_cpu[1:, 0] >= on_cpu[:-1, 0]).all())
-        layout = Layout(index, _version(index), counts, places, None if is_ordered else order, {})
+        layout = Layout(index, _version(index), counts, list(sides.split(counts)), None if is_ordered else order, {})
         if index.device.type != "meta":  # a compiler can look plans up, but not make them
             layout.plans[index.device] = self._plans(layout, index.device)
         return layout
@@ -231,15 +231,14 @@ class DeltaBank(nn.Module):
     def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:
         """Where the modules beside one another, which may read one input, would keep as much of it as there is or
         more, each keeps the input itself: one tensor for all of them, and never more than LoRA keeps."""
-        read: dict[tuple[str, int], int] = {}
-        for target, (_, cols) in zip(self.targets, layout.places, strict=True):
-            siblings = target.name.rpartition(".")[0], target.cols
-            read[siblings] = read.get(siblings, 0) + len(cols.unique())
-        plans = []
-        for target, (rows, cols) in zip(self.targets, layout.places, strict=True):
-            keep_input = read[target.name.rpartition(".")[0], target.cols] >= target.cols
-            plans.append(ops.move(ops.plan(rows, cols, keep_input), device) if len(rows) else None)
-        return plans
+        siblings = [(target.name.rpartition(".")[0], target.cols) for target in self.targets]
+        read: Counter = Counter()
+        for key, blocks in zip(siblings, layout.blocks, strict=True):
+            read[key] += len(blocks[:, 1].unique(dim=0)) if len(blocks) else 0
+        return [
+            ops.move(ops.plan(*blocks.unbind(1), keep_input=read[key] >= key[1]), device) if len(blocks) else None
+            for key, blocks in zip(siblings, layout.blocks, strict=True)
+        ]
 
     # --- checks ------------------------------------------------------------------------------------------------
 
@@ -260,9 +259,17 @@ class DeltaBank(nn.Module):
             self._check(index)
 
     def _check(self, index: Tensor) -> None:
-        if tuple(index.shape) != (self.num_blocks, 3):
+        if index.shape != self.index.shape:
+            count, width = index.shape if index.ndim == 2 else (0, 0)
+            if count == self.num_blocks and width:
+                kinds = {3: "tiles"}
+                raise ValueError(
+                    f"The checkpoint holds {kinds.get(width, 'sorted blocks')} (an index {width} wide), but the "
+                    f"adapter was configured for {kinds.get(self.index.shape[1], 'sorted blocks')} of "
+                    f"{self.block_size} (arrangement, block_size); use the adapter_config.json saved with it."
+                )
             raise ValueError(
-                f"The checkpoint holds {index.shape[0]} blocks, but the adapter's budget is {self.num_blocks}; "
+                f"The checkpoint holds {count} blocks, but the adapter's budget is {self.num_blocks}; "
                 "use the adapter_config.json that was saved with it."
             )
         index = index.detach().cpu().long()
@@ -270,16 +277,29 @@ class DeltaBank(nn.Module):
         if empty.all():
             return
         target = index[:, 0].clamp(max=len(self.targets) - 1)
-        grids = torch.tensor([(t.rows, t.cols) for t in self.targets], device="cpu")[target]
-        wrong = (empty | (index < 0).any(1) | (index[:, 0] != target) | (index[:, 1:] >= grids).any(1)).nonzero()
+        sides = index[:, 1:].unflatten(1, (2, -1))
+        unit = self.block_size if sides.shape[2] > 1 else 1  # what an entry of the index counts: features, or tiles
+        grids = unit * torch.tensor([(t.rows, t.cols) for t in self.targets], device="cpu")[target]
+        is_outside = (sides >= grids[:, :, None]).flatten(1).any(1)
+        wrong = (empty | (index < 0).any(1) | (index[:, 0] != target) | is_outside).nonzero()
         if len(wrong):
             raise ValueError(
                 f"Block {index[wrong[0, 0]].tolist()} (target, row, column) in slot {wrong[0, 0]} of the index does "
                 f"not exist among the {len(self.targets)} targets of this model; the file is broken or belongs to "
                 "another model or block size."
             )
-        if len(index.unique(dim=0)) != len(index):
+        sides = sides.sort(2).values
+        if len(torch.cat([target[:, None], sides.flatten(1)], 1).unique(dim=0)) != len(index):
             raise ValueError("The index names a block twice; the file is broken.")
+        for side in sides.unbind(1) if unit > 1 else ():
+            lines = torch.cat([target[:, None], side], 1).unique(dim=0)
+            features = lines[:, :1] * int(grids.max()) + lines[:, 1:]
+            if len(features.unique()) != features.numel():
+                raise ValueError(
+                    "Blocks of the index share some of their rows or columns, but not all, or name one twice; the "
+                    "file is broken. Two blocks of a matrix must have the same rows or none in common, and columns "
+                    "alike."
+                )
 
     def _hash_targets(self) -> int:
         text = repr([self.block_size, *map(tuple, self.targets)])

@@ -15,8 +15,16 @@ SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagon
 Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
+Arrangement = Literal["tiles", "sorted"]
 Bias = Literal["none", "all", "smt_only"]
-CHOICES = {"selection": SelectionRule, "scope": Scope, "score": Score, "accumulation": Accumulation, "bias": Bias}
+CHOICES = {
+    "selection": SelectionRule,
+    "scope": Scope,
+    "score": Score,
+    "accumulation": Accumulation,
+    "arrangement": Arrangement,
+    "bias": Bias,
+}
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
 HOW_TO_LOAD = """
@@ -62,13 +70,17 @@ class SMTConfig(PeftConfig):
     # Which blocks are ranked together. 'model': all (the paper). 'input': those of modules that read one input (q, k,
     # v), 'module': those of one matrix; each such set gets the same share of its blocks.
     scope: Scope = "model"
+    # What a block is. 'tiles': neighbouring rows by neighbouring columns (the paper). 'sorted': rows and columns are
+    # put into the order of their importance first, so that a block is important rows by important columns.
+    arrangement: Arrangement = "tiles"
     score: Score = "abs_mean"  # of a block with gradient g: mean |g| (the paper), |mean g|, sum |g| or the l2 norm
     accumulation: Accumulation = "absolute"  # mean of every iteration's score; 'signed': score of the mean gradient
     warmup_steps: int = 100  # batches that the warm-up looks at
     seed: int = 0  # of selection='random'
-    # Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Filled by the selection;
-    # given by hand, it is the selection and its length is the budget.
-    selected_blocks: dict[str, list[list[int]]] | None = None
+    # Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Of sorted blocks [[[row,
+    # ...], [column, ...]], ...], which only the file of the weights holds. Filled by the selection; given by hand, it
+    # is the selection and its length is the budget.
+    selected_blocks: dict[str, list[list]] | None = None
 
     awaits_weights = False  # no field: read from a folder or repository whose weights are to follow
 
@@ -93,14 +105,17 @@ class SMTConfig(PeftConfig):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
         if self.selected_blocks is not None:
-            self.selected_blocks = {name: _parse_blocks(name, blocks) for name, blocks in self.selected_blocks.items()}
+            parse = _parse_tiles if self.arrangement == "tiles" else _parse_sorted
+            self.selected_blocks = {name: parse(name, blocks) for name, blocks in self.selected_blocks.items()}
         for refusal in self._refusals():
             raise ValueError(refusal)
 
     def to_dict(self) -> dict:
-        """As a file holds it: the blocks of a module on one line."""
+        """As a file holds it: the tiles of a module on one line, and no sorted blocks, which are long lists."""
         values = super().to_dict()
-        if self.selected_blocks is not None:
+        if self.arrangement == "sorted":
+            values["selected_blocks"] = None
+        elif self.selected_blocks is not None:
             values["selected_blocks"] = {
                 name: " ".join(f"{row},{col}" for row, col in blocks) for name, blocks in self.selected_blocks.items()
             }
@@ -134,6 +149,10 @@ class SMTConfig(PeftConfig):
             yield f"num_blocks={blocks} and trainable_ratio={ratio} both set the budget; give one of them."
         if self.accumulation == "signed" and self.selection != "gradient":
             yield f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; use 'absolute'."
+        if self.arrangement == "sorted" and self.selection == "diagonal":
+            yield "selection='diagonal' is of tiles: sorted blocks have no diagonal. Use arrangement='tiles'."
+        if self.selection == "activation" and self.target_parameters:
+            yield "selection='activation' looks at the inputs of modules; target_parameters have none. Use 'gradient'."
         if self.layers_pattern and self.layers_to_transform is None:
             yield f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform; give both."
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -153,10 +172,18 @@ def _is_int(value: object, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def _parse_blocks(name: str, blocks: str | list) -> list[list[int]]:
+def _parse_tiles(name: str, blocks: str | list) -> list[list[int]]:
     pairs = [pair.split(",") for pair in blocks.split()] if isinstance(blocks, str) else blocks
     try:
         return [[int(row), int(col)] for row, col in pairs]
     except (TypeError, ValueError):
         message = f"selected_blocks[{name!r}]={blocks!r} is not a list of [block row, block column] pairs."
+        raise ValueError(message) from None
+
+
+def _parse_sorted(name: str, blocks: list) -> list[list[list[int]]]:
+    try:
+        return [[[int(feature) for feature in side] for side in (rows, cols)] for rows, cols in blocks]
+    except (TypeError, ValueError):
+        message = f"selected_blocks[{name!r}]={blocks!r} is not a list of [[rows], [columns]] pairs (sorted blocks)."
         raise ValueError(message) from None

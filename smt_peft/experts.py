@@ -14,52 +14,22 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from smt_peft import ops
 from smt_peft.bank import Banks
 from smt_peft.layer import Linear
-
-
-class AddToWeight(torch.autograd.Function):
-    """A copy of `weight` with the blocks `delta` [n, b, b] added at `rows`, `cols` of the matrix [-1, in]."""
-
-    @staticmethod
-    def forward(ctx, weight, delta, rows, cols):
-        ctx.places, ctx.dtype = (rows, cols, delta.shape[-1]), delta.dtype
-        weight = weight.clone()
-        grid = _grid(weight, delta.shape[-1])
-        grid[rows, cols] = (grid[rows, cols] + delta).to(weight.dtype)
-        return weight
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, cols, size = ctx.places
-        return gradient, _grid(gradient, size)[rows, cols].to(ctx.dtype), None, None
-
-
-class WatchWeight(torch.autograd.Function):
-    """Identity on a frozen weight that hands its gradient to `consume`; `source` makes the graph exist."""
-
-    @staticmethod
-    def forward(ctx, weight, source, consume: Callable[[Tensor], None]):
-        ctx.consume = consume
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.consume(gradient.reshape(-1, gradient.shape[-1]))
-        return None, None, None
 
 
 class ParamWrapper(Linear):
     """A module with a frozen 3-D parameter whose selected blocks are trained.
 
-    Blocks are tiles of the matrix [experts * out, in]: block row r lies in expert r // (out / block_size). Several
-    parameters of a module are wrapped one around the other. The class has the name by which PEFT knows such wrappers.
+    Blocks are parts of the matrix [experts * out, in]. Several parameters of a module are wrapped one around the
+    other. The class has the name by which PEFT knows such wrappers.
     """
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, banks: Banks, shared_weight: bool):
         self.parameter_name = parameter_name  # before the parent's constructor, which asks for the weight
         super().__init__(base_layer, banks, shared_weight, quantization={})
-        self.watch: tuple[Tensor, Callable[[Tensor], None]] | None = None  # the warm-up's (source, consume)
+        self.watch: Callable[[Tensor], Tensor] | None = None  # the warm-up's: lays hands on the weight's gradient
 
     @property
     def weight(self) -> Tensor:
@@ -79,7 +49,7 @@ class ParamWrapper(Linear):
         return self.weight.data
 
     def matrix(self) -> Tensor:
-        return self.weight.data.view(self.out_features, self.in_features)
+        return self.weight.data.flatten(0, -2)
 
     @torch.compiler.disable  # the module reads its parameter in ways that a graph cannot follow behind this node
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -94,7 +64,8 @@ class ParamWrapper(Linear):
         """The weight with the active adapters' deltas; None where it is the base weight."""
         weight = self.weight
         if self.watch is not None and torch.is_grad_enabled():
-            return WatchWeight.apply(weight, *self.watch)
+            return self.watch(weight)
+        matrix = weight.flatten(0, -2)
         for name in self.active_adapters:
             bank, target = self._bank(name)
             if bank is None:
@@ -102,8 +73,9 @@ class ParamWrapper(Linear):
                     self._require_selection(self.smt_blocks[name])
                 continue
             plan, delta = bank.parts(target, weight.device)
-            weight = AddToWeight.apply(weight, delta.to(weight.device), plan.out.place, plan.inner.place)
-        return None if weight is self.weight else weight
+            entries = ops.entries(plan, bank.block_size)
+            matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
+        return matrix.view(weight.shape) if matrix.requires_grad or matrix.data_ptr() != weight.data_ptr() else None
 
     @contextlib.contextmanager
     def _shown(self, weight: Tensor | None) -> Iterator[None]:
@@ -130,8 +102,3 @@ class ParamWrapper(Linear):
                 layer.merge(safe_merge, adapter_names)
             layer = layer.base_layer
         return layer
-
-
-def _grid(weight: Tensor, size: int) -> Tensor:
-    """A weight [..., in] as a grid of blocks [rows, columns, size, size]; a view where it is contiguous."""
-    return weight.reshape(-1, weight.shape[-1]).unfold(0, size, size).unfold(1, size, size)

@@ -39,7 +39,7 @@ class Linear(nn.Module, SMTLayer):
         self._disable_adapters = False
         self.__dict__["banks"] = banks  # not registered: their home is the root of the model
         self._shared_weight = shared_weight
-        self._before: list[tuple] = []  # what merging wrote over, last written last: (rows, cols, blocks [n, b, b])
+        self._before: list[tuple] = []  # what merging wrote over, last written last: (entries, values [n, b, b])
         self._original: Original | None = None  # a weight while a merged one stands in for it
 
     def _sides(self) -> tuple[int, int]:
@@ -86,18 +86,20 @@ class Linear(nn.Module, SMTLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's delta as a dense matrix in the shape of the base weight, in the delta's dtype (float32)."""
-        size, device = self.banks[adapter].block_size, self.weight.device
-        grid = self.out_features // size, self.in_features // size
+        entries, blocks = self._blocks(adapter)
+        delta = torch.zeros(self.out_features, self.in_features, device=blocks.device, dtype=blocks.dtype)
+        if len(blocks):
+            delta.index_put_(entries, blocks, accumulate=True)
+        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+
+    def _blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The entries of `matrix` that an adapter adds to (see `ops.entries`), and what, [n, b, b]; on its device."""
         bank, target = self._bank(adapter)
         if bank is None:
-            delta = torch.zeros(*grid, size, size, device=device)
-        else:
-            _, blocks = bank.parts(target, bank.index.device)
-            blocks = blocks.detach().to(device)
-            delta = torch.zeros(*grid, size, size, device=device, dtype=blocks.dtype)
-            delta[tuple(index.to(device) for index in bank.places(target))] = blocks
-        delta = delta.transpose(1, 2).reshape(self.out_features, self.in_features)
-        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+            return (), torch.zeros(0, device=self.weight.device)
+        _, blocks = bank.parts(target, bank.index.device)
+        plan = bank.plan(target, self.weight.device)
+        return ops.entries(plan, bank.block_size), blocks.detach().to(self.weight.device)
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
         """Also of the layer's adapters, each as a whole: the blocks of all layers are one parameter."""
@@ -201,14 +203,13 @@ class Linear(nn.Module, SMTLayer):
     @torch.no_grad()
     def _merge_blocks(self, adapter: str) -> None:
         """Write the sums of blocks and deltas, and remember the blocks first: whatever interrupts, they come back."""
-        bank, target = self._bank(adapter)
-        if bank is not None:
-            grid, places = self._grid(bank.block_size), tuple(i.to(self.weight.device) for i in bank.places(target))
-            blocks = grid[places]
-            self._before.append((*places, blocks))
-            _, delta = bank.parts(target, bank.index.device)
-            wide = torch.promote_types(blocks.dtype, torch.float32)
-            grid[places] = (blocks.to(wide) + delta.to(blocks.device)).to(blocks.dtype)
+        entries, delta = self._blocks(adapter)
+        if len(delta):
+            matrix = self.matrix()
+            before = matrix[entries]
+            self._before.append((entries, before))
+            wide = torch.promote_types(before.dtype, torch.float32)
+            matrix[entries] = (before.to(wide) + delta).to(before.dtype)
         self.merged_adapters.append(adapter)
 
     def _merge_whole(self, adapters: list[str]) -> None:
@@ -231,18 +232,13 @@ class Linear(nn.Module, SMTLayer):
     @torch.no_grad()
     def restore(self) -> None:
         """Undo `merge`, also one that was interrupted: the base weight is what it was, bit for bit."""
-        for rows, cols, blocks in reversed(self._before):
-            device = self.weight.device
-            self._grid(blocks.shape[1])[rows.to(device), cols.to(device)] = blocks.to(self.weight)
+        for entries, before in reversed(self._before):
+            self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
         self._before = []
         if self._original is not None:
             self.base_layer = self._original.put_back()
             self._original = None
         self.merged_adapters.clear()
-
-    def _grid(self, size: int) -> torch.Tensor:
-        """The base weight's storage as a grid of blocks, a view [rows, columns, size, size]."""
-        return self.matrix().unfold(0, size, size).unfold(1, size, size)
 
     def matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; dequantised, or a view of its storage."""

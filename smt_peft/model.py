@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,12 +15,12 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_peft.bank import Banks, DeltaBank, Share, Target
+from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
-from smt_peft.selection import diagonal_scores, random_scores, select
+from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
@@ -58,21 +58,22 @@ class SMTModel(BaseTuner):
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        if BANK not in model._modules:
-            setattr(model, BANK, Banks(model))
-        replaced = _Replaced(model, adapter_name)
+        put_back, banks, replaced = _snapshot(model), model._modules.get(BANK), None
         try:
+            if banks is None:
+                setattr(model, BANK, Banks(model))
+            elif adapter_name in banks:
+                replaced = banks[adapter_name]
+                _take_out(model, adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
         except BaseException:
-            _take_out(model, adapter_name, replaced)
-            if replaced.bank is not None:
-                self.peft_config[adapter_name] = replaced.bank.config
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
+            if banks is None:
+                _remove_banks(model)
+            put_back()
+            if replaced is not None:
+                self.peft_config[adapter_name] = replaced.config
             raise
-        _unwrap(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -125,7 +126,8 @@ class SMTModel(BaseTuner):
         size = config.block_size = choose_block_size(config, shapes)
         targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
         groups = share_budget(config, targets, base_parameters)
-        bank = DeltaBank(size, targets, groups, "meta" if on_meta else next(iter(layers.values())).device)
+        device = "meta" if on_meta else next(iter(layers.values())).device
+        bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
         bank.config = config
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
@@ -134,33 +136,10 @@ class SMTModel(BaseTuner):
             layer.smt_blocks[adapter].target = position
         if not config.init_weights and not on_meta:
             nn.init.normal_(bank.weight, std=0.02)
-        index = self._index_without_data(config, bank, list(layers.values()))
+        index = _index_without_data(config, bank, list(layers.values()))
         if index is not None:
             bank.set_index(index)
             config.selected_blocks = bank.selected_blocks()
-
-    @staticmethod
-    def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
-        """The selection where none needs to be learnt: given, or by a rule that needs no data."""
-        grids = [(target.rows, target.cols) for target in bank.targets]
-        if config.selected_blocks is not None:
-            position = {target.name: i for i, target in enumerate(bank.targets)}
-            unknown = sorted(set(config.selected_blocks) - set(position))
-            if unknown:
-                raise ValueError(
-                    f"selected_blocks names {unknown[0]!r}, which is not among the {len(bank.targets)} target modules "
-                    f"({bank.targets[0].name}, ...); fix the name or target_modules."
-                )
-            rows = [[position[name], *rc] for name, blocks in config.selected_blocks.items() for rc in blocks]
-            return torch.tensor(sorted(rows), device="cpu")
-        if config.selection == "random":
-            return select(random_scores(grids, config.seed), bank.groups, config.scope)
-        if config.selection == "diagonal":  # the same share everywhere: all diagonals tie
-            return select(diagonal_scores(grids), bank.groups, "module")
-        if config.selection == "magnitude":
-            scores = [reduce_blocks(layer.matrix(), bank.block_size, "abs_mean") for layer in layers]
-            return select(scores, bank.groups, config.scope)
-        return None
 
     # --- what PEFT finds inside layers for other methods, and at the model's root for this one ---------------------
 
@@ -177,9 +156,8 @@ class SMTModel(BaseTuner):
             bank.weight = nn.Parameter(bank.weight.data.float(), requires_grad=bank.weight.requires_grad)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
-        layers = [module for module in self.model.modules() if isinstance(module, Linear)]
         if not merge:
-            for layer in layers:
+            for layer in _layers_of(self.model):
                 with onload_layer(layer):
                     layer.restore()
         model = super()._unload_and_optionally_merge(merge=merge, **options)
@@ -258,27 +236,6 @@ def _add_adapter_names(module, args, kwargs, names):
     return args, {**kwargs, "adapter_names": names}
 
 
-class _Replaced:
-    """An adapter that makes room for a new one of its name: its bank and its layers' shares, to be put back."""
-
-    def __init__(self, model: nn.Module, adapter: str):
-        self.adapter, self.banks = adapter, getattr(model, BANK)
-        self.layers = [m for m in model.modules() if isinstance(m, Linear) and adapter in m.smt_blocks]
-        if any(adapter in layer.merged_adapters for layer in self.layers):
-            raise ValueError(
-                f"The model has an adapter {adapter!r} already, which is merged into its weights; call "
-                "unmerge_adapter() first, or give the new adapter another name."
-            )
-        self.shares: list[Share] = [layer.smt_blocks.pop(adapter) for layer in self.layers]
-        self.bank = self.banks.pop(adapter) if adapter in self.banks else None
-
-    def put_back(self) -> None:
-        if self.bank is not None:
-            self.banks[self.adapter] = self.bank
-        for layer, share in zip(self.layers, self.shares, strict=True):
-            layer.smt_blocks[self.adapter] = share
-
-
 def _check_name(model: nn.Module, adapter: str) -> None:
     """Refuse what cannot be wrapped before anything is touched."""
     if isinstance(model, PeftModel):
@@ -291,21 +248,41 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, or be one that "
             "torch.nn.ModuleDict has for itself."
         )
+    if any(adapter in layer.merged_adapters for layer in _layers_of(model)):
+        raise ValueError(
+            f"The model has an adapter {adapter!r} already, which is merged into its weights; call "
+            "unmerge_adapter() first, or give the new adapter another name."
+        )
 
 
-def _take_out(model: nn.Module, adapter: str, replaced: _Replaced | None = None) -> None:
-    """Take an adapter out that was just put in, and put the one back whose place it took."""
-    for layer in [module for module in model.modules() if isinstance(module, Linear)]:
-        if adapter in layer.smt_blocks:
-            del layer.smt_blocks[adapter]
+def _layers_of(model: nn.Module) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts back all that an injection changes: which modules there are, and what is trained."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for module, children in modules:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return put_back
+
+
+def _take_out(model: nn.Module, adapter: str) -> None:
+    """Take an adapter out, and the layers that have none left."""
+    for layer in _layers_of(model):
+        layer.smt_blocks.pop(adapter) if adapter in layer.smt_blocks else None
     banks: Banks = getattr(model, BANK)
-    if adapter in banks:
-        del banks[adapter]
-    if replaced is not None:
-        replaced.put_back()
-    _unwrap(model)
-    if not len(banks):
-        _remove_banks(model)
+    banks.pop(adapter) if adapter in banks else None
+    for name, layer in reversed(list(model.named_modules())):
+        if isinstance(layer, Linear) and not len(layer.smt_blocks):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
 
 
 def _forget_unloaded(model: nn.Module, adapter: str) -> None:
@@ -313,14 +290,50 @@ def _forget_unloaded(model: nn.Module, adapter: str) -> None:
     owner = next((m for m in model.modules() if isinstance(m, SMTModel) and adapter in m.peft_config), None)
     if owner is not None and owner.peft_config[adapter].awaits_weights:
         _take_out(owner.model, adapter)
+        if not len(getattr(owner.model, BANK)):
+            _remove_banks(owner.model)
         del owner.peft_config[adapter]
 
 
-def _unwrap(model: nn.Module) -> None:
-    """Put the base layers back where no adapter is left."""
-    for name, layer in reversed(list(model.named_modules())):
-        if isinstance(layer, Linear) and not len(layer.smt_blocks):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
+def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
+    """The selection where none needs to be learnt: given, or by a rule that needs no data."""
+    if config.selected_blocks is not None:
+        return _given_index(config, bank)
+    size, lines = bank.block_size, None
+    grids = [(target.rows, target.cols) for target in bank.targets]
+    if config.selection == "random":
+        scores, lines = random_scores(grids, config.seed), random_lines(grids, size, config.seed)
+    elif config.selection == "diagonal":
+        scores = diagonal_scores(grids)
+    elif config.selection == "magnitude":
+        matrices = [layer.matrix().cpu() for layer in layers]
+        if config.arrangement == "sorted":
+            lines = [sort_lines(*(matrix.float().abs().sum(side) for side in (1, 0)), size) for matrix in matrices]
+            matrices = [line.in_order(matrix) for line, matrix in zip(lines, matrices, strict=True)]
+        scores = [reduce_blocks(matrix, size, "abs_mean") for matrix in matrices]
+    else:
+        return None
+    # All diagonals tie: each module has the same share of its own.
+    index = select(scores, bank.groups, "module" if config.selection == "diagonal" else config.scope)
+    return arrange(index, lines) if config.arrangement == "sorted" else index
+
+
+def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
+    position, size = {target.name: i for i, target in enumerate(bank.targets)}, bank.block_size
+    unknown = sorted(set(config.selected_blocks) - set(position))
+    if unknown:
+        raise ValueError(
+            f"selected_blocks names {unknown[0]!r}, which is not among the {len(bank.targets)} target modules "
+            f"({bank.targets[0].name}, ...); fix the name or target_modules."
+        )
+    names = sorted(config.selected_blocks, key=position.get)
+    if config.arrangement == "tiles":
+        blocks = [[position[name], *place] for name in names for place in sorted(config.selected_blocks[name])]
+    else:
+        blocks = [[position[name], *rows, *cols] for name in names for rows, cols in config.selected_blocks[name]]
+        if any(len(rows) != size or len(cols) != size for of in config.selected_blocks.values() for rows, cols in of):
+            raise ValueError(f"selected_blocks has a block that is not {size} rows by {size} columns (block_size).")
+    return torch.tensor(blocks, device="cpu")
 
 
 def _remove_banks(model: nn.Module) -> None:

@@ -18,16 +18,17 @@ from torch import nn
 
 from smt_peft import ops
 from smt_peft.experts import ParamWrapper
+from smt_peft.selection import Lines, sort_lines
 
 
 class Watch(torch.autograd.Function):
     """Identity on y [..., out] that keeps x [..., in], and hands both dY and x to `consume` as matrices.
 
-    `source` makes the graph exist: in the warm-up nothing is trained.
+    `source` makes the graph exist: in the warm-up nothing is trained. Without x, y is a weight and dY its gradient.
     """
 
     @staticmethod
-    def forward(ctx, y, x, source, consume: Callable[[torch.Tensor, torch.Tensor], None]):
+    def forward(ctx, y, x, source, consume: Callable[[torch.Tensor, torch.Tensor | None], None]):
         ctx.save_for_backward(x)
         ctx.consume = consume
         return y.detach()  # as `view_as` would, but a model may change this in place
@@ -35,31 +36,34 @@ class Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        ctx.consume(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        ctx.consume(dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1]))
         return dy, None, None, None
 
 
-class ScoreCollector:
-    """Sums block scores over batches; a batch with a non-finite score anywhere is left out.
-
-    * accumulation 'absolute': the sum of each batch's score.
-    * accumulation 'signed': the score of the summed gradient. Needs a dense float32 gradient per target, except for
-      'mean_abs': the mean of a block is linear, so block sums suffice.
-    """
+class Collector:
+    """Watches layers while batches run, and sums what `measure` says of each; a batch in which that is not finite
+    anywhere is left out."""
 
     needs_backward = True
 
-    def __init__(self, layers: list[nn.Module], block_size: int, score: str, accumulation: str, scale: float):
-        self.layers, self.block_size, self.score = layers, block_size, score
+    def __init__(self, layers: list[nn.Module], scale: float):
+        self.layers = layers
         self.scale = scale  # of the loss, for float16
-        self.keeps = "scores" if accumulation == "absolute" else "sums" if score == "mean_abs" else "gradients"
         self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
         self.skipped = 0
         self._last: tuple[torch.Tensor, int] | None = None
-        self._batch: dict[int, torch.Tensor] = {}  # of each layer that has one, what is kept
+        self._batch: dict[int, torch.Tensor] = {}  # of each layer that has one, what was measured
         self._sums: dict[int, torch.Tensor] = {}
         self._totals: list[float] = []  # of each batch; 0 where it was left out
+
+    def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """What to sum of a layer's gradient dY^T x, or of dY as the gradient where there is no x."""
+        raise NotImplementedError
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """Of what `measure` gives."""
+        raise NotImplementedError
 
     @property
     def batches(self) -> int:
@@ -71,15 +75,16 @@ class ScoreCollector:
             undo.append(self._watch(layer, position))
 
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
+        consume = partial(self._add, position)
         if isinstance(layer, ParamWrapper):
-            layer.watch = self.source, partial(self._add_gradient, position)
+            layer.watch = lambda weight: Watch.apply(weight, None, self.source, consume)
             return partial(setattr, layer, "watch", None)
 
         def watch(layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():  # the first pass of reentrant checkpointing
                 return output
             self._read(position, args[0])
-            return Watch.apply(output, args[0], self.source, partial(self._add_product, position))
+            return Watch.apply(output, args[0], self.source, consume)
 
         return layer.register_forward_hook(watch).remove
 
@@ -89,25 +94,8 @@ class ScoreCollector:
             self._last = x, position
         self.inputs[position] = self._last[1]
 
-    def _add_product(self, position: int, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """Of the gradient dY^T x, which is formed only where it is kept."""
-        if self.keeps == "scores":
-            self._add(position, ops.block_scores(dy, x, self.block_size, self.score))
-        elif self.keeps == "sums":
-            self._add(position, ops.block_sums(dy, x, self.block_size))
-        else:
-            self._add(position, dy.float().T @ x.float())
-
-    def _add_gradient(self, position: int, gradient: torch.Tensor) -> None:
-        size, gradient = self.block_size, gradient.float()
-        if self.keeps == "scores":
-            gradient = ops.reduce_blocks(gradient, size, self.score)
-        elif self.keeps == "sums":
-            gradient = gradient.unfold(0, size, size).unfold(1, size, size).sum((2, 3))
-        self._add(position, gradient)
-
-    def _add(self, position: int, new: torch.Tensor) -> None:
-        old = self._batch.get(position)
+    def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> None:
+        new, old = self.measure(position, dy, x), self._batch.get(position)
         self._batch[position] = new if old is None else old + new
 
     def end_batch(self) -> None:
@@ -125,28 +113,92 @@ class ScoreCollector:
             old, scores = self._sums.get(position), scores / self.scale
             self._sums[position] = scores if old is None else old.add_(scores)
 
-    def scores(self) -> list[torch.Tensor]:
-        """Mean over the batches, float32 [block rows, block columns] per layer; the same on every rank."""
-        size, scores = self.block_size, []
+    def means(self) -> list[torch.Tensor]:
+        """Of each layer what a batch gave on average, over all ranks; the same on every rank."""
         used = torch.tensor(float(self.batches - self.skipped), device=self.layers[0].device)
         used = max(1.0, sum_over_ranks(used).item())
+        sums = [self._sums.get(position) for position in range(len(self.layers))]
         for position, layer in enumerate(self.layers):
-            cell = 1 if self.keeps == "gradients" else size
-            total = self._sums.get(position)
-            if total is None:
-                total = torch.zeros(layer.out_features // cell, layer.in_features // cell, device=layer.device)
-            total = sum_over_ranks(total) / used
-            if self.keeps == "gradients":
-                total = ops.reduce_blocks(total, size, self.score)
-            scores.append(total.abs() / size**2 if self.keeps == "sums" else total)
-        return scores
+            if sums[position] is None:
+                sums[position] = torch.zeros(self.shape(layer), device=layer.device)
+        return [sum_over_ranks(total) / used for total in sums]
 
     def batch_scores(self) -> list[float]:
-        """Per batch, the sum of its scores ('signed': of its |gradients|) over all ranks; 0 where it was left out."""
+        """Per batch, the sum of what was measured over all ranks; 0 where it was left out."""
         return sum_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
 
 
-class ActivationCollector(ScoreCollector):
+class ScoreCollector(Collector):
+    """Block scores, where blocks are tiles, or cut from `lines`.
+
+    * accumulation 'absolute': the mean of each batch's score.
+    * accumulation 'signed': the score of the mean gradient. Needs a dense float32 gradient per target, except for
+      'mean_abs': the mean of a block is linear, so block sums suffice.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        block_size: int,
+        score: str,
+        accumulation: str,
+        scale: float,
+        lines: list[Lines] | None = None,
+    ):
+        super().__init__(layers, scale)
+        self.block_size, self.score, self.lines = block_size, score, lines
+        self.keeps = "scores" if accumulation == "absolute" else "sums" if score == "mean_abs" else "gradients"
+
+    def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        if self.keeps == "gradients":
+            return dy.float() if x is None else dy.float().T @ x.float()
+        size = self.block_size
+        if x is None:
+            gradient = self._in_order(position, dy.float())
+            sums = partial(ops.sum_squares, edge=size, dtype=torch.float32)
+            return sums(gradient) if self.keeps == "sums" else ops.reduce_blocks(gradient, size, self.score)
+        if self.lines is not None:
+            rows, cols = self.lines[position]
+            dy, x = dy.index_select(1, rows.flatten()), x.index_select(1, cols.flatten())
+        return ops.block_sums(dy, x, size) if self.keeps == "sums" else ops.block_scores(dy, x, size, self.score)
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        edge = 1 if self.keeps == "gradients" else self.block_size
+        return layer.out_features // edge, layer.in_features // edge
+
+    def scores(self) -> list[torch.Tensor]:
+        """Of each layer, float32 [block rows, block columns]; the same on every rank."""
+        means = self.means()
+        if self.keeps == "sums":
+            return [mean.abs() / self.block_size**2 for mean in means]
+        if self.keeps == "gradients":
+            means = [self._in_order(position, mean) for position, mean in enumerate(means)]
+            return [ops.reduce_blocks(mean, self.block_size, self.score) for mean in means]
+        return means
+
+    def _in_order(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if self.lines is None else self.lines[position].in_order(gradient)
+
+
+class FeatureCollector(Collector):
+    """How much the rows and columns of each target matter: the sums of |dW| over each."""
+
+    def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        if x is None:
+            return torch.cat([dy.abs().sum(1, dtype=torch.float32), dy.abs().sum(0, dtype=torch.float32)])
+        return torch.cat(ops.feature_sums(dy, x))
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return (layer.out_features + layer.in_features,)
+
+    def lines(self, block_size: int) -> list[Lines]:
+        return [
+            sort_lines(*mean.split([layer.out_features, layer.in_features]), block_size)
+            for layer, mean in zip(self.layers, self.means(), strict=True)
+        ]
+
+
+class ActivationCollector(Collector):
     """Scores a block by the mean |x| over its input columns: the same for all blocks of a block column."""
 
     needs_backward = False
@@ -154,11 +206,27 @@ class ActivationCollector(ScoreCollector):
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
             self._read(position, args[0])
-            x = args[0].detach().abs().flatten(0, -2).float().mean(0)
-            columns = x.view(-1, self.block_size).mean(1)
-            self._batch[position] = columns.expand(layer.out_features // self.block_size, -1).clone()
+            self._batch[position] = args[0].detach().abs().flatten(0, -2).float().mean(0)
 
         return layer.register_forward_pre_hook(observe).remove
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return (layer.in_features,)
+
+    def scores(self, block_size: int, lines: list[Lines] | None) -> list[torch.Tensor]:
+        """Of each layer, float32 [block rows, block columns]; the same on every rank."""
+        means = [mean if lines is None else mean[lines[i].cols.flatten()] for i, mean in enumerate(self.means())]
+        return [
+            mean.view(-1, block_size).mean(1).expand(layer.out_features // block_size, -1).contiguous()
+            for layer, mean in zip(self.layers, means, strict=True)
+        ]
+
+    def lines(self, block_size: int) -> list[Lines]:
+        """Rows stay where they are: activations say nothing about them."""
+        return [
+            sort_lines(mean.new_zeros(layer.out_features), mean, block_size)
+            for layer, mean in zip(self.layers, self.means(), strict=True)
+        ]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

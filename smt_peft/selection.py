@@ -101,16 +101,56 @@ def diagonal_scores(grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     return scores
 
 
+class Lines(NamedTuple):
+    """What the blocks of a matrix are cut from in a sorted arrangement: its features, the most important first.
+
+    Attributes:
+        rows: int64 [block rows, b], the output features of each block row, ascending.
+        cols: int64 [block columns, b], the input features of each block column, ascending.
+    """
+
+    rows: torch.Tensor
+    cols: torch.Tensor
+
+    def in_order(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix [out, in] with its features in this order: its tiles are the blocks."""
+        return matrix[self.rows.flatten()[:, None], self.cols.flatten()]
+
+    def index(self, target: int, blocks: torch.Tensor) -> torch.Tensor:
+        """int32 [n, 1 + 2 b] of (target, rows, columns), from the blocks' places in this order, int [n, 2]."""
+        rows, cols = blocks.long().unbind(1)
+        return pad(torch.cat([self.rows[rows], self.cols[cols]], 1), (1, 0), value=target).int()
+
+
+def sort_lines(rows: torch.Tensor, cols: torch.Tensor, block_size: int) -> Lines:
+    """Lines from how much each row [out] and each column [in] matters. Ties go to the earlier."""
+    orders = (side.sort(descending=True, stable=True).indices for side in (rows, cols))
+    return Lines(*(order.view(-1, block_size).sort(1).values for order in orders))
+
+
+def random_lines(grids: Sequence[tuple[int, int]], block_size: int, seed: int) -> list[Lines]:
+    """Lines in a random order, the same for the same seed on every machine."""
+    scores = iter(random_scores([(1, side * block_size) for grid in grids for side in grid], seed))
+    return [sort_lines(next(scores)[0], next(scores)[0], block_size) for _ in grids]
+
+
+def arrange(index: torch.Tensor, lines: Sequence[Lines]) -> torch.Tensor:
+    """A selection [num_blocks, 3] of places in the order of `lines`, as int32 [num_blocks, 1 + 2 b] of features."""
+    return torch.cat([lines[i].index(i, index[index[:, 0] == i, 1:]) for i in index[:, 0].unique().tolist()])
+
+
 @dataclass
 class Selection:
     """The blocks that won.
 
     Attributes:
         names: the target modules.
-        index: int32 [num_blocks, 3] of (position in `names`, block row, block column).
+        index: int32 [num_blocks, 3] of (position in `names`, block row, block column); of a sorted arrangement, in the
+            order of `lines`.
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
         batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
         skipped: how many batches had a non-finite loss or gradient.
+        lines: of a sorted arrangement, the rows and columns of each target's blocks.
     """
 
     names: list[str]
@@ -119,6 +159,7 @@ class Selection:
     scores: list[torch.Tensor] | None = None
     batch_scores: Sequence[float] = ()
     skipped: int = 0
+    lines: list[Lines] | None = None
 
     @property
     def batches(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy
@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
-from smt_peft.scoring import ActivationCollector, ScoreCollector, sum_over_ranks
-from smt_peft.selection import Selection, select
+from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, sum_over_ranks
+from smt_peft.selection import Lines, Selection, arrange, select
 
 
 def select_blocks(
@@ -62,20 +62,32 @@ def select_blocks(
         )
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
-    collecting = ActivationCollector if config.selection == "activation" else ScoreCollector
-    collector = collecting(layers, bank.block_size, config.score, config.accumulation, loss_scale)
-    with torch.compiler.set_stance("force_eager"), _untouched(model, bank, collector):
-        _run(model, dataloader, config.warmup_steps, collector, loss_function or _model_loss, progress_bar)
-    scores = collector.scores()
+    size, steps, lines = bank.block_size, config.warmup_steps, None
+    batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
+    run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
+    if config.selection == "activation":
+        collector = ActivationCollector(layers, loss_scale)
+        run(collector, steps)
+        lines = collector.lines(size) if is_sorted else None
+        scores = collector.scores(size, lines)
+    else:
+        if is_sorted:
+            ranking = FeatureCollector(layers, loss_scale)
+            run(ranking, max(1, steps // 2))
+            lines, steps, loss_scale = ranking.lines(size), max(1, steps - steps // 2), ranking.scale
+        collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
+        run(collector, steps)
+        scores = collector.scores()
     index = select(scores, bank.groups, config.scope, collector.inputs)
-    apply_selection(model, adapter_name, index)
+    apply_selection(model, adapter_name, index, lines)
     selection = Selection(
         [target.name for target in bank.targets],
-        bank.block_size,
-        bank.index.cpu(),
+        size,
+        index,
         [score.float().cpu() for score in scores],
         collector.batch_scores(),
         collector.skipped,
+        lines and [Lines(*(side.cpu() for side in line)) for line in lines],
     )
     warn_of_dominant_batch(selection)
     warn_of_concentration(selection, bank.groups, collector.inputs)
@@ -102,28 +114,33 @@ def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object
     return homes[found[0]][adapter_name], owner.peft_config[adapter_name]
 
 
-def apply_selection(model: nn.Module, adapter_name: str, index: torch.Tensor) -> None:
-    """Fill the adapter's index, int [num_blocks, 3], with rank 0's selection, and mirror it in the config."""
+def apply_selection(
+    model: nn.Module, adapter_name: str, index: torch.Tensor, lines: Sequence[Lines] | None = None
+) -> None:
+    """Fill the adapter's index with rank 0's selection, int [num_blocks, 3] of tiles, or of blocks cut from `lines`;
+    and mirror it in the config."""
     bank, config = find_adapter(model, adapter_name)
-    index = index.to(bank.index.device, torch.int32)
+    index = (index if lines is None else arrange(index.to(lines[0].rows.device), lines)).to(bank.index)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(index, src=0)
     bank.set_index(index)
     config.selected_blocks = bank.selected_blocks()
 
 
-def _run(model, dataloader, steps: int, collector: ScoreCollector, loss_function, progress_bar: bool) -> None:
-    batches = _endless(dataloader, steps)
+def _run(
+    model: nn.Module, bank: DeltaBank, batches: Iterator, collector: Collector, steps: int, loss_function, progress_bar
+) -> None:
     bar = tqdm(range(steps), desc="SMT warm-up", disable=not progress_bar, unit="batch")
-    for _ in bar:
-        batch = next(batches)
-        with torch.set_grad_enabled(collector.needs_backward):
-            loss = loss_function(model, batch)
-            if collector.needs_backward:
-                (loss * collector.scale).backward()
-        collector.end_batch()
-        if collector.skipped:
-            bar.set_postfix(skipped=collector.skipped)
+    with torch.compiler.set_stance("force_eager"), _untouched(model, bank, collector):
+        for _ in bar:
+            batch = next(batches)
+            with torch.set_grad_enabled(collector.needs_backward):
+                loss = loss_function(model, batch)
+                if collector.needs_backward:
+                    (loss * collector.scale).backward()
+            collector.end_batch()
+            if collector.skipped:
+                bar.set_postfix(skipped=collector.skipped)
     if 2 * collector.skipped >= collector.batches:
         raise ValueError(
             f"{collector.skipped} of {collector.batches} warm-up batches had a non-finite loss or gradient, too many "
@@ -157,7 +174,7 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module, bank: DeltaBank, collector: ScoreCollector) -> Iterator[None]:
+def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Iterator[None]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
     modes, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}

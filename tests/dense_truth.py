@@ -12,7 +12,7 @@ from torch import nn
 
 from smt_peft import SMTConfig
 
-METHODS = ["lora", "smt"]
+METHODS = ["lora", "smt", "sorted"]  # the last is SMT with arrangement="sorted"
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
@@ -21,10 +21,11 @@ def make_config(method: str = "smt", budget: int = 20, **options) -> PeftConfig:
     if method == "lora":
         rank = max(1, budget // 5)
         defaults = {"target_modules": QKV, "r": rank, "lora_alpha": 2 * rank, "init_lora_weights": False}
-        ours = {"block_size", "seed", "scope", "selection"}
+        ours = {"block_size", "seed", "scope", "selection", "arrangement"}
         return LoraConfig(**{**defaults, **{name: value for name, value in options.items() if name not in ours}})
     defaults = {"target_modules": QKV, "block_size": 16, "selection": "random", "init_weights": False}
-    return SMTConfig(**{**defaults, "num_blocks": budget, **options})
+    arrangement = "sorted" if method == "sorted" else "tiles"
+    return SMTConfig(**{**defaults, "arrangement": arrangement, "num_blocks": budget, **options})
 
 
 def wrap(base: nn.Module, method: str = "smt", adapter_name: str = "default", **options) -> PeftModel:
@@ -35,7 +36,8 @@ def wrap(base: nn.Module, method: str = "smt", adapter_name: str = "default", **
 
 def add_adapter(model: PeftModel, name: str, **options) -> None:
     """Add an adapter of the model's own method, that of the first adapter unless told otherwise."""
-    method = model.peft_config[model.active_adapter].peft_type.value.lower()
+    config = model.peft_config[model.active_adapter]
+    method = "lora" if config.peft_type == "LORA" else {"tiles": "smt", "sorted": "sorted"}[config.arrangement]
     model.add_adapter(name, make_config(method, **options))
     model.to(dtype_of(model))
 
@@ -65,8 +67,12 @@ def in_place(model: nn.Module, blocks: torch.Tensor, adapter: str = "default") -
     bank = bank_of(model, adapter)
     size, index = bank.block_size, bank.index.tolist()
     matrices = {name: torch.zeros_like(weight, dtype=blocks.dtype) for name, weight in base_weights(model).items()}
-    for block, (target, row, col) in zip(blocks.detach(), index, strict=True):
-        matrices[bank.targets[target].name][row * size : (row + 1) * size, col * size : (col + 1) * size] = block
+    for block, (target, *place) in zip(blocks.detach(), index, strict=True):
+        if len(place) == 2:
+            rows, cols = (range(at * size, (at + 1) * size) for at in place)
+        else:
+            rows, cols = place[:size], place[size:]
+        matrices[bank.targets[target].name][torch.tensor(rows)[:, None], torch.tensor(cols)] = block
     return matrices
 
 

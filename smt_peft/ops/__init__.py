@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .plan import Plan, Side, move, plan
-from .reference import SCORES, block_sums, reduce_blocks
+from .plan import Plan, Side, entries, move, plan
+from .reference import SCORES, block_sums, feature_sums, reduce_blocks, sum_squares
 
 __all__ = [
     "SCORES",
@@ -28,10 +28,13 @@ __all__ = [
     "block_grad",
     "block_scores",
     "block_sums",
+    "entries",
+    "feature_sums",
     "linear_add_blocks",
     "move",
     "plan",
     "reduce_blocks",
+    "sum_squares",
 ]
 
 # For tests: send CPU tensors to the Triton kernels too, which needs TRITON_INTERPRET=1 in the environment.

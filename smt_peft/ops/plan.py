@@ -50,12 +50,24 @@ class Plan(NamedTuple):
     in_order: bool
 
 
-def side(coordinates: Tensor) -> Side:
-    """The side of tiles with these block coordinates, int [n]."""
-    at, member = coordinates.long().unique(return_inverse=True)
+def side(blocks: Tensor) -> Side:
+    """The side of blocks with these block coordinates, int [n], or with these features, int [n, b]."""
+    at, member = blocks.long().unique(dim=0, return_inverse=True)
     order = torch.argsort(member, stable=True)
     counts = torch.bincount(member, minlength=len(at))
-    return Side(at, member, at[member], order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    place = at[member] if at.ndim == 1 else member
+    return Side(at, member, place, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def entries(plan: Plan, block_size: int) -> tuple[Tensor, Tensor]:
+    """What reads the blocks out of a matrix [out, in] as [n, b, b]: rows [n, b, 1] and columns [n, 1, b]."""
+    rows, cols = (
+        side.place[:, None] * block_size + torch.arange(block_size, device=side.place.device)
+        if side.at.ndim == 1
+        else side.at[side.member]
+        for side in (plan.out, plan.inner)
+    )
+    return rows[:, :, None], cols[:, None, :]
 
 
 def _apart(side: Side) -> Side:
@@ -64,7 +76,7 @@ def _apart(side: Side) -> Side:
 
 
 def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
-    """The plan of tiles at block rows `rows` and block columns `cols`, int [n] on the CPU.
+    """The plan of blocks at `rows` and `cols` on the CPU: int [n], block coordinates, or int [n, b], features.
 
     `keep_input`: for backward keep the input itself, not the lines that are read.
     """

@@ -154,6 +154,16 @@ def block_sums(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
     return (dy.T @ x).float()
 
 
+def feature_sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of |dW| over every row and over every column of `dW = dy^T @ x`: float32 [out] and [in]."""
+    dtype = sum_dtype(dy.dtype)
+    x = x.to(dy.dtype).to(dtype)
+    strips = dy.split(max(1, _STRIP_ELEMENTS // x.shape[1]), dim=1)
+    parts = [(part.sum(1), part.sum(0)) for part in ((strip.to(dtype).T @ x).abs() for strip in strips)]
+    rows, cols = zip(*parts, strict=True)
+    return torch.cat(rows).float(), torch.stack(cols).sum(0).float()
+
+
 def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
     """Score every block of a dense `gradient` [out, in]: [R, C] in float32, or float64 for a float64 gradient.
 
