@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
+from smt_peft.files import BANK, manifest
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
-BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
 
@@ -177,6 +177,8 @@ class SMTModel(BaseTuner):
         index = chosen[keys[1]]
         if index.max() <= torch.iinfo(torch.int16).max:  # half the bytes: 0.6 % of the values at blocks of 16
             chosen[keys[1]] = index.to(torch.int16)
+        bank = _find_banks(model)[1][adapter_name]
+        chosen[_bank_keys(model, adapter_name, "manifest")[0]] = manifest(bank.block_size, bank.targets)
         return {**chosen, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
 
     @classmethod
@@ -194,6 +196,7 @@ class SMTModel(BaseTuner):
                     "to another PEFT method, or it is broken."
                 )
             _find_banks(model)[1][adapter_name].check(*(state_dict.get(key) for key in keys))
+            state_dict = {key: value for key, value in state_dict.items() if not key.endswith(f"{BANK}.manifest")}
         except ValueError:
             _forget_unloaded(model, adapter_name)
             raise
@@ -349,9 +352,9 @@ def _find_banks(model: nn.Module) -> tuple[str, Banks]:
     raise ValueError("The model has no SMT adapter.")
 
 
-def _bank_keys(model: nn.Module, adapter: str) -> list[str]:
+def _bank_keys(model: nn.Module, adapter: str, *parts: str) -> list[str]:
     name, _ = _find_banks(model)
-    return [f"{name}.{adapter}.{part}" for part in ("weight", "index", "fingerprint")]
+    return [f"{name}.{adapter}.{part}" for part in parts or ("weight", "index", "fingerprint")]
 
 
 def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
