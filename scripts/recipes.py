@@ -174,8 +174,9 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     if recipe.quantile:
         low, high = (torch.cat([score.flatten() for score in scores]).quantile(q) for q in recipe.quantile)
         scores = [torch.where((score >= low) & (score <= high), score, 0) for score in scores]
-    apply_selection(model, "default", select(scores, bank.groups, config.scope))
-    return Selection(selection.names, bank.block_size, bank.index.cpu())
+    selection = Selection(selection.names, bank.block_size, select(scores, bank.groups, config.scope))
+    apply_selection(model, "default", selection)
+    return selection
 
 
 def movements(model: nn.Module, names: list[str], size: int, data: list[dict]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from smt_peft.diagnostics import warn
-from smt_peft.warmup import find_adapter, select_blocks
+from smt_peft.selection import Selection
+from smt_peft.warmup import apply_selection, find_adapter, select_blocks
 
 # Gradient norms that are a sign of divergence:
 SPIKE = 100  # times the running median
@@ -34,18 +35,24 @@ class SMTWarmupCallback(TrainerCallback):
 
     Args:
         adapter_name: which adapter to select for.
+        selection: of an earlier warm-up, to be used instead of a new one.
+        avoid: see `select_blocks`.
 
     Attributes:
         selection: the `Selection` with its scores, once the warm-up has run; None if it was not needed.
     """
 
-    def __init__(self, adapter_name: str = "default"):
+    def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
         self.adapter_name = adapter_name
-        self.selection = None
+        self.selection = selection
+        self.avoid = avoid
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         bank, _ = find_adapter(model, self.adapter_name)
         if bank.is_selected:
+            return
+        if self.selection is not None:
+            apply_selection(model, self.adapter_name, self.selection)
             return
         trainer, _ = _calling_trainer()
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None
@@ -57,6 +64,7 @@ class SMTWarmupCallback(TrainerCallback):
             loss_function=apart and apart.loss,
             loss_scale=scaler.get_scale() if scaler else 1.0,
             progress_bar=not args.disable_tqdm and state.is_local_process_zero,
+            avoid=self.avoid,
         )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())

@@ -11,6 +11,8 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from smt_peft.selection import Selection
+
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
 Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
@@ -79,10 +81,12 @@ class SMTConfig(PeftConfig):
     seed: int = 0  # of selection='random'
     # Module name -> [[block row, block column], ...], in a file 'row,column row,column ...'. Of sorted blocks [[[row,
     # ...], [column, ...]], ...], which only the file of the weights holds. Filled by the selection; given by hand, it
-    # is the selection and its length is the budget.
-    selected_blocks: dict[str, list[list]] | None = None
+    # is the selection and its length is the budget. A `Selection` sets the block size and the arrangement, too.
+    selected_blocks: dict[str, list[list]] | Selection | None = None
 
-    awaits_weights = False  # no field: read from a folder or repository whose weights are to follow
+    # No fields:
+    awaits_weights = False  # read from a folder or repository whose weights are to follow
+    made_by = None  # the Selection that the warm-up left; saved beside the adapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> SMTConfig:
@@ -104,11 +108,22 @@ class SMTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.selected_blocks, Selection):
+            self._take_over(self.selected_blocks)
         if self.selected_blocks is not None:
             parse = _parse_tiles if self.arrangement == "tiles" else _parse_sorted
             self.selected_blocks = {name: parse(name, blocks) for name, blocks in self.selected_blocks.items()}
         for refusal in self._refusals():
             raise ValueError(refusal)
+
+    def _take_over(self, selection: Selection) -> None:
+        if self.block_size not in ("auto", selection.block_size):
+            raise ValueError(
+                f"block_size={self.block_size} is not the selection's {selection.block_size}; leave it out."
+            )
+        self.block_size = selection.block_size
+        self.arrangement = "sorted" if selection.lines else "tiles"
+        self.selected_blocks = selection.blocks()
 
     def to_dict(self) -> dict:
         """As a file holds it: the tiles of a module on one line, and no sorted blocks, which are long lists."""
@@ -124,6 +139,8 @@ class SMTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Also tell readers of the model card the one import that loading needs; PEFT cannot name it in its error."""
         super().save_pretrained(save_directory, **kwargs)
+        if self.made_by is not None:
+            self.made_by.save(save_directory)
         card = Path(save_directory, "README.md")
         if card.is_file() and "import smt_peft" not in card.read_text(encoding="utf-8"):
             with card.open("a", encoding="utf-8") as file:

@@ -128,7 +128,7 @@ class SMTModel(BaseTuner):
         groups = share_budget(config, targets, base_parameters)
         device = "meta" if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
-        bank.config = config
+        bank.config, bank.base_parameters = config, base_parameters
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank

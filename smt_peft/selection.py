@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import pad
+
+SELECTION_FILE = "selection.safetensors"
+_SETTINGS = ("names", "block_size", "batch_scores", "skipped", "groups", "inputs", "scope", "base_parameters")
 
 
 def select(
@@ -22,7 +29,7 @@ def select(
     """The best blocks of every group.
 
     Args:
-        scores: one float tensor [block rows, block columns] per target matrix.
+        scores: one float tensor [block rows, block columns] per target matrix; a block below zero is never selected.
         groups: (positions of the targets that share a budget, that budget in blocks).
         scope: who competes within a group, see `SMTConfig`.
         inputs: for scope 'input', a number per target, equal where targets read the same input. Default: all differ.
@@ -31,13 +38,17 @@ def select(
         int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
 
     Raises:
-        ValueError: where a score is not finite, or where all scores of a group are equal to zero.
+        ValueError: where a score is not finite, where all scores of a group are equal to zero, or where a budget is
+            above the number of blocks.
     """
     chosen = [torch.zeros(score.shape, dtype=torch.bool, device="cpu") for score in scores]
     for members, budget in groups:
         _check_scores([scores[member] for member in members])
         rankings = _rankings(members, scope, inputs)
-        shares = apportion(budget, [sum(scores[member].numel() for member in ranking) for ranking in rankings])
+        sizes = [sum(int((scores[member] >= 0).sum()) for member in ranking) for ranking in rankings]
+        if sum(sizes) < budget:
+            raise ValueError(f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected; lower it.")
+        shares = apportion(budget, sizes)
         for ranking, share in zip(rankings, shares, strict=True):
             _mark_best([scores[member] for member in ranking], share, [chosen[member] for member in ranking])
     return torch.cat([pad(blocks.nonzero(), (1, 0), value=target) for target, blocks in enumerate(chosen)]).int()
@@ -50,7 +61,7 @@ def _check_scores(scores: list[torch.Tensor]) -> None:
             f"{int((~everything.isfinite()).sum())} of {len(everything)} block scores are not finite; "
             "train in bfloat16 or float32, or look for NaN in the weights and the data."
         )
-    if not everything.any():
+    if not (everything > 0).any():
         raise ValueError(
             "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
             "not all -100 and that target_modules are used by this model's forward."
@@ -141,16 +152,21 @@ def arrange(index: torch.Tensor, lines: Sequence[Lines]) -> torch.Tensor:
 
 @dataclass
 class Selection:
-    """The blocks that won.
+    """The blocks that won, and what they won by.
 
     Attributes:
         names: the target modules.
+        block_size: b.
         index: int32 [num_blocks, 3] of (position in `names`, block row, block column); of a sorted arrangement, in the
             order of `lines`.
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
         batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
         skipped: how many batches had a non-finite loss or gradient.
         lines: of a sorted arrangement, the rows and columns of each target's blocks.
+        groups: (positions in `names`, budget) of those that shared a budget; the last is that of `num_blocks`.
+        inputs: a number per target, equal where targets read one input.
+        scope: who competed within a group.
+        base_parameters: of the model, for `trainable_ratio`.
     """
 
     names: list[str]
@@ -160,17 +176,75 @@ class Selection:
     batch_scores: Sequence[float] = ()
     skipped: int = 0
     lines: list[Lines] | None = None
+    groups: Sequence[tuple[Sequence[int], int]] = ()
+    inputs: Sequence[int] | None = None
+    scope: str = "model"
+    base_parameters: int | None = None
 
     @property
     def batches(self) -> int:
         return len(self.batch_scores)
 
-    def blocks(self) -> dict[str, list[list[int]]]:
-        """Module name -> [[block row, block column], ...], as `SMTConfig.selected_blocks`."""
-        chosen: dict[str, list[list[int]]] = {}
+    def blocks(self) -> dict[str, list[list]]:
+        """Module name -> its blocks, as `SMTConfig.selected_blocks`."""
+        chosen: dict[str, list[list]] = {}
         for target, row, col in self.index.tolist():
-            chosen.setdefault(self.names[target], []).append([row, col])
+            lines = self.lines and self.lines[target]
+            block = [lines.rows[row].tolist(), lines.cols[col].tolist()] if lines else [row, col]
+            chosen.setdefault(self.names[target], []).append(block)
         return chosen
+
+    def rebudget(
+        self, num_blocks: int | None = None, trainable_ratio: float | None = None, scope: str | None = None
+    ) -> Selection:
+        """What the same warm-up selects with another budget or scope; the budgets of `num_blocks_pattern` stay.
+
+        Raises:
+            ValueError: for a budget that is impossible, or where there are no scores to select by.
+        """
+        if self.scores is None or not self.groups:
+            raise ValueError(
+                "This selection has no scores to select by anew; select_blocks() gives one that has them."
+            )
+        *others, (members, budget) = self.groups
+        if trainable_ratio is not None:
+            num_blocks = max(1, round(trainable_ratio * self.base_parameters / self.block_size**2))
+        groups, scope = [*others, (members, num_blocks or budget)], scope or self.scope
+        index = select(self.scores, groups, scope, self.inputs)
+        return replace(self, index=index, groups=groups, scope=scope)
+
+    def save(self, folder: str | Path) -> None:
+        """Write selection.safetensors into a folder, beside an adapter; `load` reads it."""
+        tensors = {"index": self.index}
+        tensors |= {f"scores.{i}": scores.contiguous() for i, scores in enumerate(self.scores or ())}
+        for i, lines in enumerate(self.lines or ()):
+            tensors |= {f"{side}.{i}": features.int() for side, features in lines._asdict().items()}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        save_file(tensors, Path(folder, SELECTION_FILE), {"format": "pt", "selection": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Selection:
+        """Read what `save` wrote. Raises ValueError where that is broken."""
+        path = Path(folder, SELECTION_FILE)
+        try:
+            with safe_open(path, "pt") as file:
+                settings = json.loads(file.metadata()["selection"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            positions = range(len(settings["names"]))
+            lines = [
+                Lines(tensors[f"rows.{i}"].long(), tensors[f"cols.{i}"].long())
+                for i in positions
+                if "rows.0" in tensors
+            ]
+            scores = [tensors[f"scores.{i}"] for i in positions if "scores.0" in tensors]
+            return cls(
+                index=tensors["index"],
+                scores=scores or None,
+                lines=lines or None,
+                **{name: settings[name] for name in _SETTINGS},
+            )
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (see `Place`), most first."""
@@ -186,16 +260,22 @@ class Selection:
         return {layer: counts[layer] for layer in layers_of(places) if layer in counts}
 
     def overlap(self, other: Selection) -> float:
-        """Share of the blocks that both have, by module name: |A and B| / max(|A|, |B|). Needs equal block sizes."""
-        if self.block_size != other.block_size:
-            raise ValueError(
-                f"Blocks of {self.block_size} x {self.block_size} and of {other.block_size} x {other.block_size} "
-                "cannot be compared; select both with the same block_size."
-            )
-        ours, theirs = (
-            {(one.names[target], row, col) for target, row, col in one.index.tolist()} for one in (self, other)
-        )
-        return len(ours & theirs) / max(len(ours), len(theirs))
+        """Share of the weights that both have in blocks, by module name: |A and B| / max(|A|, |B|)."""
+        ours, theirs = self._entries(), other._entries()
+        common = sum(int(torch.isin(ours[name], theirs[name]).sum()) for name in ours.keys() & theirs.keys())
+        return common / max(sum(map(len, of.values())) for of in (ours, theirs))
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        """Module name -> a number for each weight that is in a block, int64."""
+        found, size = {}, self.block_size
+        for target in self.index[:, 0].unique().tolist():
+            rows, cols = self.index[self.index[:, 0] == target, 1:].long().unbind(1)
+            if self.lines is None:
+                rows, cols = (side[:, None] * size + torch.arange(size) for side in (rows, cols))
+            else:
+                rows, cols = self.lines[target].rows[rows], self.lines[target].cols[cols]
+            found[self.names[target]] = (rows[:, :, None] * 2**32 + cols[:, None, :]).flatten()
+        return found
 
     def summary(self) -> str:
         """A few lines to print: where the blocks are."""

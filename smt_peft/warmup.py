@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
+from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
@@ -29,6 +30,7 @@ def select_blocks(
     loss_function: Callable[[nn.Module, object], torch.Tensor] | None = None,
     loss_scale: float = 1.0,
     progress_bar: bool = True,
+    avoid: Sequence[str] = (),
 ) -> Selection:
     """Run the warm-up by hand and apply its selection: what `SMTWarmupCallback` does inside a Trainer.
 
@@ -40,6 +42,7 @@ def select_blocks(
         dataloader: batches; iterated again from the start where it is shorter than `warmup_steps`.
         loss_function: (model, batch) -> scalar loss. Default: `model(**batch).loss`, the batch moved to the model.
         loss_scale: multiplies the loss, for float16; halved after a batch that overflows.
+        avoid: adapters of the model none of whose weights are to be selected, for tasks learnt one after the other.
 
     Returns:
         The selection, with the scores it was made from. It is already applied.
@@ -78,17 +81,24 @@ def select_blocks(
         collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
         run(collector, steps)
         scores = collector.scores()
-    index = select(scores, bank.groups, config.scope, collector.inputs)
-    apply_selection(model, adapter_name, index, lines)
+    lines = lines and [Lines(*(side.cpu() for side in line)) for line in lines]
+    scores = [score.float().cpu() for score in scores]
+    for name in avoid:
+        _rule_out(find_adapter(model, name)[0], bank, scores, lines)
     selection = Selection(
-        [target.name for target in bank.targets],
-        size,
-        index,
-        [score.float().cpu() for score in scores],
-        collector.batch_scores(),
-        collector.skipped,
-        lines and [Lines(*(side.cpu() for side in line)) for line in lines],
+        names=[target.name for target in bank.targets],
+        block_size=size,
+        index=select(scores, bank.groups, config.scope, collector.inputs),
+        scores=scores,
+        batch_scores=collector.batch_scores(),
+        skipped=collector.skipped,
+        lines=lines,
+        groups=[tuple(group) for group in bank.groups],
+        inputs=collector.inputs,
+        scope=config.scope,
+        base_parameters=bank.base_parameters,
     )
+    apply_selection(model, adapter_name, selection)
     warn_of_dominant_batch(selection)
     warn_of_concentration(selection, bank.groups, collector.inputs)
     return selection
@@ -114,17 +124,44 @@ def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object
     return homes[found[0]][adapter_name], owner.peft_config[adapter_name]
 
 
-def apply_selection(
-    model: nn.Module, adapter_name: str, index: torch.Tensor, lines: Sequence[Lines] | None = None
-) -> None:
-    """Fill the adapter's index with rank 0's selection, int [num_blocks, 3] of tiles, or of blocks cut from `lines`;
-    and mirror it in the config."""
+def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -> None:
+    """Give an adapter the blocks of rank 0's selection, and mirror them in its config.
+
+    Raises:
+        ValueError: where the selection is of other targets, blocks or budget than the adapter's.
+    """
     bank, config = find_adapter(model, adapter_name)
-    index = (index if lines is None else arrange(index.to(lines[0].rows.device), lines)).to(bank.index)
+    names, arrangement = [target.name for target in bank.targets], "tiles" if selection.lines is None else "sorted"
+    for what, theirs, ours in (
+        ("targets", selection.names, names),
+        ("block_size", selection.block_size, bank.block_size),
+        ("arrangement", arrangement, config.arrangement),
+        ("number of blocks", len(selection.index), bank.num_blocks),
+    ):
+        if theirs != ours:
+            theirs, ours = (f"{len(of)} ({of[0]}, ...)" if isinstance(of, list) else of for of in (theirs, ours))
+            raise ValueError(
+                f"The selection's {what}, {theirs}, are not those of adapter {adapter_name!r}, {ours}. Configure the "
+                "adapter as the one that the selection was made for; selection.rebudget() gives it another budget."
+            )
+    index = selection.index if selection.lines is None else arrange(selection.index, selection.lines)
+    index = index.to(bank.index)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(index, src=0)
     bank.set_index(index)
-    config.selected_blocks = bank.selected_blocks()
+    config.selected_blocks, config.made_by = bank.selected_blocks(), selection
+
+
+def _rule_out(other: DeltaBank, bank: DeltaBank, scores: list[torch.Tensor], lines: list[Lines] | None) -> None:
+    """Give blocks that share a weight with another adapter's a score of -1, so that none is selected."""
+    position = {target.name: i for i, target in enumerate(other.targets)}
+    for i, target in enumerate(bank.targets):
+        plan = other.plan(position[target.name], torch.device("cpu")) if target.name in position else None
+        if plan is not None:
+            taken = torch.zeros(target.rows * bank.block_size, target.cols * bank.block_size)
+            taken[ops.entries(plan, other.block_size)] = 1
+            taken = taken if lines is None else lines[i].in_order(taken)
+            scores[i][ops.sum_squares(taken, bank.block_size, torch.float32) > 0] = -1
 
 
 def _run(

@@ -7,7 +7,8 @@ import torch
 from peft import get_peft_model
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.selection import apportion, places_of, select
+from smt_peft.selection import Lines, apportion, places_of, select
+from smt_peft.warmup import apply_selection
 
 
 def selected(base, batches=None, **options) -> dict[str, list[list[int]]]:
@@ -120,10 +121,132 @@ def test_overlap_is_the_share_of_common_blocks_by_name():
     assert one.overlap(one) == 1
 
 
-def test_blocks_of_other_sizes_do_not_overlap():
+def test_blocks_of_other_sizes_overlap_in_the_weights_that_both_have():
     one, other = (Selection(["a"], size, torch.tensor([[0, 0, 0]])) for size in (16, 32))
-    with pytest.raises(ValueError, match=r"16 x 16 and of 32 x 32.*same block_size"):
-        one.overlap(other)
+    lines = [Lines(torch.arange(64).view(4, 16), torch.arange(0, 64).view(16, 4).T)]  # every fourth column
+    in_order = Selection(["a"], 16, torch.tensor([[0, 0, 0]]), lines=lines)
+    assert one.overlap(other) == 1 / 4
+    assert one.overlap(in_order) == 4 / 16 and other.overlap(in_order) == 16 * 8 / 32**2
+
+
+# --- selections that outlive their warm-up -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tiles", "sorted"])
+def arrangement(request):
+    return request.param
+
+
+def selection_of(base, batches, **options) -> Selection:
+    options = {"block_size": 16, "num_blocks": 12, "warmup_steps": 4, **options}
+    return select_blocks(get_peft_model(deepcopy(base), SMTConfig(**options)), batches, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"num_blocks": 5},
+        {"num_blocks": 30, "scope": "module"},
+        {"num_blocks": 30, "scope": "input"},
+        {"trainable_ratio": 0.1},
+        {"num_blocks": 9, "num_blocks_pattern": {"v_proj": 3}},
+    ],
+    ids=str,
+)
+def test_another_budget_is_that_of_a_warm_up_of_its_own(llama, batches, arrangement, budget):
+    pattern = {"num_blocks_pattern": budget.pop("num_blocks_pattern", {})}
+    again = selection_of(llama, batches, arrangement=arrangement, **pattern).rebudget(**budget)
+    own = selection_of(llama, batches, arrangement=arrangement, **{"num_blocks": None, **pattern, **budget})
+    assert again.blocks() == own.blocks() and torch.equal(again.index, own.index)
+    assert again.scope == own.scope and [*again.groups] == [*own.groups]
+
+
+def test_a_budget_above_all_blocks_is_refused(llama, batches):
+    with pytest.raises(ValueError, match="65 blocks is above the 64"):
+        selection_of(llama, batches).rebudget(65)
+
+
+def test_a_selection_without_scores_has_one_budget():
+    with pytest.raises(ValueError, match="no scores to select by"):
+        Selection(["a"], 16, torch.tensor([[0, 0, 0]])).rebudget(1)
+
+
+def test_a_selection_is_read_as_it_was_written(llama, batches, arrangement, tmp_path):
+    selection = selection_of(llama, batches, arrangement=arrangement, scope="input")
+    selection.save(tmp_path)
+    read = Selection.load(tmp_path)
+    assert read.blocks() == selection.blocks() and read.summary() == selection.summary()
+    assert read.rebudget(7).blocks() == selection.rebudget(7).blocks()
+    assert all(torch.equal(one, other) for one, other in zip(read.scores, selection.scores, strict=True))
+    assert [*read.batch_scores] == [*selection.batch_scores] and len(read.batch_scores) == selection.batches
+
+
+def test_a_broken_selection_is_refused_in_words(llama, batches, tmp_path):
+    selection_of(llama, batches).save(tmp_path)
+    file = tmp_path / "selection.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="is not a selection, or it is broken"):
+        Selection.load(tmp_path)
+
+
+def test_the_selection_is_saved_beside_its_adapter(llama, batches, tmp_path):
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=12, warmup_steps=4))
+    selection = select_blocks(model, batches, progress_bar=False)
+    model.save_pretrained(tmp_path)
+    assert Selection.load(tmp_path).blocks() == selection.blocks()
+
+
+def test_an_adapter_can_be_made_from_a_selection(llama, batches, arrangement):
+    selection = selection_of(llama, batches, arrangement=arrangement).rebudget(7)
+    model = get_peft_model(llama, SMTConfig(selected_blocks=selection))
+    config = model.peft_config["default"]
+    assert config.selected_blocks == selection.blocks()
+    assert (config.block_size, config.num_blocks, config.arrangement) == (16, 7, arrangement)
+
+
+def test_a_selection_of_other_blocks_is_refused(llama, batches):
+    selection = selection_of(llama, batches)
+    with pytest.raises(ValueError, match="block_size=32 is not the selection's 16"):
+        SMTConfig(selected_blocks=selection, block_size=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"num_blocks": 13}, "number of blocks, 12, are not .* 13"),
+        ({"arrangement": "sorted"}, "arrangement, tiles, are not .* sorted"),
+        ({"block_size": 8}, "block_size, 16, are not .* 8"),
+        ({"target_modules": ["q_proj"]}, r"targets, 6 \(.*\), are not .* 2"),
+    ],
+    ids=["budget", "arrangement", "block size", "targets"],
+)
+def test_a_selection_that_does_not_fit_the_adapter_is_refused(llama, batches, options, what):
+    selection = selection_of(llama, batches)
+    model = get_peft_model(llama, SMTConfig(**{"block_size": 16, "num_blocks": 12, **options}))
+    with pytest.raises(ValueError, match=what):
+        apply_selection(model, "default", selection)
+    assert model.peft_config["default"].selected_blocks is None
+
+
+@pytest.mark.parametrize("block_size", [16, 8])
+def test_blocks_of_an_earlier_adapter_can_be_avoided(llama, batches, arrangement, block_size):
+    """Also those of another block size or order: not one weight is in both."""
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=12, warmup_steps=4))
+    first = select_blocks(model, batches, progress_bar=False)
+    options = {"block_size": block_size, "num_blocks": 9, "warmup_steps": 4, "arrangement": arrangement}
+    model.add_adapter("second", SMTConfig(**options))
+    second = select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
+    assert second.overlap(first) == 0 == second.rebudget(12).overlap(first)
+
+
+def test_more_blocks_than_are_left_are_refused(llama, batches):
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=60, selection="random"))
+    model.add_adapter("second", SMTConfig(block_size=16, num_blocks=5, warmup_steps=4))
+    with pytest.raises(ValueError, match="A budget of 5 blocks is above the 4 that may be selected"):
+        select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
+
+
+# --- where blocks are ----------------------------------------------------------------------------------------------
 
 
 def test_layers_are_counted_in_their_order_and_what_is_outside_of_them_first():

@@ -187,6 +187,16 @@ def test_a_loaded_adapter_skips_the_warm_up(base, make_trainer, tmp_path):
     assert not torch.equal(bank(first).weight, bank(again).weight)
 
 
+def test_the_selection_of_an_earlier_warm_up_takes_its_place(base, make_trainer):
+    first = make_trainer(deepcopy(base))
+    first.train()
+    data, selection = Sentences(), selection_of(first)
+    again = make_trainer(base, SMTWarmupCallback(selection=selection), data=data, warm_up=None)
+    again.train()
+    assert_same_result(first, again)
+    assert selection_of(again) is selection and len(data.read) <= (STEPS + 1) * again.args.train_batch_size
+
+
 def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):
     with pytest.raises(RuntimeError, match=r"no blocks yet.*SMTWarmupCallback"):
         make_trainer(base, warm_up=0).train()

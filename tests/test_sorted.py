@@ -1,0 +1,243 @@
+"""Sorted blocks: rows and columns in the order of their importance, against dense gradients."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from dense_truth import assert_right, bank_of, gradients_of, in_place, wrap
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+from smt_peft import SMTConfig, select_blocks
+from smt_peft.config import Accumulation, Score
+from smt_peft.selection import arrange, select, sort_lines
+
+SIZE = 16
+
+
+def warmed_up(base, batches, **options):
+    """A model with sorted blocks from a warm-up over all batches, and its selection."""
+    options = {"block_size": SIZE, "num_blocks": 12, "warmup_steps": len(batches), **options}
+    model = get_peft_model(deepcopy(base), SMTConfig(arrangement="sorted", **options))
+    return model, select_blocks(model, batches, progress_bar=False)
+
+
+def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
+    dense, found = deepcopy(base).train().requires_grad_(), []
+    for batch in batches:
+        dense.zero_grad()
+        dense(**batch).loss.backward()
+        found.append({name: dense.get_submodule(name).weight.grad for name in names})
+    return found
+
+
+def in_order(matrices: list[torch.Tensor], by: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The matrices with rows and columns in the order of the sums of `by`, and those orders, line by line."""
+    rows, cols = (by.sum(side).argsort(descending=True, stable=True).view(-1, SIZE) for side in (1, 0))
+    rows, cols = rows.sort(1).values, cols.sort(1).values
+    return [m[rows.flatten()][:, cols.flatten()] for m in matrices], rows, cols
+
+
+def scored(grids: list[torch.Tensor], score: str, accumulation: str) -> torch.Tensor:
+    of = {
+        "abs_mean": lambda g: g.abs().mean((1, 3)),
+        "mean_abs": lambda g: g.mean((1, 3)).abs(),
+        "l1": lambda g: g.abs().sum((1, 3)),
+        "l2": lambda g: g.square().sum((1, 3)).sqrt(),
+    }[score]
+    blocks = torch.stack(grids).unflatten(2, (-1, SIZE)).unflatten(1, (-1, SIZE))
+    return of(blocks.mean(0)) if accumulation == "signed" else torch.stack([of(block) for block in blocks]).mean(0)
+
+
+@pytest.mark.parametrize("accumulation", Accumulation.__args__)
+@pytest.mark.parametrize("score", Score.__args__)
+def test_lines_and_scores_are_those_of_dense_gradients(llama, batches, score, accumulation):
+    """Rows and columns in the order of the first half of the batches, blocks scored by the second."""
+    _, selection = warmed_up(llama, batches, score=score, accumulation=accumulation)
+    gradients = dense_gradients(llama, selection.names, batches)
+    assert len(selection.names) == 6
+    for name, scores, lines in zip(selection.names, selection.scores, selection.lines, strict=True):
+        matter = sum(g[name].abs() for g in gradients[:2])
+        grids, rows, cols = in_order([g[name] for g in gradients[2:]], matter)
+        assert torch.equal(lines.rows, rows) and torch.equal(lines.cols, cols)
+        torch.testing.assert_close(scores, scored(grids, score, accumulation), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["model", "input", "module"])
+def test_the_best_of_the_blocks_in_order_are_selected(llama, batches, scope):
+    model, selection = warmed_up(llama, batches, scope=scope, num_blocks=16)
+    chosen = bank_of(model).selected_blocks()
+    for target, row, col in selection.index.tolist():
+        lines = selection.lines[target]
+        assert [lines.rows[row].tolist(), lines.cols[col].tolist()] in chosen[selection.names[target]]
+    assert sum(map(len, chosen.values())) == len(selection.index) == 16
+    inputs = [0, 0, 0, 3, 3, 3]  # of q, k and v in two layers
+    assert torch.equal(selection.index, select(selection.scores, [(list(range(6)), 16)], scope, inputs))
+    assert bank_of(model).is_selected and model.peft_config["default"].selected_blocks == chosen == selection.blocks()
+
+
+def test_a_budget_of_important_features_holds_more_of_the_gradient_than_tiles_do(llama, batches):
+    """What sorting is for: the blocks hold more of the absolute gradient than as many tiles."""
+    held = {}
+    for arrangement in ("tiles", "sorted"):
+        model = get_peft_model(
+            deepcopy(llama), SMTConfig(block_size=SIZE, num_blocks=12, warmup_steps=4, arrangement=arrangement)
+        )
+        select_blocks(model, batches, progress_bar=False)
+        masks = in_place(model, torch.ones_like(bank_of(model).weight))
+        gradients = dense_gradients(llama, masks, batches)
+        held[arrangement] = sum((g[name].abs() * mask).sum() for g in gradients for name, mask in masks.items())
+    assert held["sorted"] > held["tiles"]
+
+
+@pytest.mark.parametrize("selection", ["gradient", "activation", "magnitude", "random"])
+def test_every_rule_trains_saves_and_merges(llama, batches, selection, tmp_path):
+    base = llama.double()
+    model = wrap(base, "sorted", selection=selection, warmup_steps=4, init_weights=True)
+    if selection in ("gradient", "activation"):
+        select_blocks(model, batches, progress_bar=False)
+    nn.init.normal_(bank_of(model).weight, std=0.1)
+    assert_right(model, base, batches[0])
+    logits = model.eval()(**batches[0]).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(base), tmp_path).double().eval()
+    bank_of(loaded).weight.data.copy_(bank_of(model).weight)  # files are float32
+    assert torch.equal(loaded(**batches[0]).logits, logits)
+    assert bank_of(loaded).selected_blocks() == model.peft_config["default"].selected_blocks is not None
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(**batches[0]).logits, logits, rtol=1e-9, atol=1e-9)
+
+
+def test_the_same_seed_gives_the_same_blocks_and_another_others(llama):
+    chosen = [bank_of(wrap(llama, "sorted", seed=seed)).selected_blocks() for seed in (3, 3, 4)]
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_magnitude_takes_large_rows_by_large_columns(llama):
+    layer = llama.model.layers[1].self_attn.k_proj
+    rows, cols = torch.arange(1, 32, 2)[:SIZE], torch.arange(3, 64, 4)[:SIZE]
+    layer.weight.data[rows[:, None], cols] *= 10
+    model = wrap(llama, "sorted", selection="magnitude", budget=1)
+    assert bank_of(model).selected_blocks() == {"model.layers.1.self_attn.k_proj": [[rows.tolist(), cols.tolist()]]}
+
+
+def test_activation_takes_the_columns_with_the_largest_inputs(llama, batches):
+    large = torch.arange(0, 64, 4)
+    llama.model.layers[0].input_layernorm.weight.data[large] *= 100
+    model, _ = warmed_up(llama, batches, selection="activation", target_modules=["q_proj"], num_blocks=4)
+    (blocks,) = bank_of(model).selected_blocks().values()
+    assert blocks == [[list(range(row, row + SIZE)), large.tolist()] for row in range(0, 64, SIZE)]
+
+
+def test_ties_go_to_the_earlier_feature():
+    lines = sort_lines(torch.tensor([1.0, 3, 1, 3]), torch.zeros(4), 2)
+    assert lines.rows.tolist() == [[1, 3], [0, 2]] and lines.cols.tolist() == [[0, 1], [2, 3]]
+    index = torch.tensor([[0, 1, 0], [0, 0, 1]])
+    assert arrange(index, [lines]).tolist() == [[0, 0, 2, 0, 1], [0, 1, 3, 2, 3]]
+
+
+def test_all_blocks_selected_is_full_fine_tuning(llama, batches):
+    """The keystone: one step of all blocks equals one step of the target weights, whatever the order."""
+    dense = deepcopy(llama).double().requires_grad_(False)
+    model, _ = warmed_up(llama.double(), batches, num_blocks=64)
+    for name in bank_of(model).selected_blocks():
+        dense.get_submodule(name).weight.requires_grad_()
+    for one in (model, dense):
+        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+        one.train()(**batches[0]).loss.backward()
+        optimizer.step()
+    merged = model.merge_and_unload()
+    for name, weight in gradients_of(dense).items():
+        assert weight.any()
+        torch.testing.assert_close(merged.get_submodule(name).weight, dense.get_submodule(name).weight)
+
+
+def test_conv1d_has_rows_of_its_outputs(batches):
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)).double()
+    model = wrap(base, "sorted", target_modules=["c_attn"], budget=5)
+    layer = model.base_model.model.transformer.h[0].attn.c_attn
+    delta, base_weight = layer.get_delta_weight("default"), layer.weight.clone()
+    assert delta.shape == (32, 96) and delta.any()
+    logits = model.eval()(**batches[0]).logits
+    model.merge_adapter()
+    assert torch.equal(layer.weight, base_weight + delta)
+    torch.testing.assert_close(model(**batches[0]).logits, logits, rtol=1e-9, atol=1e-9)
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, base_weight)
+
+
+def test_experts_parameters_have_sorted_blocks(batches):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+    options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    model, selection = warmed_up(base, batches, **options, num_blocks=6)
+    matter = {name: 0 for name in selection.names}
+    for batch in batches[:2]:
+        dense = deepcopy(base).train().requires_grad_()
+        dense(**batch).loss.backward()
+        for name in matter:
+            matter[name] += dense.get_parameter(name).grad.abs().flatten(0, 1)
+    for name, lines in zip(selection.names, selection.lines, strict=True):
+        _, rows, cols = in_order([], matter[name])
+        assert torch.equal(lines.rows, rows) and torch.equal(lines.cols, cols)
+    nn.init.normal_(bank_of(model).weight, std=0.1)
+    logits = model.eval()(**batches[0]).logits
+    assert not torch.allclose(logits, base(**batches[0]).logits)
+    torch.testing.assert_close(model.merge_and_unload()(**batches[0]).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+# --- files and configs ---------------------------------------------------------------------------------------------
+
+
+def test_the_weights_hold_rows_and_columns_and_the_config_stays_short(llama, batches, tmp_path):
+    model, selection = warmed_up(llama, batches)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    index = next(tensor for key, tensor in tensors.items() if key.endswith("index"))
+    assert index.dtype == torch.int16 and index.shape == (12, 1 + 2 * SIZE)
+    assert torch.equal(index.int(), arrange(selection.index, selection.lines))
+    assert len((tmp_path / "adapter_config.json").read_text()) < 2000
+    assert SMTConfig.from_pretrained(tmp_path).selected_blocks is None
+
+
+def test_blocks_can_be_given_by_hand(llama, batches):
+    name, rows, cols = "model.layers.0.self_attn.q_proj", list(range(3, 35, 2)), list(range(0, 64, 4))
+    other = [row + 1 for row in rows]
+    base = llama.double()
+    model = wrap(base, "sorted", num_blocks=None, selected_blocks={name: [[rows, cols], [other, cols]]})
+    assert bank_of(model).selected_blocks() == {name: [[rows, cols], [other, cols]]}
+    assert_right(model, base, batches[0])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([[0, 1]], "is not a list of"),
+        ([[list(range(16)), list(range(15))]], "16 rows by 16 columns"),
+        ([[list(range(16)), list(range(56, 72))]], "does not exist"),
+        ([[list(range(16)), [0] * 16]], "name one twice"),
+        ([[list(range(16)), list(range(16))], [list(range(8, 24)), list(range(16))]], "share some of their rows"),
+        ([[list(range(16)), list(range(16))]] * 2, "twice"),
+    ],
+    ids=["places", "a short side", "outside", "a column twice", "half the rows", "a block twice"],
+)
+def test_blocks_that_cannot_be_are_refused(llama, blocks, words):
+    with pytest.raises(ValueError, match=words):
+        wrap(llama, "sorted", num_blocks=None, selected_blocks={"model.layers.0.self_attn.q_proj": blocks})
+
+
+def test_what_has_no_order_is_refused():
+    with pytest.raises(ValueError, match="sorted blocks have no diagonal"):
+        SMTConfig(arrangement="sorted", selection="diagonal")
+
+
+@pytest.mark.parametrize(("saved", "other"), [("tiles", "sorted"), ("sorted", "tiles")])
+def test_a_checkpoint_of_the_other_arrangement_is_refused(llama, saved, other):
+    states = {kind: wrap(llama, arrangement=kind) for kind in (saved, other)}
+    with pytest.raises(ValueError, match="arrangement"):
+        states[other].load_state_dict(states[saved].state_dict())
