@@ -7,10 +7,19 @@ add_peft_type()  # before the config is defined: SMTConfig names PeftType.SMT
 from smt_peft.callback import SMTMonitorCallback, SMTWarmupCallback  # noqa: E402
 from smt_peft.config import SMTConfig  # noqa: E402
 from smt_peft.model import SMTModel  # noqa: E402
+from smt_peft.optimizers import BlockMuon  # noqa: E402
 from smt_peft.selection import Selection  # noqa: E402
 from smt_peft.warmup import select_blocks  # noqa: E402
 
 register(SMTConfig, SMTModel)
 
 __version__ = "0.1.0"
-__all__ = ["SMTConfig", "SMTModel", "SMTMonitorCallback", "SMTWarmupCallback", "Selection", "select_blocks"]
+__all__ = [
+    "BlockMuon",
+    "SMTConfig",
+    "SMTModel",
+    "SMTMonitorCallback",
+    "SMTWarmupCallback",
+    "Selection",
+    "select_blocks",
+]

@@ -181,12 +181,13 @@ class ScoreCollector(Collector):
 
 
 class FeatureCollector(Collector):
-    """How much the rows and columns of each target matter: the sums of |dW| over each."""
+    """How much the rows and columns of each target matter: the norms of dY and of x over the tokens of a batch, for
+    which no dW is formed; where there is only that, its own norms. Modules that read one input rank columns alike."""
 
     def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
-        if x is None:
-            return torch.cat([dy.abs().sum(1, dtype=torch.float32), dy.abs().sum(0, dtype=torch.float32)])
-        return torch.cat(ops.feature_sums(dy, x))
+        dy = dy.float()
+        cols = dy.norm(dim=0) if x is None else self.scale * x.float().norm(dim=0)
+        return torch.cat([dy.norm(dim=1 if x is None else 0), cols])
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return (layer.out_features + layer.in_features,)

@@ -41,6 +41,7 @@ class Cell:
     accumulation: int = 1
     uneven_labels: bool = False  # a different number of labels in every sample
     selection: str = "gradient"
+    arrangement: str = "tiles"
     dropout: float = 0.0
     resume: bool = True  # train a second time from the checkpoint in the middle
     die_at: int = 0  # SIGKILL `die_on` in this step ...
@@ -189,7 +190,13 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torc
         base, attention_dropout=cell.dropout, attn_implementation="eager", dtype=dtype
     )
     model.config.use_cache = False
-    smt = SMTConfig(num_blocks=cell.num_blocks, block_size=16, warmup_steps=4 // world, selection=cell.selection)
+    smt = SMTConfig(
+        num_blocks=cell.num_blocks,
+        block_size=16,
+        warmup_steps=4 // world,
+        selection=cell.selection,
+        arrangement=cell.arrangement,
+    )
     trainer = CrashingTrainer(
         get_peft_model(model, smt),
         arguments,

@@ -22,6 +22,7 @@ from smt_peft.layer import Linear
 
 BLOCK = 16
 TARGETS = ["q_proj", "k_proj", "v_proj"]
+ARRANGEMENTS = pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 EVEN = {"selection": "random", "scope": "module"}
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
@@ -84,7 +85,7 @@ def column_bytes(model, tokens, itemsize, block_size=BLOCK) -> int:
     input has or more, of this input, once for all three."""
     read: dict[str, list[int]] = {}
     for name, places in chosen(model).items():
-        read.setdefault(name.rpartition(".")[0], []).append(len({column for _, column in places}))
+        read.setdefault(name.rpartition(".")[0], []).append(len({str(column) for _, column in places}))
     total = model.config.hidden_size // block_size
     return sum(min(sum(columns), total) for columns in read.values()) * block_size * tokens * itemsize
 
@@ -110,11 +111,14 @@ def operators(function, *args) -> list[str]:
 
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("ratio", [0.001, 0.0086, 0.05])
-def test_a_step_costs_the_floor_plus_three_products_with_each_block(make_llama, batches, ratio, block_size):
+@ARRANGEMENTS
+def test_a_step_costs_the_floor_plus_three_products_with_each_block(
+    make_llama, batches, arrangement, ratio, block_size
+):
     """Forward, gradient of the input, gradient of the block; the lowest layer's input needs no gradient."""
     llama = make_llama(**WIDE)
     num_blocks = max(1, round(ratio * sum(p.numel() for p in llama.parameters()) / block_size**2))
-    model = adapt(llama, num_blocks, block_size)
+    model = adapt(llama, num_blocks, block_size, arrangement=arrangement)
     measured = flops(model, batches[0])
     products = sum((2 if ".layers.0." in name else 3) * len(places) for name, places in chosen(model).items())
     with floor_of(model) as floor:
@@ -124,8 +128,11 @@ def test_a_step_costs_the_floor_plus_three_products_with_each_block(make_llama, 
 
 @pytest.mark.parametrize("num_blocks", [1, 5, 20, 64])
 @DTYPES
-def test_backward_keeps_the_columns_that_are_read_or_the_input_once(make_llama, batches, dtype, num_blocks):
-    model = adapt(make_llama().to(dtype), num_blocks)
+@ARRANGEMENTS
+def test_backward_keeps_the_columns_that_are_read_or_the_input_once(
+    make_llama, batches, arrangement, dtype, num_blocks
+):
+    model = adapt(make_llama().to(dtype), num_blocks, arrangement=arrangement)
     expected = column_bytes(model, batches[0]["input_ids"].numel(), dtype.itemsize)
     measured = saved_bytes(model, batches[0])
     with floor_of(model) as floor:
@@ -146,10 +153,12 @@ def test_autocast_keeps_the_selected_columns_in_its_own_dtype(llama, batches):
 
 @pytest.mark.parametrize("names", ["q_proj v_proj", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"])
 @DTYPES
-def test_backward_keeps_no_more_than_loras_at_equal_parameters(make_llama, batches, dtype, names):
+@ARRANGEMENTS
+def test_backward_keeps_no_more_than_loras_at_equal_parameters(make_llama, batches, arrangement, dtype, names):
     targets = {"target_modules": names.split()}
     num_blocks = {2: 14, 7: 58}[len(names.split())]
-    configs = LoraConfig(r=8, **targets), SMTConfig(block_size=BLOCK, num_blocks=num_blocks, **targets, **EVEN)
+    ours = SMTConfig(block_size=BLOCK, num_blocks=num_blocks, arrangement=arrangement, **targets, **EVEN)
+    configs = LoraConfig(r=8, **targets), ours
     trained, saved = [], []
     for config in configs:
         model = get_peft_model(make_llama().to(dtype), config, autocast_adapter_dtype=False).train()

@@ -15,8 +15,10 @@ MATRIX = {
     f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in ("none", "non-reentrant") for n in (1, 2)
 }
 REENTRANT = {f"reentrant-{n}": {"checkpointing": "reentrant", "accumulation": n} for n in (1, 2)}
+SORTED = {"sorted": {"arrangement": "sorted"}}
 CELLS = {
     **MATRIX,
+    **SORTED,
     "uneven": {"uneven_labels": True, "selection": "random", "accumulation": 2, "resume": False},
 }
 BF16 = {"bf16": {"bf16": True}}
@@ -54,7 +56,7 @@ def outcomes(ran, backend: str, cell: str) -> list[dict]:
     return [rank[cell] for rank in ranks]
 
 
-@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("cell", [*MATRIX, *SORTED])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_selection_is_that_of_one_process_on_every_rank(ran, backend, cell):
     (single,) = outcomes(ran, "single", cell)
@@ -72,7 +74,7 @@ def test_the_score_of_a_batch_counts_what_every_rank_saw(ran, backend):
         assert rank["batch_scores"] == pytest.approx(pairs, rel=1e-4)
 
 
-@pytest.mark.parametrize("cell", [*MATRIX, "uneven"])
+@pytest.mark.parametrize("cell", [*MATRIX, *SORTED, "uneven"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_final_delta_is_that_of_one_process_on_every_rank(ran, backend, cell):
     (single,) = outcomes(ran, "single", cell)
@@ -82,7 +84,7 @@ def test_the_final_delta_is_that_of_one_process_on_every_rank(ran, backend, cell
     assert single["delta"].norm() > 1  # else the comparison would say nothing
 
 
-@pytest.mark.parametrize("cell", [*MATRIX, "uneven"])
+@pytest.mark.parametrize("cell", [*MATRIX, *SORTED, "uneven"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_reported_losses_are_those_of_one_process(ran, backend, cell):
     (single,) = outcomes(ran, "single", cell)
@@ -90,7 +92,7 @@ def test_the_reported_losses_are_those_of_one_process(ran, backend, cell):
     assert outcomes(ran, backend, cell)[0]["losses"] == pytest.approx(single["losses"], rel=1e-4)
 
 
-@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("cell", [*MATRIX, *SORTED])
 @pytest.mark.parametrize("backend", EVERY)
 def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(ran, backend, cell):
     for rank in outcomes(ran, backend, cell):
@@ -136,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(ran, backend, cell):
     torch.testing.assert_close(outcomes(ran, backend, cell)[0]["delta"], plain["delta"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("cell", [*MATRIX, *SORTED])
 @pytest.mark.parametrize("backend", EVERY)
 def test_the_saved_adapter_loads_and_computes_what_was_trained(ran, backend, cell):
     rank = outcomes(ran, backend, cell)[0]

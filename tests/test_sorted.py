@@ -33,11 +33,26 @@ def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def in_order(matrices: list[torch.Tensor], by: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The matrices with rows and columns in the order of the sums of `by`, and those orders, line by line."""
-    rows, cols = (by.sum(side).argsort(descending=True, stable=True).view(-1, SIZE) for side in (1, 0))
-    rows, cols = rows.sort(1).values, cols.sort(1).values
-    return [m[rows.flatten()][:, cols.flatten()] for m in matrices], rows, cols
+def feature_norms(base, names, batches) -> dict[str, list[torch.Tensor]]:
+    """The norms of each target's dY and x over the tokens of a batch, summed over the batches."""
+    dense, found = deepcopy(base).train().requires_grad_(), {name: [0, 0] for name in names}
+
+    def watch(name, x, y):
+        found[name][1] += x.detach().flatten(0, 1).square().sum(0).sqrt()
+        y.register_hook(
+            lambda dy: found[name].__setitem__(0, found[name][0] + dy.flatten(0, 1).square().sum(0).sqrt())
+        )
+
+    for name in names:
+        dense.get_submodule(name).register_forward_hook(lambda module, x, y, name=name: watch(name, x[0], y))
+    for batch in batches:
+        dense(**batch).loss.backward()
+    return found
+
+
+def lines_of(*norms: torch.Tensor) -> list[torch.Tensor]:
+    """Features in the order of their norms, b a line, ascending in each."""
+    return [norm.argsort(descending=True, stable=True).view(-1, SIZE).sort(1).values for norm in norms]
 
 
 def scored(grids: list[torch.Tensor], score: str, accumulation: str) -> torch.Tensor:
@@ -54,14 +69,17 @@ def scored(grids: list[torch.Tensor], score: str, accumulation: str) -> torch.Te
 @pytest.mark.parametrize("accumulation", Accumulation.__args__)
 @pytest.mark.parametrize("score", Score.__args__)
 def test_lines_and_scores_are_those_of_dense_gradients(llama, batches, score, accumulation):
-    """Rows and columns in the order of the first half of the batches, blocks scored by the second."""
+    """Rows and columns in the order of their norms in the first half of the batches, blocks scored by the second."""
     _, selection = warmed_up(llama, batches, score=score, accumulation=accumulation)
-    gradients = dense_gradients(llama, selection.names, batches)
+    gradients, norms = (
+        dense_gradients(llama, selection.names, batches[2:]),
+        feature_norms(llama, selection.names, batches[:2]),
+    )
     assert len(selection.names) == 6
     for name, scores, lines in zip(selection.names, selection.scores, selection.lines, strict=True):
-        matter = sum(g[name].abs() for g in gradients[:2])
-        grids, rows, cols = in_order([g[name] for g in gradients[2:]], matter)
+        rows, cols = lines_of(*norms[name])
         assert torch.equal(lines.rows, rows) and torch.equal(lines.cols, cols)
+        grids = [g[name][rows.flatten()][:, cols.flatten()] for g in gradients]
         torch.testing.assert_close(scores, scored(grids, score, accumulation), rtol=1e-4, atol=1e-9)
 
 
@@ -176,14 +194,15 @@ def test_experts_parameters_have_sorted_blocks(batches):
     base = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
     options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
     model, selection = warmed_up(base, batches, **options, num_blocks=6)
-    matter = {name: 0 for name in selection.names}
+    norms = {name: [0, 0] for name in selection.names}
     for batch in batches[:2]:
         dense = deepcopy(base).train().requires_grad_()
         dense(**batch).loss.backward()
-        for name in matter:
-            matter[name] += dense.get_parameter(name).grad.abs().flatten(0, 1)
+        for name in norms:
+            gradient = dense.get_parameter(name).grad.flatten(0, 1)
+            norms[name] = [norm + gradient.norm(dim=side) for norm, side in zip(norms[name], (1, 0), strict=True)]
     for name, lines in zip(selection.names, selection.lines, strict=True):
-        _, rows, cols = in_order([], matter[name])
+        rows, cols = lines_of(*norms[name])
         assert torch.equal(lines.rows, rows) and torch.equal(lines.cols, cols)
     nn.init.normal_(bank_of(model).weight, std=0.1)
     logits = model.eval()(**batches[0]).logits

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .plan import Plan, Side, entries, move, plan
-from .reference import SCORES, block_sums, feature_sums, reduce_blocks, sum_squares
+from .reference import SCORES, block_sums, reduce_blocks, sum_squares
 
 __all__ = [
     "SCORES",
@@ -29,7 +29,6 @@ __all__ = [
     "block_scores",
     "block_sums",
     "entries",
-    "feature_sums",
     "linear_add_blocks",
     "move",
     "plan",
@@ -162,7 +161,6 @@ def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -
     return (
         other is not None
         and matrix.dtype == other.dtype == delta.dtype == torch.float32
-        and plan.out.at.ndim == plan.inner.at.ndim == 1
         and matrix.is_contiguous()
         and other.is_contiguous()
         and 0 < matrix.numel() // matrix.shape[-1] * delta.shape[1] ** 2 <= reference.CALL_COST

@@ -99,27 +99,22 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
 
 def short_forward(y: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
     """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x or the lines read."""
-    block_size = delta.shape[1]
-    lines = x.view(-1, x.shape[-1] // block_size, block_size)
-    kept = x
-    if plan.gathers and plan.inner.at.shape[0] < lines.shape[1]:
-        lines = kept = lines.index_select(1, plan.inner.at)
-    lines = lines if plan.in_order else lines.index_select(1, plan.kept.place)
-    product = torch.bmm(lines.transpose(0, 1), delta.mT)
-    y.view(-1, y.shape[-1] // block_size, block_size).index_add_(1, plan.out.place, product.transpose(0, 1))
+    block_size, flat, kept = delta.shape[1], x.view(-1, x.shape[-1]), x
+    if plan.gathers:
+        flat = kept = gather(flat, plan.inner.at, block_size)
+    columns = _lines(flat, block_size).transpose(0, 1) if plan.in_order else _take(flat, plan.kept, block_size)
+    _put(y.view(-1, y.shape[-1]), plan.out, torch.bmm(columns, delta.mT))
     return kept
 
 
 def short_backward(dy: Tensor, dx: Tensor | None, kept: Tensor, delta: Tensor, plan: Plan) -> Tensor:
     """`block_add_` to dx [..., in] and `block_grad`, from dy [..., out] and what `short_forward` kept."""
     block_size, tokens = delta.shape[1], dy.numel() // dy.shape[-1]
-    dy = dy.view(tokens, -1, block_size).index_select(1, plan.out.place).transpose(0, 1)
+    dy, kept = _take(dy.view(tokens, -1), plan.out, block_size), kept.view(tokens, -1)
     if dx is not None:
-        lines = dx.view(tokens, -1, block_size)
-        lines.index_add_(1, plan.inner.place, torch.bmm(dy, delta).transpose(0, 1))
-    lines = kept.view(tokens, -1, block_size)
-    lines = lines if plan.in_order else lines.index_select(1, plan.kept.place)
-    return torch.bmm(dy.mT, lines.transpose(0, 1))
+        _put(dx.view(tokens, -1), plan.inner, torch.bmm(dy, delta))
+    columns = _lines(kept, block_size).transpose(0, 1) if plan.in_order else _take(kept, plan.kept, block_size)
+    return torch.bmm(dy.mT, columns)
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
@@ -154,16 +149,6 @@ def block_sums(dy: Tensor, x: Tensor, block_size: int) -> Tensor:
     return (dy.T @ x).float()
 
 
-def feature_sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of |dW| over every row and over every column of `dW = dy^T @ x`: float32 [out] and [in]."""
-    dtype = sum_dtype(dy.dtype)
-    x = x.to(dy.dtype).to(dtype)
-    strips = dy.split(max(1, _STRIP_ELEMENTS // x.shape[1]), dim=1)
-    parts = [(part.sum(1), part.sum(0)) for part in ((strip.to(dtype).T @ x).abs() for strip in strips)]
-    rows, cols = zip(*parts, strict=True)
-    return torch.cat(rows).float(), torch.stack(cols).sum(0).float()
-
-
 def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
     """Score every block of a dense `gradient` [out, in]: [R, C] in float32, or float64 for a float64 gradient.
 
@@ -195,6 +180,23 @@ def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tenso
     if side.at.ndim == 1:
         return _lines(matrix, block_size), side.place
     return _lines(gather(matrix, side.at, block_size), block_size), side.member
+
+
+def _take(matrix: Tensor, side: Side, block_size: int) -> Tensor:
+    """The features of each block out of a matrix [T, features]: [n, T, b]."""
+    if side.at.ndim == 1:
+        return _lines(matrix, block_size).index_select(1, side.place).transpose(0, 1)
+    features = side.at.index_select(0, side.member).flatten()
+    return _lines(matrix.index_select(1, features), block_size).transpose(0, 1)
+
+
+def _put(matrix: Tensor, side: Side, values: Tensor) -> None:
+    """Add values [n, T, b] to the features of each block in a matrix [T, features]."""
+    values = values.transpose(0, 1)
+    if side.at.ndim == 1:
+        _lines(matrix, values.shape[2]).index_add_(1, side.place, values)
+    else:
+        matrix.index_add_(1, side.at.index_select(0, side.member).flatten(), values.flatten(1))
 
 
 def _add_lines_(matrix: Tensor, at: Tensor, values: Tensor) -> None:
