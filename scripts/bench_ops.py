@@ -29,15 +29,18 @@ from smt_peft import ops
 from smt_peft.ops import reference
 from smt_peft.selection import select
 
-SIZES = {  # per device: [(out, in, tokens, block size, blocks)], the most important first
-    # A layer of the CPU benchmark's model: few blocks, many, small ones.
-    "cpu": [(512, 512, 512, 64, 2), (512, 512, 512, 64, 16), (512, 512, 512, 32, 16), (1408, 512, 512, 64, 16)],
+SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], the most important first
+    # A layer of the CPU benchmark's model: few blocks, many, small ones; sorted.
+    "cpu": [(512, 512, 512, 64, 2, "tiles"), (512, 512, 512, 64, 16, "tiles"), (512, 512, 512, 64, 16, "sorted"),
+            (512, 512, 512, 32, 16, "tiles"), (512, 512, 512, 32, 16, "sorted"), (1408, 512, 512, 64, 16, "tiles")],
     # q and v of Llama-3.2-3B in PEFT's setting (140 blocks of 56 layers), v of a 7B at 0.86 %, crowded, small blocks.
-    "cuda": [(3072, 3072, 3072, 256, 3), (1024, 3072, 3072, 256, 5), (4096, 4096, 2048, 256, 28),
-             (4096, 4096, 8192, 256, 128), (4096, 4096, 2048, 64, 448), (4096, 4096, 2048, 32, 1792)],
+    "cuda": [(3072, 3072, 3072, 256, 3, "tiles"), (3072, 3072, 3072, 256, 3, "sorted"),
+             (1024, 3072, 3072, 256, 5, "tiles"), (4096, 4096, 2048, 256, 28, "tiles"),
+             (4096, 4096, 2048, 256, 28, "sorted"), (4096, 4096, 8192, 256, 128, "tiles"),
+             (4096, 4096, 2048, 64, 448, "tiles"), (4096, 4096, 2048, 64, 448, "sorted"),
+             (4096, 4096, 2048, 32, 1792, "tiles")],
 }  # fmt: skip
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
-OPS = 5  # that `cases` yields
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -73,7 +76,7 @@ def main() -> int:
             result["flops_per_s"][name_of(dtype)] = matmul_rate(dtype, options)
         rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["flops_per_s"].items())
         print(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {rates}")
-        print(f"{'op':16} {'dtype':8} {'size':50} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
+        print(f"{'op':16} {'dtype':8} {'size':56} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
         for size, dtype in settings:
             for op in cases(*size, dtype, options.device):
                 if time.monotonic() - begin > options.limit_s:
@@ -85,30 +88,36 @@ def main() -> int:
         result["selection_of_a_million_blocks_s"] = selection_seconds(options)
         write(result, options)
     except (TimeoutError, KeyboardInterrupt) as stop:
-        missing = OPS * len(settings) - len(result["ops"])
-        print(f"{missing} rows are missing: {'no time is left' if isinstance(stop, TimeoutError) else 'stopped'}.")
+        print(f"Rows are missing: {'no time is left' if isinstance(stop, TimeoutError) else 'stopped'}.")
         return 3
     return 0
 
 
-def cases(out: int, in_: int, tokens: int, block: int, count: int, dtype: torch.dtype, device: str) -> Iterator[Op]:
+def cases(
+    out: int, in_: int, tokens: int, block: int, count: int, arrangement: str, dtype: torch.dtype, device: str
+) -> Iterator[Op]:
     """Every op with `count` distinct random blocks, float32, of a weight [out, in]."""
     torch.manual_seed(0)
     dy, x = torch.randn(tokens, out, device=device, dtype=dtype), torch.randn(tokens, in_, device=device, dtype=dtype)
     grid = (out // block, in_ // block)
     places = torch.randperm(grid[0] * grid[1])[:count].sort().values
-    plan = ops.move(ops.plan(places // grid[1], places % grid[1], keep_input=False), torch.device(device))
-    rows, cols = (side.at[side.member] for side in plan[:2])
+    sides = [places // grid[1], places % grid[1]]
+    orders = [torch.arange(side).view(-1, block) for side in (out, in_)]
+    if arrangement == "sorted":
+        orders = [order.flatten()[torch.randperm(order.numel())].view(-1, block).sort(1).values for order in orders]
+        sides = [order[side] for order, side in zip(orders, sides, strict=True)]
+    plan = ops.move(ops.plan(*sides, keep_input=False), torch.device(device))
+    entries = ops.entries(plan, block)
     delta = torch.randn(count, block, block, device=device)
     flops, item = 2 * tokens * count * block**2, dtype.itemsize
     written, read = (tokens * block * len(side.at) * item for side in plan[:2])
 
-    sparse = torch.zeros(*grid, block, block, dtype=torch.float64, device=device)
-    sparse[rows, cols] = delta.to(dtype).double()
-    sparse = sparse.transpose(1, 2).reshape(out, in_)
+    sparse = torch.zeros(out, in_, dtype=torch.float64, device=device)
+    sparse[entries] = delta.to(dtype).double()
     # Nothing to do where all lines are read.
-    yield Op("gather", lambda: reference.gather(x, plan.inner.at, block),
-             x.double().unflatten(1, (-1, block))[:, plan.inner.at].flatten(1), 2 * read, 0)  # fmt: skip
+    at = plan.inner.at if plan.inner.at.ndim == 2 else orders[1].to(device)[plan.inner.at]
+    yield Op("gather", lambda: reference.gather(x, plan.inner.at, block), x.double()[:, at.flatten()],
+             2 * read, 0)  # fmt: skip
 
     kept, y, dx = reference.gather(x, plan.inner.at, block), dy.clone(), torch.zeros_like(x)
     yield Op("block_add_", lambda: added(y, kept, delta, plan.out, plan.kept), dy.double() + x.double() @ sparse.T,
@@ -116,11 +125,13 @@ def cases(out: int, in_: int, tokens: int, block: int, count: int, dtype: torch.
     yield Op("block_add_ to dx", lambda: added(dx, dy, delta.mT, plan.inner, plan.out), dy.double() @ sparse,
              written + 2 * read + delta.nbytes, flops)  # fmt: skip
 
-    dense = (dy.double().T @ x.double()).unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).transpose(1, 2)
-    yield Op("block_grad", lambda: ops.block_grad(dy, kept, plan.out, plan.kept, block), dense[rows, cols],
+    dense = dy.double().T @ x.double()
+    yield Op("block_grad", lambda: ops.block_grad(dy, kept, plan.out, plan.kept, block), dense[entries],
              written + read + delta.nbytes, flops)  # fmt: skip
-    yield Op("block_scores", lambda: ops.block_scores(dy, x, block, "abs_mean"), dense.abs().mean((2, 3)),
-             tokens * (out + in_) * item + 4 * grid[0] * grid[1], 2 * tokens * out * in_)  # fmt: skip
+    if arrangement == "tiles":  # sorted ones are scored so, too, on dy and x in order
+        scores = dense.abs().unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).mean((1, 3))
+        yield Op("block_scores", lambda: ops.block_scores(dy, x, block, "abs_mean"), scores,
+                 tokens * (out + in_) * item + 4 * grid[0] * grid[1], 2 * tokens * out * in_)  # fmt: skip
 
 
 def added(y: Tensor, *args) -> Tensor:
@@ -137,11 +148,11 @@ def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, opti
     error = float((result.double() - op.truth).abs().max() / op.truth.abs().max())
     if not error <= TOLERANCE[dtype]:
         raise SystemExit(f"{op.name} is wrong by {error:.1e} of the largest entry at {size} in {dtype}: not timed.")
-    out, in_, tokens, block, count = size
+    out, in_, tokens, block, count, arrangement = size
     return {
         "op": op.name,
         "dtype": name_of(dtype),
-        "size": f"[{out}, {in_}], {tokens} tokens, {count} blocks of {block}",
+        "size": f"[{out}, {in_}], {tokens} tokens, {count} {arrangement.replace('sorted', 'sorted blocks')} of {block}",
         "error": error,
         "first_call_s": first,
         "seconds": median_seconds(op.call, options),
@@ -153,7 +164,7 @@ def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, opti
 def line(row: dict) -> str:
     ratio = row["seconds"] / max(row["bytes_s"], row["flops_s"])
     times = f"{1e6 * row['seconds']:8.1f} {ratio:6.2f} {row['error']:7.0e}  {row['first_call_s']:.2f}"
-    return f"{row['op']:16} {row['dtype']:8} {row['size']:50} {times}"
+    return f"{row['op']:16} {row['dtype']:8} {row['size']:56} {times}"
 
 
 def write(result: dict, options: Options) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import adaptive_max_pool2d
+from torch.nn.functional import adaptive_max_pool2d, pad
 
+from smt_peft.files import StoredAdapter
 from smt_peft.selection import Place, Selection, layers_of, places_of
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
     There is a row of modules for each module type (q_proj, ...) and a column for each layer, as few abreast as
     fit the page. All modules are of one width, and on one logarithmic scale from the 5th to the 99th percentile of the
     scores. Where blocks are too fine to be seen, several share a cell, which shows the best of them. The numbers above
-    a module are its selected blocks and all its blocks. The selection must have its scores, as `select_blocks` gives
-    it and `SMTWarmupCallback.selection` keeps it.
+    a module are its selected blocks and all its blocks. Sorted blocks lie in the order of their rows and columns, the
+    most important first. The selection must have its scores, as `select_blocks` gives it and
+    `SMTWarmupCallback.selection` keeps it.
     """
     if selection.scores is None:
         raise ValueError("This selection has no scores to draw; select_blocks() gives one that has them.")
@@ -78,7 +80,8 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
                     sheet.text(x + width / 2, top - 0.03, count, ha="center", fontsize=7)
     _draw_scale(figure, right + 0.1, scale)
     side, all_blocks = selection.block_size, len(everything)
-    title = f"{len(selection.index)} of {all_blocks} blocks of {side} x {side} selected"
+    order = ", rows and columns in the order of importance" if selection.lines else ""
+    title = f"{len(selection.index)} of {all_blocks} blocks of {side} x {side} selected{order}"
     sheet.text(size[0] / 2, 0.2, title, ha="center", fontsize="large")
     sheet.set(xlim=(0, size[0]), ylim=(size[1], 0))
     sheet.set_axis_off()
@@ -285,3 +288,35 @@ def _draw_scale(figure: Figure, x: float, scale: LogNorm) -> None:
         ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.0e}"}
         figure.colorbar(_shaded(scale, shades), ax, extend="both", label=label, **ticks)
         ax.minorticks_off()
+
+
+# --- an adapter's file -------------------------------------------------------------------------------------------
+
+
+def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figure:
+    """Draw where the blocks of an adapter in a folder lie (`read_adapter`): the darker, the larger its deltas there.
+
+    Like `plot_selection`, with the root mean square of each tile's deltas for a score. A sorted block is part of many
+    tiles. Where all deltas are zero, all blocks are of one shade.
+    """
+    size = next(iter(adapter.blocks.values())).rows.shape[1]
+    grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in adapter.shapes.values()]
+    for name, grid in zip(adapter.shapes, grids, strict=True):
+        if name in adapter.blocks:
+            rows, cols, deltas = adapter.blocks[name]
+            tiles = torch.broadcast_tensors(rows[:, :, None] // size, cols[:, None, :] // size)
+            for part, values in zip(grid, (deltas.square() / size**2, torch.ones_like(deltas)), strict=True):
+                part.index_put_(tiles, values, accumulate=True)
+    is_trained = any(grid[0].any() for grid in grids)
+    scores = [grid[0].sqrt() if is_trained else grid[1].sign() for grid in grids]
+    index = torch.cat([pad(grid[1].nonzero(), (1, 0), value=target).int() for target, grid in enumerate(grids)])
+    figure = plot_selection(Selection(list(adapter.shapes), size, index, scores))
+    if adapter.config.get("arrangement") == "sorted":
+        count, tiles = sum(len(of.rows) for of in adapter.blocks.values()), sum(grid[1].numel() for grid in grids)
+        title = f"{count} sorted blocks of {size} x {size}, which have a part in {len(index)} of {tiles} tiles"
+        figure.axes[0].texts[-1].set_text(title)
+    of_others, scale = figure.axes[-2:]
+    of_others.remove()
+    scale.set_ylabel("root mean square of the delta")
+    scale.yaxis.set_major_formatter("{x:.2g}")
+    return _saved(figure, path)
