@@ -41,6 +41,7 @@ SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], t
              (4096, 4096, 2048, 32, 1792, "tiles")],
 }  # fmt: skip
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+KINDS = {"tiles": "blocks", "sorted": "sorted blocks"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -152,7 +153,7 @@ def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, opti
     return {
         "op": op.name,
         "dtype": name_of(dtype),
-        "size": f"[{out}, {in_}], {tokens} tokens, {count} {arrangement.replace('sorted', 'sorted blocks')} of {block}",
+        "size": f"[{out}, {in_}], {tokens} tokens, {count} {KINDS[arrangement]} of {block}",
         "error": error,
         "first_call_s": first,
         "seconds": median_seconds(op.call, options),
