@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -309,13 +308,21 @@ def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
     if not numbered:
         parts = [(stack, layer, re.sub(r"\b\d+\b", "*", inside)) for stack, layer, inside in parts]
     stacks = {stack: stack.split(".") for stack, layer, _ in parts if layer is not None}
-    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*stacks.values(), strict=False))))
-    stacks = _shortest({stack: path[common:] for stack, path in stacks.items()})
-    kinds = _shortest({inside: inside.split(".")[::-1] for _, _, inside in parts})
+    common = set.intersection(*map(set, stacks.values())) if stacks else set()
+    kinds = {inside: _kind(inside, {of for _, _, of in parts}) for _, _, inside in parts}
     return [
-        Place("" if layer is None else ".".join(stacks[stack]), layer, ".".join(kinds[inside][::-1]))
+        Place("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
         for stack, layer, inside in parts
     ]
+
+
+def _kind(name: str, names: set[str]) -> str:
+    """The shortest end of a name that no other has, and that does not begin with a number."""
+    words = name.split(".")
+    ends = (
+        ".".join(words[start:]) for start in range(len(words) - 1, 0, -1) if not re.fullmatch(r"\d+|\*", words[start])
+    )
+    return next((end for end in ends if sum(f".{of}".endswith(f".{end}") for of in names) == 1), name)
 
 
 def layers_of(places: Sequence[Place]) -> list[str]:
@@ -332,13 +339,3 @@ def _split(name: str) -> tuple[str, int | None, str]:
         return "", None, name
     before, layer, inside = found.groups(default="")
     return before, int(layer), inside or before or "module"
-
-
-def _shortest(paths: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Of every path the shortest beginning that no other has, and that does not stop at a number."""
-    having = Counter(tuple(path[:length]) for path in paths.values() for length in range(1, 1 + len(path)))
-    found = {}
-    for name, path in paths.items():
-        beginnings = (path[:length] for length in range(1, len(path)) if not re.fullmatch(r"\d+|\*", path[length - 1]))
-        found[name] = next((start for start in beginnings if having[tuple(start)] == 1), path)
-    return found
