@@ -25,9 +25,10 @@ def fresh_compiler():
     counters.clear()
 
 
-def adapted(base, selection="random", dtype=torch.float32):
-    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
-    return get_peft_model(model, SMTConfig(num_blocks=17, block_size=16, warmup_steps=2, selection=selection)).train()
+def adapted(base, selection="random", arrangement="tiles"):
+    options = {"num_blocks": 17, "block_size": 16, "warmup_steps": 2, "selection": selection}
+    model = LlamaForCausalLM.from_pretrained(base)
+    return get_peft_model(model, SMTConfig(**options, arrangement=arrangement)).train()
 
 
 def compiled_layers(model, backend):
@@ -55,8 +56,9 @@ def assert_equal(found, expected):
     assert expected[1].norm() > 0.5  # else the comparison would say nothing
 
 
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend):
+def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend, arrangement):
     if backend == "inductor":
         pytest.importorskip("triton")
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -65,8 +67,10 @@ def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend
             get_cpp_compiler()
         except Exception:
             pytest.skip("inductor needs a C++ compiler")
-    expected = steps(adapted(base))
-    found = steps(compiled_layers(adapted(base), backend))  # fullgraph=True raises at a graph break
+    expected = steps(adapted(base, arrangement=arrangement))
+    found = steps(
+        compiled_layers(adapted(base, arrangement=arrangement), backend)
+    )  # fullgraph=True raises at a graph break
     assert_equal(found, expected)
 
 

@@ -92,8 +92,9 @@ def quantized(folder, method) -> LlamaForCausalLM:
         )
 
 
-def config() -> SMTConfig:
-    return SMTConfig(num_blocks=NUM_BLOCKS, block_size=SIZE, warmup_steps=1, task_type="CAUSAL_LM")
+def config(arrangement: str = "tiles") -> SMTConfig:
+    options = {"num_blocks": NUM_BLOCKS, "block_size": SIZE, "warmup_steps": 2, "task_type": "CAUSAL_LM"}
+    return SMTConfig(**options, arrangement=arrangement)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -114,11 +115,11 @@ def logits(model) -> torch.Tensor:
     return model.eval()(**batch()).logits
 
 
-@pytest.fixture
-def selected(float_model, method):
+@pytest.fixture(params=["tiles", "sorted"])
+def selected(request, float_model, method):
     """A quantised model with a selected, untrained adapter."""
-    model = get_peft_model(quantized(float_model, method), config())
-    select_blocks(model, [batch()], progress_bar=False)
+    model = get_peft_model(quantized(float_model, method), config(request.param))
+    select_blocks(model, [batch()] * 2, progress_bar=False)
     return model
 
 
@@ -148,15 +149,17 @@ def test_block_gradients_equal_the_dense_gradient_of_the_dequantised_weight(sele
     dense = dense_gradients(float_model, method)
     selected.train()(**batch()).loss.backward()
     bank = selected.base_model.model.smt_bank["default"]
-    expected = torch.stack(
-        [
-            dense[bank.targets[target].name][row * SIZE : (row + 1) * SIZE, col * SIZE : (col + 1) * SIZE]
-            for target, row, col in bank.index.tolist()
-        ]
-    )
+    expected = []
+    for target, *place in bank.index.tolist():
+        rows, cols = (
+            (range(at * SIZE, at * SIZE + SIZE) for at in place) if len(place) == 2 else (place[:SIZE], place[SIZE:])
+        )
+        expected.append(dense[bank.targets[target].name][torch.tensor(rows)[:, None], torch.tensor(cols)])
+    expected = torch.stack(expected)
     assert (bank.weight.grad - expected).norm() <= GRADIENT_ERROR[method] * expected.norm()
 
 
+@pytest.mark.parametrize("selected", ["tiles"], indirect=True)
 def test_the_warm_up_selects_blocks_with_large_dense_gradients(selected, method, float_model):
     dense = dense_gradients(float_model, method)
     bank = selected.base_model.model.smt_bank["default"]
