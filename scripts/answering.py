@@ -1,7 +1,7 @@
 """How a model answers the rows of a task: in its own words, or by which option it finds most likely."""
 
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tasks import Task, prompt
@@ -9,22 +9,42 @@ from tasks import Task, prompt
 SAMPLING = {"do_sample": True, "temperature": 0.1, "top_p": 0.75, "top_k": 40}
 
 
+class Protocol(NamedTuple):
+    """How a model is asked for its own words, and how an answer is found in them."""
+
+    start: str = ""  # of the prompt
+    new_tokens: int | None = None  # at most; None: the task's
+    repetition_penalty: float = 1.0
+    lower_case: bool = False  # see `Task.extract`
+
+
+# What is not known of SMT's official code is LLM-Adapters': the rest of the prompt, the beams, sampling.
+PROTOCOLS = {"llm-adapters": Protocol(), "official": Protocol("<s> ", 256, 1.1, lower_case=True)}
+
+
 def generate(
-    model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict], num_beams: int, do_sample: bool
+    model: torch.nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: list[dict],
+    protocol: Protocol,
+    num_beams: int,
+    do_sample: bool,
 ) -> list[dict]:
     """Let the model answer the rows in its own words, and find the answers in them."""
-    prompts = [prompt(row["instruction"]) for row in rows]
+    prompts = [protocol.start + prompt(row["instruction"]) for row in rows]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     tokens = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        max_new_tokens=task.new_tokens,
+        max_new_tokens=protocol.new_tokens or task.new_tokens,
+        repetition_penalty=protocol.repetition_penalty,
         num_beams=num_beams,
         pad_token_id=tokenizer.pad_token_id,
         **(SAMPLING if do_sample else {"do_sample": False}),
     )
     texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [{"prediction": task.extract(text), "text": text} for text in texts]
+    return [{"prediction": task.extract(text, protocol.lower_case), "text": text} for text in texts]
 
 
 def most_likely(model: torch.nn.Module, tokenizer: Any, task: Task, rows: list[dict], by_label: bool) -> list[dict]:
@@ -62,9 +82,10 @@ def _shared(first: list[int], second: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def too_long(model: torch.nn.Module, tokenizer: Any, rows: list[dict]) -> list[str]:
+def too_long(model: torch.nn.Module, tokenizer: Any, rows: list[dict], protocol: Protocol) -> list[str]:
     """Give a note if some prompts are longer than the texts the model was made for."""
     context = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    lengths = [len(tokens) for tokens in tokenizer([prompt(row["instruction"]) for row in rows])["input_ids"]]
+    prompts = [protocol.start + prompt(row["instruction"]) for row in rows]
+    lengths = [len(tokens) for tokens in tokenizer(prompts)["input_ids"]]
     count = sum(length > context for length in lengths)
     return [f"{count:,} of its prompts are longer than the model's context of {context:,} tokens"] if count else []

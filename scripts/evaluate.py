@@ -23,23 +23,23 @@ import transformers
 import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from answering import generate, most_likely, too_long
+from answering import PROTOCOLS, generate, most_likely, too_long
 from command_line import option, read_options
 from finetune import STDLIB, load_model
-from merge import base_model
 from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import smt_peft  # registers SMT with PEFT
+from smt_peft.merging import adapter_config, local_folder
 
 FREE_TO_CHANGE = {"output", "tasks", "batch_size"}  # between a run and its continuation
 
 
 @dataclass
 class Options:
-    """What to evaluate, and how; the defaults are the paper's protocol."""
+    """What to evaluate, and how; the defaults are LLM-Adapters' protocol."""
 
     data: str = option("folder with commonsense/NAME_test.jsonl and math/NAME_test.jsonl, or NAME/test.json")
     output: str = option("JSON file for the scores; if it exists, the tasks in it are not repeated")
@@ -55,10 +55,15 @@ class Options:
     )
     tasks: str = option('comma-separated tasks, or "commonsense" or "math" for the paper\'s', default="commonsense")
     mode: Literal["generate", "text_likelihood", "label_likelihood"] = option(
-        "generate: find the answer in generated text, as the paper does. For models too small for that, take the "
+        "generate: find the answer in generated text, as published scores do. For models too small for that, take the "
         "option with the highest mean log-probability per token: text_likelihood, of the option's text, for a model "
         'that has not learnt the labels; label_likelihood, of its label ("answer1"), for one fine-tuned on them',
         default="generate",
+    )
+    protocol: Literal["llm-adapters", "official"] = option(
+        "whose way to generate. official: LLM-Adapters', but for what SMT's official code is known to do: a literal "
+        "<s> before the prompt, a repetition penalty of 1.1, 256 new tokens for every task, answers in lower case",
+        default="llm-adapters",
     )
     limit: int = option("rows per task, from its start; 0 for all", default=0)
     batch_size: int = option("rows at a time on each device; likelihood runs all options of a row at once", default=16)
@@ -76,6 +81,8 @@ class Options:
         self.quantization = yaml.safe_load(self.quantization)
         if not (self.model or self.adapter):
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
+        if self.protocol != "llm-adapters" and self.mode != "generate":
+            raise ValueError(f"protocol {self.protocol} is a way to generate, but mode is {self.mode}; leave out one")
         if self.limit < 0 or self.batch_size < 1:
             raise ValueError(f"limit {self.limit} must be at least 0, and batch_size {self.batch_size} at least 1")
 
@@ -89,7 +96,7 @@ def complete(options: Options) -> list[str]:
     """Fill in what the folders of adapter and model say of base model and training data, and give notes on them."""
     notes = []
     if options.adapter:
-        named = base_model(options.adapter)
+        named = adapter_config(local_folder(options.adapter)).get("base_model_name_or_path")
         options.model = options.model or named
         if not options.model:
             raise ValueError(f"{options.adapter} does not say what its base model is; give it with --model")
@@ -153,7 +160,8 @@ def answer(
             if not batch:  # the last rows can be fewer than the processes
                 given = []
             elif options.mode == "generate":
-                given = generate(model, tokenizer, task, batch, options.num_beams, options.do_sample)
+                how = PROTOCOLS[options.protocol], options.num_beams, options.do_sample
+                given = generate(model, tokenizer, task, batch, *how)
             else:
                 given = most_likely(model, tokenizer, task, batch, by_label=options.mode == "label_likelihood")
             for one, row in zip(given, batch, strict=True):
@@ -195,7 +203,7 @@ def main(argv: list[str]) -> dict:
         model, tokenizer = load(options, state.device)
     for task, (rows, about) in todo.items():
         answer(model, tokenizer, task, rows, options, so_far[task])
-        about = [*about, *too_long(model, tokenizer, rows)]
+        about = [*about, *too_long(model, tokenizer, rows, PROTOCOLS[options.protocol])]
         results["tasks"][task.name] = score(so_far[task].in_order(), so_far[task].seconds, about)
         results["average"] = average(results["tasks"])
         results["seconds"] = round(sum(one["seconds"] for one in results["tasks"].values()), 1)

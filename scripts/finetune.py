@@ -7,7 +7,7 @@ Options are those of `Options` below and of TrainingArguments, in the YAML file 
 
 `output_dir` gets the numbers (results.json), the losses of training (losses.png), and a folder per method with its
 adapter or weights, the name of their training data (for scripts/evaluate.py) and, for SMT, pictures of where the
-selected blocks are (selection.png, shares.png). `scripts/merge.py` makes a plain model of an adapter.
+selected blocks are (selection.png, shares.png). `smt-peft merge` makes a plain model of an adapter.
 """
 
 import contextlib
@@ -274,6 +274,8 @@ def main(argv: list[str]) -> None:
     methods = options.methods.split(",")
     if args.deepspeed_plugin and methods[1:]:
         raise SystemExit(f"methods is {options.methods!r}, but DeepSpeed takes one per launch; launch once for each")
+    if args.metric_for_best_model == "loss":  # of load_best_model_at_end; losses are logged by domain
+        args.metric_for_best_model = f"{options.data}_loss"
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked

@@ -1,7 +1,8 @@
 """The paper's commonsense and arithmetic tasks in the format of LLM-Adapters: rows, prompt, answers, what is right.
 
 A row is a dictionary with `instruction`, `output` (the text to learn) and `answer` (the gold answer). The prompt and
-the rules for finding an answer in a text are those of LLM-Adapters, so that scores compare with published ones.
+the rules for finding an answer in a text are those of LLM-Adapters, so that scores compare with published ones; where
+those of SMT's official code are known to differ, they are here, too.
 
 What a model was trained on stands beside its weights, in `training_data.json`: `{"train": [names or paths]}`.
 """
@@ -33,14 +34,17 @@ class Task:
     label: str = " {}"
     heading: str = "{}:"
 
-    def extract(self, text: str) -> str:
+    def extract(self, text: str, lower_case: bool = False) -> str:
         """Give the answer in a generated text, or "" where there is none.
 
         It is the first occurrence of any of the task's words, inside other words too; for a numeric task the last
-        number. A text ends where the model starts another response.
+        number. A text ends where the model starts another response. `lower_case`: turn it into lower case first, but
+        for a task whose words are capitals: any "a" would be one of AQuA's answers.
         """
         text = text.split(RESPONSE)[0]
         if self.words:
+            if lower_case and not self.words[0].isupper():
+                text = text.lower()
             found = re.search("|".join(self.words), text)
             return found[0] if found else ""
         numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))  # without commas: 1,234 is one number

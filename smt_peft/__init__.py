@@ -6,12 +6,14 @@ add_peft_type()  # before the config is defined: SMTConfig names PeftType.SMT
 
 from smt_peft.callback import SMTMonitorCallback, SMTWarmupCallback  # noqa: E402
 from smt_peft.config import SMTConfig  # noqa: E402
+from smt_peft.folders import wrap_methods  # noqa: E402
 from smt_peft.model import SMTModel  # noqa: E402
 from smt_peft.optimizers import BlockMuon  # noqa: E402
 from smt_peft.selection import Selection  # noqa: E402
 from smt_peft.warmup import select_blocks  # noqa: E402
 
 register(SMTConfig, SMTModel)
+wrap_methods()
 
 __version__ = "0.1.0"
 __all__ = [

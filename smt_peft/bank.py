@@ -6,7 +6,6 @@ view as an input and returns that view's gradient; autograd joins the parts into
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from smt_peft import ops
-
-
-class Target(NamedTuple):
-    """A weight that an adapter may train: its module's name and its grid of blocks."""
-
-    name: str
-    rows: int
-    cols: int
+from smt_peft import files, ops
+from smt_peft.files import Target
 
 
 class Group(NamedTuple):
@@ -94,7 +86,9 @@ class DeltaBank(nn.Module):
             index_device = "cpu" if device.type == "meta" else device
             width = 1 + 2 * (block_size if is_sorted else 1)
             self.register_buffer("index", torch.full((num_blocks, width), -1, dtype=torch.int32, device=index_device))
-            self.register_buffer("fingerprint", torch.tensor([self._hash_targets()], device=index_device))
+            fingerprint = torch.tensor([files.fingerprint(block_size, self.targets)], device=index_device)
+            self.register_buffer("fingerprint", fingerprint)
+        self.base: dict[str, list[float]] = {}  # a sample of the base model, see `files.sample`
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
         self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
@@ -184,7 +178,7 @@ class DeltaBank(nn.Module):
 
     def set_index(self, index: Tensor) -> None:
         """Write a selection of the shape of `index`. Raises ValueError where it does not fit the targets."""
-        self._check(index)
+        self._check_index(index)
         with torch.no_grad():
             self.index.copy_(index)
         _forget_layout(self)
@@ -215,10 +209,10 @@ class DeltaBank(nn.Module):
 
     def _lay_out(self, index: Tensor) -> Layout:
         on_cpu = index.detach().cpu().long()
-        self._check(on_cpu)
+        self._check_index(on_cpu)
         if not (on_cpu[:, 0] >= 0).all():
             return Layout(index, _version(index), [], [], None, {})
-        self._check_fingerprint(self.fingerprint)
+        files.check_fingerprint(self.fingerprint, self.block_size, self.targets)
         order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[order, 1:] if index.shape[1] == 3 else on_cpu[order, 1:].unflatten(1, (2, -1))
@@ -240,78 +234,19 @@ class DeltaBank(nn.Module):
             for key, blocks in zip(siblings, layout.blocks, strict=True)
         ]
 
-    # --- checks ------------------------------------------------------------------------------------------------
-
     def check(self, weight: Tensor | None, index: Tensor | None, fingerprint: Tensor | None) -> None:
         """Raise ValueError where what a checkpoint holds does not fit this bank."""
-        expected = (self.num_blocks, self.block_size, self.block_size)
-        if weight is not None and weight.numel() and tuple(weight.shape) != expected:
-            raise ValueError(
-                f"The checkpoint holds {weight.shape[0]} blocks of {' x '.join(map(str, weight.shape[1:]))}, but the "
-                f"adapter was configured for {expected[0]} blocks of {expected[1]} x {expected[2]} (num_blocks, "
-                "block_size); use the adapter_config.json that was saved with it."
-            )
-        if weight is not None and not (index is not None and fingerprint is not None):
-            raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
+        if weight is not None:
+            files.check_weight(weight, self.num_blocks, self.block_size)
+            if index is None or fingerprint is None:
+                raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
         if fingerprint is not None:
-            self._check_fingerprint(fingerprint)
+            files.check_fingerprint(fingerprint, self.block_size, self.targets)
         if index is not None:
-            self._check(index)
+            self._check_index(index)
 
-    def _check(self, index: Tensor) -> None:
-        if index.shape != self.index.shape:
-            count, width = index.shape if index.ndim == 2 else (0, 0)
-            if count == self.num_blocks and width:
-                kinds = {3: "tiles"}
-                raise ValueError(
-                    f"The checkpoint holds {kinds.get(width, 'sorted blocks')} (an index {width} wide), but the "
-                    f"adapter was configured for {kinds.get(self.index.shape[1], 'sorted blocks')} of "
-                    f"{self.block_size} (arrangement, block_size); use the adapter_config.json saved with it."
-                )
-            raise ValueError(
-                f"The checkpoint holds {count} blocks, but the adapter's budget is {self.num_blocks}; "
-                "use the adapter_config.json that was saved with it."
-            )
-        index = index.detach().cpu().long()
-        empty = index[:, 0] < 0
-        if empty.all():
-            return
-        target = index[:, 0].clamp(max=len(self.targets) - 1)
-        sides = index[:, 1:].unflatten(1, (2, -1))
-        unit = self.block_size if sides.shape[2] > 1 else 1  # what an entry of the index counts: features, or tiles
-        grids = unit * torch.tensor([(t.rows, t.cols) for t in self.targets], device="cpu")[target]
-        is_outside = (sides >= grids[:, :, None]).flatten(1).any(1)
-        wrong = (empty | (index < 0).any(1) | (index[:, 0] != target) | is_outside).nonzero()
-        if len(wrong):
-            raise ValueError(
-                f"Block {index[wrong[0, 0]].tolist()} (target, row, column) in slot {wrong[0, 0]} of the index does "
-                f"not exist among the {len(self.targets)} targets of this model; the file is broken or belongs to "
-                "another model or block size."
-            )
-        sides = sides.sort(2).values
-        if len(torch.cat([target[:, None], sides.flatten(1)], 1).unique(dim=0)) != len(index):
-            raise ValueError("The index names a block twice; the file is broken.")
-        for side in sides.unbind(1) if unit > 1 else ():
-            lines = torch.cat([target[:, None], side], 1).unique(dim=0)
-            features = lines[:, :1] * int(grids.max()) + lines[:, 1:]
-            if len(features.unique()) != features.numel():
-                raise ValueError(
-                    "Blocks of the index share some of their rows or columns, but not all, or name one twice; the "
-                    "file is broken. Two blocks of a matrix must have the same rows or none in common, and columns "
-                    "alike."
-                )
-
-    def _hash_targets(self) -> int:
-        text = repr([self.block_size, *map(tuple, self.targets)])
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
-
-    def _check_fingerprint(self, fingerprint: Tensor) -> None:
-        if int(fingerprint.item()) != self._hash_targets():
-            raise ValueError(
-                f"The checkpoint was made for other target modules than this adapter's {len(self.targets)} targets "
-                f"({self.targets[0].name}, ...) with blocks of {self.block_size}: another base model, target_modules "
-                "or block size. Load it with the adapter_config.json saved beside it, on its own base model."
-            )
+    def _check_index(self, index: Tensor) -> None:
+        files.check_index(index, *self.index.shape, self.block_size, self.targets)
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
         self._forget_views()

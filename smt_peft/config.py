@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
+from smt_peft import files
 from smt_peft.selection import Selection
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
@@ -29,16 +31,9 @@ CHOICES = {
 }
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
-HOW_TO_LOAD = """
-## How to load this adapter
-
-```python
-import smt_peft  # pip install smt-peft; registers SMT with PEFT (without it: KeyError: 'SMT')
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "this folder or repository")
-```
-"""
+LONGEST_MESSAGE = 600
+LISTS = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save")
+NEVER_STRINGS = ("target_parameters", "modules_to_save")
 
 
 @dataclass
@@ -86,35 +81,40 @@ class SMTConfig(PeftConfig):
 
     # No fields:
     awaits_weights = False  # read from a folder or repository whose weights are to follow
+    stored_blocks = None  # the selected_blocks that it was read with
+    trained_before = ()  # while it awaits its weights: which parameters were trained before the model was wrapped
     made_by = None  # the Selection that the warm-up left; saved beside the adapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> SMTConfig:
-        """As PEFT's. In a folder, weights that are cut off are refused here, before PEFT adds the adapter for them."""
-        weights = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
-        if weights.is_file():
-            try:
-                with safe_open(weights, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{weights} is broken or cut off ({error}); copy or download it again.") from None
+        """As PEFT's. The weights beside it are looked at, too: what is broken, or does not belong to this config, is
+        refused before PEFT adds an adapter for it."""
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config.awaits_weights = True
+        config.awaits_weights, config.stored_blocks = True, config.selected_blocks
+        weights = _weights_beside(str(pretrained_model_name_or_path), kwargs)
+        if weights is not None:
+            parts = files.take_apart(files.load(weights))
+            if config.num_blocks is not None and config.block_size != "auto":
+                count = config.num_blocks + sum(config.num_blocks_pattern.values())
+                files.check_weight(parts.weight, count, config.block_size)
+            files.check_config(vars(config), parts)
         return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SMT
+        for refusal in self._refusals_of_types():
+            raise ValueError(_shortened(refusal))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
         if isinstance(self.selected_blocks, Selection):
             self._take_over(self.selected_blocks)
         if self.selected_blocks is not None:
-            parse = _parse_tiles if self.arrangement == "tiles" else _parse_sorted
+            parse = files.Tiles.parse if self.arrangement == "tiles" else files.parse_sorted
             self.selected_blocks = {name: parse(name, blocks) for name, blocks in self.selected_blocks.items()}
         for refusal in self._refusals():
-            raise ValueError(refusal)
+            raise ValueError(_shortened(refusal))
 
     def _take_over(self, selection: Selection) -> None:
         if self.block_size not in ("auto", selection.block_size):
@@ -137,18 +137,31 @@ class SMTConfig(PeftConfig):
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Also tell readers of the model card the one import that loading needs; PEFT cannot name it in its error."""
+        """As PEFT's, with the selection of the warm-up beside it."""
         super().save_pretrained(save_directory, **kwargs)
         if self.made_by is not None:
             self.made_by.save(save_directory)
-        card = Path(save_directory, "README.md")
-        if card.is_file() and "import smt_peft" not in card.read_text(encoding="utf-8"):
-            with card.open("a", encoding="utf-8") as file:
-                file.write(HOW_TO_LOAD)
+
+    def _refusals_of_types(self) -> Iterator[str]:
+        """What a file of JSON may hold and no option can be."""
+        for name in LISTS:
+            value = getattr(self, name)
+            if value is None or (isinstance(value, str) and name not in NEVER_STRINGS):
+                continue
+            if isinstance(value, (str, Mapping)) or not _all(value, str):
+                yield f"{name}={value!r} is not a list of names."
+        for name, kind in (("num_blocks_pattern", Mapping), ("selected_blocks", (Mapping, Selection, type(None)))):
+            if not isinstance(getattr(self, name), kind):
+                yield f"{name}={getattr(self, name)!r} is not a mapping by name."
+        layers = self.layers_to_transform
+        if layers is not None and not isinstance(layers, int) and (isinstance(layers, str) or not _all(layers, int)):
+            yield f"layers_to_transform={layers!r} is neither a number nor a list of numbers."
+        if not isinstance(self.seed, int):
+            yield f"seed={self.seed!r} is not an integer."
 
     def _refusals(self) -> Iterator[str]:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in get_args(allowed):
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in get_args(allowed):
                 yield f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
         if self.block_size != "auto" and not _is_int(self.block_size):
             yield f"block_size={self.block_size!r} is neither a positive integer nor 'auto'."
@@ -189,18 +202,24 @@ def _is_int(value: object, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def _parse_tiles(name: str, blocks: str | list) -> list[list[int]]:
-    pairs = [pair.split(",") for pair in blocks.split()] if isinstance(blocks, str) else blocks
-    try:
-        return [[int(row), int(col)] for row, col in pairs]
-    except (TypeError, ValueError):
-        message = f"selected_blocks[{name!r}]={blocks!r} is not a list of [block row, block column] pairs."
-        raise ValueError(message) from None
+def _all(values: object, kind: type) -> bool:
+    return isinstance(values, Iterable) and all(isinstance(value, kind) for value in values)
 
 
-def _parse_sorted(name: str, blocks: list) -> list[list[list[int]]]:
+def _shortened(message: str) -> str:
+    """Without the middle of what is too long to read: a file's values may have any length."""
+    half = LONGEST_MESSAGE // 2
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
+
+
+def _weights_beside(folder: str, options: Mapping) -> Path | None:
+    """The file of the weights that belong to a config in a folder or a repository of the hub, if there is one."""
+    weights = Path(folder, options.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
+    if weights.exists() or weights.parent.exists():
+        return weights if weights.is_file() else None
+    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+    found = {name: options[name] for name in names if options.get(name) is not None}
     try:
-        return [[[int(feature) for feature in side] for side in (rows, cols)] for rows, cols in blocks]
-    except (TypeError, ValueError):
-        message = f"selected_blocks[{name!r}]={blocks!r} is not a list of [[rows], [columns]] pairs (sorted blocks)."
-        raise ValueError(message) from None
+        return Path(hf_hub_download(folder, SAFETENSORS_WEIGHTS_NAME, **found))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return None

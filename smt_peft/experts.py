@@ -45,6 +45,9 @@ class ParamWrapper(Linear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return super().get_delta_weight(adapter).view(self.weight.shape)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT converts linear layers only
+
     def get_base_weight(self) -> Tensor:
         return self.weight.data
 

@@ -1,21 +1,51 @@
-"""Adapter files: what stands in them beside the tensors, and reading them without a model.
+"""Adapter files: what stands in them, what is refused, and reading them without a model.
 
-docs/format.md describes them for other readers.
+Files come from strangers, and break on the way. Every check here raises ValueError before anything is changed.
+docs/format.md describes the files for other readers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import reprlib
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import eq
+from operator import index as whole_number
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 VERSION = 2
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
+PREFIX = "base_model.model."  # that PEFT gives the keys of a file
+PARTS = ("weight", "index", "fingerprint", "manifest")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
+AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats
+CHUNK = 2**16  # characters that are looked at together, so that a long text costs little more than itself
+SAMPLED_WEIGHTS, SAMPLED_VALUES, SAMPLED_ROWS = 4, 8, 64
+ROUNDING = 2**-7  # how far a value may move when its model is loaded in another dtype, bfloat16 being the coarsest
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
+
+
+class Target(NamedTuple):
+    """A weight that an adapter may train: its module's name and its grid of blocks."""
+
+    name: str
+    rows: int
+    cols: int
 
 
 class Blocks(NamedTuple):
@@ -31,41 +61,505 @@ class StoredAdapter(NamedTuple):
 
     Attributes:
         config: what adapter_config.json holds.
-        shapes: of each target of the adapter (out_features, in_features), in the order of the index.
+        shapes: of each target of the adapter (out_features, in_features), in the order of the index. Files of version
+            1 hold none; looking one up raises ValueError then.
         blocks: of each target that has any, its blocks.
         others: further tensors, of biases and modules_to_save, by their keys.
+        base: a sample of the base model, see `sample`.
     """
 
     config: dict
     shapes: dict[str, tuple[int, int]]
     blocks: dict[str, Blocks]
     others: dict[str, Tensor]
+    base: dict[str, list[float]]
 
 
-def manifest(block_size: int, targets: list[tuple[str, int, int]]) -> Tensor:
-    """What the tensors alone do not say, as UTF-8 JSON in a uint8 tensor.
+class _NoShapes(dict):
+    """The shapes in a file of version 1."""
+
+    def __missing__(self, name: str) -> None:
+        raise ValueError(
+            f"The shape of {name} is not in the file: it has version 1 of the format. Load the adapter with its model "
+            "and save it again, which writes the present version."
+        )
+
+
+def short(value: object) -> str:
+    """A value for a message, however long it is."""
+    return _repr.repr(value)
+
+
+# --- the selection in a config -------------------------------------------------------------------------------------
+
+
+class Tiles(Sequence):
+    """The tiles of one module, [[block row, block column], ...], as 8 bytes each: files may hold millions."""
+
+    def __init__(self, values: array):
+        self._values = values
+
+    @classmethod
+    def parse(cls, name: str, blocks: str | Iterable) -> Tiles:
+        """From pairs of whole numbers, or from a file's text 'row,column row,column ...'."""
+        try:
+            if isinstance(blocks, str):
+                return cls(array("i", _numbers(blocks)))
+            return cls(array("i", (_whole(at) for row, col in blocks for at in (row, col))))
+        except (TypeError, ValueError, OverflowError):
+            what = f"selected_blocks[{short(name)}]={short(blocks)}"
+            raise ValueError(f"{what} is not a list of [block row, block column] pairs.") from None
+
+    def __len__(self) -> int:
+        return len(self._values) // 2
+
+    def __getitem__(self, at: int | slice) -> list:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        at = range(len(self))[at]
+        return self._values[2 * at : 2 * at + 2].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, map(list, other)))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tiles>"
+
+    def tensor(self) -> Tensor:
+        """int32 [n, 2]."""
+        return torch.frombuffer(self._values or array("i", [0]), dtype=torch.int32)[: 2 * len(self)].view(-1, 2)
+
+
+def _numbers(text: str) -> Iterable[int]:
+    """The numbers of 'row,column row,column ...', one after the other."""
+    separators = text.encode("ascii").translate(None, b"0123456789")
+    is_apart = re.fullmatch("[0-9].*[0-9]", text) and not any(two in text for two in (", ", " ,"))
+    if not is_apart or separators != (b", " * len(separators))[: len(separators)] or len(separators) % 2 == 0:
+        raise ValueError
+    text, start = text.replace(",", " "), 0
+    while start < len(text):
+        end = text.find(" ", start + CHUNK)
+        end = len(text) if end < 0 else end
+        yield from map(int, text[start:end].split())
+        start = end
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return whole_number(value)
+
+
+def parse_sorted(name: str, blocks: Iterable) -> list[list[list[int]]]:
+    """Blocks of any rows and columns, [[[row, ...], [column, ...]], ...]."""
+    try:
+        return [[[_whole(feature) for feature in side] for side in (rows, cols)] for rows, cols in blocks]
+    except (TypeError, ValueError):
+        what = f"selected_blocks[{short(name)}]={short(blocks)}"
+        raise ValueError(f"{what} is not a list of [[rows], [columns]] pairs (sorted blocks).") from None
+
+
+def places_in(blocks: Tiles | Sequence) -> Tensor:
+    """Where the blocks of one module lie: tiles int [n, 2], sorted blocks int [n, 2 b]."""
+    if isinstance(blocks, Tiles):
+        return blocks.tensor()
+    flat = [[at for side in block for at in (side if isinstance(side, list) else [side])] for block in blocks]
+    return torch.tensor(flat, device="cpu")
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def manifest(
+    config: object, targets: Sequence[Target], index: Tensor, others: Iterable[str] = (), base: Mapping | None = None
+) -> Tensor:
+    """What the other tensors alone do not say, as a uint8 tensor: a SHA-256 in hex, a line break, and UTF-8 JSON.
+
+    The checksum is that of the JSON and of the index as little-endian int32. A tensor and no metadata, because PEFT
+    and transformers write the file themselves.
 
     Args:
-        targets: (name, block rows, block columns) of each.
+        config: the adapter's SMTConfig, resolved.
+        index: as `DeltaBank.index`.
+        others: the keys of all other tensors of the file, without `PREFIX`.
+        base: a sample of the base model, see `sample`.
     """
-    content = {"version": VERSION, "block_size": block_size, "targets": targets}
-    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    content = {
+        "version": VERSION,
+        **{name: _agreed(getattr(config, name)) for name in AGREED},
+        "targets": targets,
+        "others": sorted(others),
+        "base": base or {},
+    }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    return torch.frombuffer(bytearray(_checksum(text, index) + b"\n" + text), dtype=torch.uint8)
+
+
+def _agreed(value: object) -> object:
+    """The same for what means the same, whatever JSON made of it."""
+    return (sorted(map(str, set(value))) if isinstance(value, (list, tuple, set)) else value) or None
+
+
+def _checksum(text: bytes, index: Tensor) -> bytes:
+    digest = hashlib.sha256(text)
+    digest.update(index.detach().cpu().int().contiguous().numpy().astype("<i4").tobytes())
+    return digest.hexdigest().encode()
+
+
+def _read_manifest(tensor: Tensor) -> tuple[bytes, bytes, dict]:
+    """The checksum that it holds, its JSON, and what this says."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ValueError(f"The file's manifest is {form(tensor)}, not bytes; the file is broken.")
+    checksum, _, text = tensor.cpu().numpy().tobytes().partition(b"\n")
+    try:
+        content = json.loads(text)
+        version = content["version"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ValueError("The file's manifest cannot be read; the file is broken.") from None
+    if version != VERSION:
+        raise ValueError(
+            f"The file has version {short(version)} of the format, which this smt_peft does not know (it knows 1 and "
+            f"{VERSION}); update smt_peft, or the file is broken."
+        )
+    if not _is_sound(content):
+        raise ValueError("The file's manifest lacks something, or says what cannot be; the file is broken.")
+    content["targets"] = [Target(*target) for target in content["targets"]]
+    return checksum, text, content
+
+
+def _is_sound(content: dict) -> bool:
+    size, targets, base = (content.get(name) for name in ("block_size", "targets", "base"))
+    if not (type(size) is int and size > 0 and _is_list(targets, list) and isinstance(base, dict)):
+        return False
+    return (
+        all([type(part) for part in target] == [str, int, int] for target in targets)
+        and all(0 < side <= 2**31 // size for target in targets for side in target[1:])
+        and len({target[0] for target in targets}) == len(targets) > 0
+        and all(name in content for name in AGREED)
+        and _is_list(content.get("others"), str)
+        and all(_is_list(values, float) for values in base.values())
+    )
+
+
+def _is_list(value: object, of: type) -> bool:
+    return isinstance(value, list) and all(type(item) is of for item in value)
+
+
+# --- the base model -------------------------------------------------------------------------------------------------
+
+
+def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> dict[str, list[float]]:
+    """Eight values of each of four weights, by which another base model of the same shapes is known.
+
+    They lie in the first rows, which resizing an embedding leaves where they are. What is quantised, sharded, or not
+    in memory is left out.
+
+    Args:
+        weights: of the base model, by name.
+        names: which to take. Default: four of them, from the first to the last.
+    """
+    usable = {
+        name: weight
+        for name, weight in weights
+        if weight.ndim >= 2
+        and weight.dtype in FLOATS
+        and type(weight.data) is Tensor
+        and not (isinstance(weight, DTensor) or hasattr(weight, "ds_id"))
+        and weight.numel()
+        and weight.device.type != "meta"
+    }
+    if names is None:
+        every = max(1, -(-(len(usable) - 1) // (SAMPLED_WEIGHTS - 1)))
+        names = list(usable)[::every]
+    return {name: _values(usable[name]) for name in names if name in usable}
+
+
+@torch.no_grad()
+def _values(weight: Tensor) -> list[float]:
+    steps = torch.arange(SAMPLED_VALUES, device="cpu")
+    places = [steps * min(side, SAMPLED_ROWS) // SAMPLED_VALUES for side in weight.shape]
+    values = weight.detach()[tuple(place.to(weight.device) for place in places)]
+    return [float(f"{value:.4g}") for value in values.nan_to_num().tolist()]
+
+
+def other_base(stored: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> str | None:
+    """The first sampled weight that is another one in this model, if any."""
+    for name, values in found.items():
+        pairs = zip(stored[name], values, strict=False)
+        if any(abs(one - other) > ROUNDING * abs(one) + 1e-6 for one, other in pairs):
+            return name
+    return None
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(block_size: int, targets: Sequence[Target]) -> int:
+    """A hash of the targets' names and grids, an int64."""
+    text = repr([block_size, *map(tuple, targets)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def check_fingerprint(found: Tensor, block_size: int, targets: Sequence[Target]) -> None:
+    """Refuse what was made for other targets."""
+    if found.numel() != 1 or found.dtype != torch.int64 or int(found.item()) != fingerprint(block_size, targets):
+        raise ValueError(
+            f"The checkpoint was made for other target modules than this adapter's {len(targets)} targets "
+            f"({short(targets[0].name)}, ...) with blocks of {block_size}: another base model, target_modules "
+            "or block size. Load it with the adapter_config.json saved beside it, on its own base model."
+        )
+
+
+def check_weight(weight: Tensor, num_blocks: int, block_size: int) -> None:
+    """Refuse deltas that are no floating-point numbers, or are not as many as configured."""
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"The deltas of the checkpoint are {str(weight.dtype).removeprefix('torch.')}; an adapter's are float32, "
+            "or another floating-point type of two bytes or more. The file is broken, or was made by other means."
+        )
+    if weight.numel() and tuple(weight.shape) != (num_blocks, block_size, block_size):
+        held = f"{weight.shape[0]} blocks of {' x '.join(map(str, weight.shape[1:]))}"
+        raise ValueError(
+            f"The checkpoint holds {held if weight.ndim == 3 else form(weight)}, but the adapter was configured for "
+            f"{num_blocks} blocks of {block_size} x {block_size} (num_blocks, block_size); use the "
+            "adapter_config.json that was saved with it."
+        )
+
+
+def check_index(index: Tensor, num_blocks: int, width: int, block_size: int, targets: Sequence[Target]) -> None:
+    """Refuse an index of another shape, and blocks that do not exist, come twice, or overlap. All -1: no selection."""
+    if index.dtype not in INTEGERS:
+        raise ValueError(f"The index is {form(index)}; an adapter's holds integers. The file is broken.")
+    if tuple(index.shape) != (num_blocks, width):
+        if index.ndim == 2 and len(index) == num_blocks:
+            kinds = {3: "tiles"}
+            raise ValueError(
+                f"The checkpoint holds {kinds.get(index.shape[1], 'sorted blocks')} (an index {index.shape[1]} wide), "
+                f"but the adapter was configured for {kinds.get(width, 'sorted blocks')} of {block_size} "
+                "(arrangement, block_size); use the adapter_config.json saved with it."
+            )
+        held = f"{len(index)} blocks" if index.ndim == 2 else f"an index that is {form(index)}"
+        raise ValueError(
+            f"The checkpoint holds {held}, but the adapter's budget is {num_blocks}; "
+            "use the adapter_config.json that was saved with it."
+        )
+    index = index.detach().cpu().long()
+    if (index < 0).all():
+        return
+    target = index[:, 0].clamp(0, len(targets) - 1)
+    sides = index[:, 1:].unflatten(1, (2, -1))
+    unit = block_size if sides.shape[2] > 1 else 1  # what an entry of the index counts: features, or tiles
+    grids = unit * torch.tensor([(t.rows, t.cols) for t in targets], device="cpu")[target]
+    is_outside = (sides >= grids[:, :, None]).flatten(1).any(1)
+    wrong = ((index < 0).any(1) | (index[:, 0] != target) | is_outside).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"Block {short(index[wrong[0, 0]].tolist())} (target, row, column) in slot {wrong[0, 0]} of the index "
+            f"does not exist among the {len(targets)} targets of this model; the file is broken or belongs to "
+            "another model or block size."
+        )
+    sides = sides.sort(2).values
+    if len(torch.cat([target[:, None], sides.flatten(1)], 1).unique(dim=0)) != len(index):
+        raise ValueError("The index names a block twice; the file is broken.")
+    for side in sides.unbind(1) if unit > 1 else ():
+        lines = torch.cat([target[:, None], side], 1).unique(dim=0)
+        features = lines[:, :1] * int(grids.max()) + lines[:, 1:]
+        if len(features.unique()) != features.numel():
+            raise ValueError(
+                "Blocks of the index share some of their rows or columns, but not all, or name one twice; the "
+                "file is broken. Two blocks of a matrix must have the same rows or none in common, and columns "
+                "alike."
+            )
+
+
+class Parts(NamedTuple):
+    """The parts of an adapter in a file that has been checked as far as it can be without a model.
+
+    Attributes:
+        content: of the manifest; None in files of version 1.
+        others: all tensors that are no part of the bank, by their keys.
+    """
+
+    weight: Tensor
+    index: Tensor
+    fingerprint: Tensor
+    content: dict | None
+    others: dict[str, Tensor]
+
+
+def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
+    """Check what a file holds.
+
+    Raises:
+        ValueError: where a part is missing, unknown, or of another type or shape than it must be, where the parts do
+            not belong together, or where there is no selection.
+    """
+    parts, others, prefixes = {}, {}, set()
+    for key, tensor in tensors.items():
+        prefix, bank, part = key.rpartition(f"{BANK}.")
+        if not bank:
+            others[key] = tensor
+        elif part not in PARTS or {prefix} != prefixes | {prefix}:
+            raise ValueError(
+                f"The checkpoint holds {short(key)}, which is no part of one SMT adapter; it holds several, or it is "
+                "broken."
+            )
+        else:
+            prefixes.add(prefix)
+            parts[part] = tensor
+    if not parts:
+        found = ", ".join(map(short, sorted(others)[:3])) or "nothing"
+        raise ValueError(
+            f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs "
+            "to another PEFT method, or it is broken."
+        )
+    if "weight" not in parts:
+        raise ValueError("The checkpoint holds an index without deltas; the file is broken.")
+    if "index" not in parts or "fingerprint" not in parts:
+        raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
+    weight, index = parts["weight"], parts["index"]
+    if weight.ndim != 3 or index.ndim != 2 or len(index) != len(weight) or not weight.numel() or not index.numel():
+        raise ValueError(
+            f"The deltas of the checkpoint are {form(weight)} and their index {form(index)}, which do not belong "
+            "together; the file is broken."
+        )
+    check_weight(weight, len(weight), weight.shape[1])
+    if index.dtype in INTEGERS and (index < 0).all():
+        raise ValueError(
+            "The checkpoint's index is -1 throughout: it was saved before its blocks were selected. Make a new "
+            "adapter of its config, get_peft_model(model, SMTConfig.from_pretrained(folder)), or train it first."
+        )
+    content = None
+    if "manifest" in parts:
+        checksum, text, content = _read_manifest(parts["manifest"])
+        size, targets = content["block_size"], content["targets"]
+        width = 3 if content["arrangement"] == "tiles" else 1 + 2 * size
+        check_weight(weight, len(weight), size)
+        check_index(index, len(weight), width, size, targets)
+        check_fingerprint(parts["fingerprint"], size, targets)
+        if _checksum(text, index) != checksum:
+            raise ValueError("The checksum of the index is wrong; the file is broken. Copy or download it again.")
+    return Parts(weight, index, parts["fingerprint"], content, others)
+
+
+def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
+    """The same adapter for a model that has the same targets in another order; unchanged where they are others."""
+    held = parts.content["targets"] if parts.content else []
+    if held == targets or sorted(held) != sorted(targets):
+        return parts
+    index, position = parts.index.clone(), {target: i for i, target in enumerate(targets)}
+    index[:, 0] = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
+    order = torch.argsort(index[:, 0], stable=True)
+    hashed = torch.tensor([fingerprint(parts.content["block_size"], targets)])
+    return parts._replace(weight=parts.weight[order], index=index[order], fingerprint=hashed)
+
+
+def check_config(config: Mapping, parts: Parts) -> None:
+    """Refuse a config that is not the one which was saved with the weights, and weights that have lost a part.
+
+    Args:
+        config: the fields of an SMTConfig.
+    """
+    content, selected = parts.content, config.get("selected_blocks")
+    for name in AGREED if content else ():
+        said, meant = _agreed(config.get(name)), content[name]
+        if said != meant:
+            raise ValueError(
+                f"adapter_config.json says {name}={short(said)}, but the weights beside it were saved with "
+                f"{name}={short(meant)}: they are of two adapters. Take both files from one save."
+            )
+    present = {key.removeprefix(PREFIX) for key in parts.others}
+    missing = [name for name in content["others"] if name not in present] if content else []
+    if missing:
+        raise ValueError(f"The file lacks {short(missing[0])}, which was saved with it; it is broken.")
+    if selected is not None:
+        names_of(parts.index, selected, content and content["targets"])
+
+
+def names_of(
+    index: Tensor, selected: Mapping[str, Tiles | Sequence], targets: Sequence[Target] | None = None
+) -> dict[int, list[str]]:
+    """Which targets the positions in the index may be, by a config's selection, which must be that of the index."""
+    index = index.detach().cpu().long()
+    found = {int(position): _same(index[index[:, 0] == position, 1:]) for position in index[:, 0].unique()}
+    given = {name: _same(places_in(blocks).long()) for name, blocks in selected.items()}
+    names: dict[int, list[str]] = {}
+    for position, places in found.items():
+        called = given if targets is None else [target.name for target in targets[position : position + 1]]
+        names[position] = [name for name in called if given.get(name) == places]
+    if Counter(found.values()) != Counter(given.values()) or not all(names.values()):
+        raise ValueError(
+            "selected_blocks in adapter_config.json contradicts the index of the weights beside it: they are of two "
+            "adapters. Take both files from one save."
+        )
+    return names
+
+
+def _same(places: Tensor) -> bytes:
+    """Equal for the same blocks in any order."""
+    return hashlib.sha256(places.unique(dim=0).numpy().tobytes()).digest()
+
+
+def form(tensor: Tensor) -> str:
+    """Its dtype and shape, for a message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; they are read where they are looked at."""
+    try:
+        return load_file(file)
+    except (SafetensorError, KeyError, AttributeError) as error:  # the last two: a dtype that PyTorch lacks
+        raise ValueError(f"{file} is broken or cut off ({short(str(error))}); copy or download it again.") from None
 
 
 def read_adapter(folder: str | Path) -> StoredAdapter:
-    """Read an adapter without its model."""
-    config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
-    tensors = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
-    parts = {key.rpartition(".")[2]: tensors.pop(key) for key in list(tensors) if f"{BANK}." in key}
-    content = json.loads(bytes(parts["manifest"].tolist()))
-    size, index = content["block_size"], parts["index"].long()
+    """Read an adapter without its model.
+
+    Raises:
+        ValueError: where a file is missing or broken, or where the two belong to different adapters; for files of
+            version 1 also where their config does not say which blocks are whose.
+    """
+    try:
+        config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
+        selected, is_sorted = config.get("selected_blocks"), config.get("arrangement") == "sorted"
+        parse = parse_sorted if is_sorted else Tiles.parse
+        selected = selected and {name: parse(name, blocks) for name, blocks in selected.items()}
+    except (OSError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{CONFIG_NAME} in {folder} cannot be read: {short(str(error))}.") from None
+    file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not file.is_file():
+        raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}.")
+    parts = take_apart(load(file))
+    defaults = {"arrangement": "tiles", "bias": "none", "num_blocks_pattern": {}}
+    check_config({**defaults, **config, "selected_blocks": selected}, parts)
+    size, index = parts.weight.shape[1], parts.index.long()
+    if parts.content:
+        names = {position: target.name for position, target in enumerate(parts.content["targets"])}
+        shapes = {name: (rows * size, cols * size) for name, rows, cols in parts.content["targets"]}
+    else:
+        names, shapes = _names_in_version_1(parts, selected or {}, folder), _NoShapes()
     blocks = {}
-    for position, (name, _, _) in enumerate(content["targets"]):
+    for position, name in names.items():
         slots = index[:, 0] == position
         if slots.any():
             rows, cols = index[slots, 1:].unflatten(1, (2, -1)).unbind(1)
             if rows.shape[1] == 1:
                 rows, cols = (side * size + torch.arange(size) for side in (rows, cols))
-            blocks[name] = Blocks(rows, cols, parts["weight"][slots].float())
-    shapes = {name: (rows * size, cols * size) for name, rows, cols in content["targets"]}
-    return StoredAdapter(config, shapes, blocks, tensors)
+            blocks[name] = Blocks(rows, cols, parts.weight[slots].float())
+    return StoredAdapter(config, shapes, blocks, parts.others, parts.content["base"] if parts.content else {})
+
+
+def _names_in_version_1(parts: Parts, selected: Mapping, folder: str | Path) -> dict[int, str]:
+    names = names_of(parts.index, selected) if selected else {}
+    ambiguous = next((of for of in names.values() if len(of) > 1), None)
+    if ambiguous or not names:
+        why = f"{' and '.join(ambiguous[:2])} have the same blocks" if ambiguous else "no selected_blocks"
+        raise ValueError(
+            f"Which blocks are whose cannot be told in {folder}: it has version 1 of the format, and its config has "
+            f"{why}. Load it with its model and save it again, which writes the present version."
+        )
+    return {position: of[0] for position, of in names.items()}

@@ -86,6 +86,8 @@ class Linear(nn.Module, SMTLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's delta as a dense matrix in the shape of the base weight, in the delta's dtype (float32)."""
+        if adapter not in self.banks:
+            raise ValueError(f"There is no adapter {adapter!r}; the model has {', '.join(self.banks)}.")
         entries, blocks = self._blocks(adapter)
         delta = torch.zeros(self.out_features, self.in_features, device=blocks.device, dtype=blocks.dtype)
         if len(blocks):
@@ -253,7 +255,7 @@ class Linear(nn.Module, SMTLayer):
         self.banks.pop(adapter_name) if adapter_name in self.banks else None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # blocks have full rank: an SVD would lose part of what was trained
+        return True  # as near as its rank allows, see `smt_peft.conversion`
 
     def __repr__(self) -> str:
         return "smt." + super().__repr__()

@@ -11,14 +11,22 @@ from functools import partial
 import torch
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
 from torch import nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
+from smt_peft import combining, files
 from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
+from smt_peft.diagnostics import warn
 from smt_peft.experts import ParamWrapper
-from smt_peft.files import BANK, manifest
+from smt_peft.files import BANK, PREFIX
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
@@ -58,6 +66,8 @@ class SMTModel(BaseTuner):
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
+        if config.awaits_weights:
+            config.trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         put_back, banks, replaced = _snapshot(model), model._modules.get(BANK), None
         try:
             if banks is None:
@@ -129,6 +139,7 @@ class SMTModel(BaseTuner):
         device = "meta" if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
         bank.config, bank.base_parameters = config, base_parameters
+        bank.base = files.sample(_base_weights(model))
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank
@@ -164,6 +175,39 @@ class SMTModel(BaseTuner):
         _remove_banks(model)
         return model
 
+    # --- combining adapters ----------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: combining.CombinationType = "linear",
+        *,
+        density: float | None = None,
+        majority_sign_method: combining.MajoritySignMethod = "total",
+    ) -> None:
+        """Add an adapter that combines others, as PEFT's; it is neither active nor trained until you say so.
+
+        The adapters may have blocks of different sizes, arrangements and targets. Nothing but the new adapter changes.
+
+        Args:
+            adapters: their names.
+            weights: one for each, of any sign.
+            adapter_name: of the new one.
+            combination_type: 'linear': the weighted sum, exactly. 'magnitude_prune', 'dare_linear': the sum of what
+                pruning leaves, of the largest values or of random ones (these scaled by 1 / density). 'ties',
+                'dare_ties': of that, where adapters disagree about the sign of a value, the mean of the majority.
+            density: the share that pruning leaves of each adapter's values, counted in its own blocks per target.
+            majority_sign_method: whether the sign is elected by the sum of the values ('total'), or by counting signs.
+
+        Raises:
+            ValueError: for an unknown adapter or type, one without blocks, one with biases or whole modules of its
+                own, a number of weights that is not that of the adapters, or rows and columns that cross too much.
+        """
+        method = combining.Method(combination_type, density, majority_sign_method)
+        combining.add_weighted_adapter(self, adapters, weights, adapter_name, method)
+
     # --- state dicts -----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -177,31 +221,57 @@ class SMTModel(BaseTuner):
         index = chosen[keys[1]]
         if index.max() <= torch.iinfo(torch.int16).max:  # half the bytes: 0.6 % of the values at blocks of 16
             chosen[keys[1]] = index.to(torch.int16)
+        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         bank = _find_banks(model)[1][adapter_name]
-        chosen[_bank_keys(model, adapter_name, "manifest")[0]] = manifest(bank.block_size, bank.targets)
-        return {**chosen, **cls._get_learnable_bias_state_dict(model, state_dict, config)}
+        others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter_name)]
+        others = [key.removeprefix(PREFIX) for key in others]
+        manifest = files.manifest(config, bank.targets, index, others, bank.base)
+        return {**chosen, _bank_keys(model, adapter_name, "manifest")[0]: manifest, **biases}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        renamed, keys = {}, _bank_keys(model, adapter_name)
-        for key in keys:
-            saved = cls._remove_adapter_name_from_key(key, adapter_name)
-            renamed[saved] = renamed["base_model.model." + saved] = key
-        state_dict = {renamed.get(key, key): value for key, value in state_dict.items()}
+        """Also the place where all files are checked, before any of their values is used."""
+        bank = _find_banks(model)[1][adapter_name]
         try:
-            if not any(key in state_dict for key in keys):
-                found = ", ".join(sorted(state_dict)[:3]) or "nothing"
-                raise ValueError(
-                    f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs "
-                    "to another PEFT method, or it is broken."
-                )
-            _find_banks(model)[1][adapter_name].check(*(state_dict.get(key) for key in keys))
-            state_dict = {key: value for key, value in state_dict.items() if not key.endswith(f"{BANK}.manifest")}
+            parts = files.in_order_of(bank.targets, files.take_apart(state_dict))
+            bank.check(parts.weight, parts.index, parts.fingerprint)
+            if config.awaits_weights and config.stored_blocks is not None:
+                files.names_of(parts.index, config.stored_blocks, bank.targets)
+            others = cls._own_weights(model, config, adapter_name, parts.others)
         except ValueError:
-            _forget_unloaded(model, adapter_name)
+            forget_unloaded(model, adapter_name)
             raise
-        config.awaits_weights = False
-        return state_dict
+        config.awaits_weights, config.stored_blocks, config.trained_before = False, None, ()
+        values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
+        if not all(value.isfinite().all() for value in values):
+            warn(f"Adapter {adapter_name!r} holds values that are NaN or infinite, and so will what it computes.")
+        if parts.content:
+            _warn_of_other_base(model, adapter_name, config, parts.content["base"])
+        return {**dict(zip(_bank_keys(model, adapter_name), parts[:3], strict=True)), **others}
+
+    @classmethod
+    def _own_weights(cls, model, config, adapter_name, others):
+        """Of a file's further tensors those that are the adapter's: its biases, and modules that are saved whole."""
+        state = model.state_dict() if others else {}
+        own = set(cls._get_learnable_bias_state_dict(model, state, config))
+        own.update(_whole_modules(model, adapter_name).values())
+        found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
+        foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
+        if foreign:
+            warn(
+                f"The file of adapter {adapter_name!r} holds {files.short(foreign[0])}, which is not the adapter's "
+                f"and was left out{' with others' * (len(foreign) > 1)}: weights of the base model are not read from "
+                "adapters. To train and save one of its modules, such as resized embeddings, use modules_to_save."
+            )
+        for name in own & set(found):
+            held, wanted = others[found[name]], state[name]
+            is_float = held.dtype in files.FLOATS or not wanted.is_floating_point()
+            if not is_float or (wanted.numel() and held.shape != wanted.shape):
+                raise ValueError(
+                    f"The file holds {files.short(name)} as {files.form(held)}, where the model has "
+                    f"{files.form(wanted)}; the file is broken, or belongs to another model."
+                )
+        return {name: others[key] for name, key in found.items() if name in own}
 
     # --- one batch, several adapters -------------------------------------------------------------------------------
 
@@ -288,14 +358,23 @@ def _take_out(model: nn.Module, adapter: str) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
 
 
-def _forget_unloaded(model: nn.Module, adapter: str) -> None:
+def forget_unloaded(model: nn.Module, adapter: str) -> None:
     """Take an adapter out whose config was loaded, and whose weights are refused."""
     owner = next((m for m in model.modules() if isinstance(m, SMTModel) and adapter in m.peft_config), None)
-    if owner is not None and owner.peft_config[adapter].awaits_weights:
-        _take_out(owner.model, adapter)
-        if not len(getattr(owner.model, BANK)):
-            _remove_banks(owner.model)
-        del owner.peft_config[adapter]
+    root, configs = (owner.model, owner.peft_config) if owner else (model, model.peft_config)
+    if adapter in configs and configs[adapter].awaits_weights:
+        _take_out(root, adapter)
+        if not len(getattr(root, BANK)):
+            _remove_banks(root)
+        for name, module in list(root.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+                module.modules_to_save.pop(adapter)
+                if not len(module.modules_to_save):
+                    parent, _, child = name.rpartition(".")
+                    setattr(root.get_submodule(parent), child, module.original_module)
+        for name in configs[adapter].trained_before:
+            root.get_parameter(name).requires_grad_()
+        del configs[adapter]
 
 
 def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
@@ -326,17 +405,21 @@ def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
     unknown = sorted(set(config.selected_blocks) - set(position))
     if unknown:
         raise ValueError(
-            f"selected_blocks names {unknown[0]!r}, which is not among the {len(bank.targets)} target modules "
-            f"({bank.targets[0].name}, ...); fix the name or target_modules."
+            f"selected_blocks names {files.short(unknown[0])}, which is not among the {len(bank.targets)} target "
+            f"modules ({bank.targets[0].name}, ...); fix the name or target_modules."
         )
     names = sorted(config.selected_blocks, key=position.get)
-    if config.arrangement == "tiles":
-        blocks = [[position[name], *place] for name in names for place in sorted(config.selected_blocks[name])]
-    else:
-        blocks = [[position[name], *rows, *cols] for name in names for rows, cols in config.selected_blocks[name]]
-        if any(len(rows) != size or len(cols) != size for of in config.selected_blocks.values() for rows, cols in of):
-            raise ValueError(f"selected_blocks has a block that is not {size} rows by {size} columns (block_size).")
-    return torch.tensor(blocks, device="cpu")
+    given, index = config.selected_blocks, []
+    if config.arrangement == "sorted" and any(
+        len(side) != size for blocks in given.values() for sides in blocks for side in sides
+    ):
+        raise ValueError(f"selected_blocks has a block that is not {size} rows by {size} columns (block_size).")
+    for name in names:
+        places = files.places_in(given[name]).long()
+        if config.arrangement == "tiles":
+            places = places[(places[:, 0] * 2**31 + places[:, 1]).argsort()]
+        index.append(pad(places, (1, 0), value=position[name]))
+    return torch.cat(index)
 
 
 def _remove_banks(model: nn.Module) -> None:
@@ -355,6 +438,36 @@ def _find_banks(model: nn.Module) -> tuple[str, Banks]:
 def _bank_keys(model: nn.Module, adapter: str, *parts: str) -> list[str]:
     name, _ = _find_banks(model)
     return [f"{name}.{adapter}.{part}" for part in parts or ("weight", "index", "fingerprint")]
+
+
+def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Of modules that are saved whole: key in a file -> key in the model."""
+    keys = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix("_fsdp_wrapped_module.")
+            for saved, own in module.adapter_state_dict_load_map(adapter).items():
+                keys[f"{name}.{saved}"] = f"{name}.{own}"
+    return keys
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base model's own parameters, by the names they had before anything was wrapped."""
+    for name, parameter in model.named_parameters():
+        if f"{BANK}." not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
+
+
+def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
+    root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
+    different = files.other_base(stored, files.sample(_base_weights(root), list(stored)))
+    if different:
+        here = getattr(root, "name_or_path", "")
+        warn(
+            f"Adapter {adapter!r} was made for another base model than this{here and f' ({here})'}: "
+            f"{files.short(different)} has other values here. What it learnt is a difference from the weights of "
+            f"{config.base_model_name_or_path or 'its own base model'}; load it on that."
+        )
 
 
 def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:

@@ -299,9 +299,13 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     Like `plot_selection`, with the root mean square of each tile's deltas for a score. A sorted block is part of many
     tiles. Where all deltas are zero, all blocks are of one shade.
     """
+    if not adapter.blocks:
+        raise ValueError("The adapter has no blocks yet, so there is nothing to draw; train it first.")
     size = next(iter(adapter.blocks.values())).rows.shape[1]
-    grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in adapter.shapes.values()]
-    for name, grid in zip(adapter.shapes, grids, strict=True):
+    names = list(dict.fromkeys([*adapter.shapes, *adapter.blocks]))
+    shapes = [adapter.shapes[name] for name in names]  # refuses files of version 1, which have none
+    grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in shapes]
+    for name, grid in zip(names, grids, strict=True):
         if name in adapter.blocks:
             rows, cols, deltas = adapter.blocks[name]
             tiles = torch.broadcast_tensors(rows[:, :, None] // size, cols[:, None, :] // size)
@@ -310,7 +314,7 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     is_trained = any(grid[0].any() for grid in grids)
     scores = [grid[0].sqrt() if is_trained else grid[1].sign() for grid in grids]
     index = torch.cat([pad(grid[1].nonzero(), (1, 0), value=target).int() for target, grid in enumerate(grids)])
-    figure = plot_selection(Selection(list(adapter.shapes), size, index, scores))
+    figure = plot_selection(Selection(names, size, index, scores))
     if adapter.config.get("arrangement") == "sorted":
         count, tiles = sum(len(of.rows) for of in adapter.blocks.values()), sum(grid[1].numel() for grid in grids)
         title = f"{count} sorted blocks of {size} x {size}, which have a part in {len(index)} of {tiles} tiles"

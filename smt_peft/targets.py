@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable
 
+import regex
 import torch
 from torch import nn
 
 from smt_peft.bank import Group, Target
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
+from smt_peft.files import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
+PATTERN_SECONDS = 0.5  # for one name
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
 _DEFAULTS = {
@@ -88,11 +90,20 @@ def _warn_of_odd_modules(shapes: dict[str, tuple[int, int]], common: int) -> Non
         )
 
 
+def _matches(pattern: str, name: str) -> bool:
+    """`re.search`, but with an end: the pattern may be a stranger's."""
+    try:
+        return regex.search(pattern, name, timeout=PATTERN_SECONDS) is not None
+    except (TimeoutError, regex.error) as error:
+        why = "takes forever" if isinstance(error, TimeoutError) else f"is no regex ({error})"
+        raise ValueError(f"num_blocks_pattern {short(pattern)} {why}; fix it.") from None
+
+
 def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
     """Who competes for how many blocks; writes the resolved `num_blocks` into the config."""
     groups, rest = [], list(range(len(targets)))
     for pattern, budget in config.num_blocks_pattern.items():
-        members = [i for i in rest if re.search(pattern, targets[i].name)]
+        members = [i for i in rest if _matches(pattern, targets[i].name)]
         if not members:
             raise ValueError(
                 f"num_blocks_pattern {pattern!r} matches none of the targets ({targets[0].name}, ...) that earlier "

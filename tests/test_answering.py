@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from answering import generate, mean_log_probs, most_likely
+from answering import PROTOCOLS, generate, mean_log_probs, most_likely
 from tasks import TASKS, prompt
 
 
@@ -93,6 +93,25 @@ def test_texts_are_compared_without_favour_to_short_ones(tiny):
 @torch.no_grad()
 def test_generation_does_not_depend_on_the_batch(tiny):
     rows = [{"instruction": "x" * length} for length in (3, 30, 1, 12, 7)]
-    together = generate(*tiny, TASKS["boolq"], rows, num_beams=4, do_sample=False)
-    assert together == [generate(*tiny, TASKS["boolq"], [row], num_beams=4, do_sample=False)[0] for row in rows]
+    how = {"protocol": PROTOCOLS["llm-adapters"], "num_beams": 4, "do_sample": False}
+    together = generate(*tiny, TASKS["boolq"], rows, **how)
+    assert together == [generate(*tiny, TASKS["boolq"], [row], **how)[0] for row in rows]
     assert all(answer["text"] for answer in together)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, start, length, penalty", [("llm-adapters", "", 32, 1.0), ("official", "<s> ", 256, 1.1)]
+)
+def test_a_protocol_sets_the_prompt_the_length_and_the_penalty_of_repetition(tiny, name, start, length, penalty):
+    model, tokenizer = tiny
+    tokens = [0, *tokenizer(" " + prompt("Say."))["input_ids"]] if start else tokenizer(prompt("Say."))["input_ids"]
+    first = len(tokens)
+    while len(tokens) < first + length and (len(tokens) == first or tokens[-1] != tokenizer.eos_token_id):
+        logits = model(torch.tensor([tokens])).logits[0, -1]
+        seen = torch.tensor(sorted(set(tokens)))
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        tokens.append(int(logits.argmax()))
+    how = {"protocol": PROTOCOLS[name], "num_beams": 1, "do_sample": False}
+    [given] = generate(*tiny, TASKS["boolq"], [{"instruction": "Say."}], **how)
+    assert given["text"] == tokenizer.decode(tokens[first:], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""Tests of scripts/bench_quality.py, its testbeds, and the files in configs/study."""
+"""Tests of scripts/studies/bench_quality.py, its testbeds, and the files in configs/study."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/studies"))
 
 import bench_quality  # noqa: E402
 import recipes  # noqa: E402
@@ -79,7 +79,7 @@ def sweep(short, tmp_path):
 
     def of(study: dict) -> list[dict]:
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-        bench_quality.main([str(tmp_path / "tiny.yaml"), "--shared", str(short), "--output", str(tmp_path)])
+        bench_quality.main([str(tmp_path / "tiny.yaml"), "--shared", str(short), "--results", str(tmp_path)])
         return [json.loads(text) for text in (tmp_path / "quality_tiny.jsonl").read_text().splitlines()]
 
     return of

@@ -1,4 +1,4 @@
-"""Tests of scripts/bench_selection.py: its figures against those computed by hand, and against `select_blocks`."""
+"""Tests of scripts/studies/bench_selection.py: figures against those computed by hand, and against `select_blocks`."""
 
 import copy
 import json
@@ -16,9 +16,10 @@ from tqdm import tqdm
 from smt_peft import SMTConfig, select_blocks
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/studies"))
 
 import bench_selection  # noqa: E402
+import report_selection  # noqa: E402
 from bench_selection import Half, Setting, Subject  # noqa: E402
 
 BEDS = ("stories260K-lowercase", "stories260K-gpt4")
@@ -154,12 +155,13 @@ def test_what_was_kept_after_some_batches_is_not_changed_by_later_ones(subject):
     assert all((a <= b).all() and not torch.equal(a, b) for a, b in zip(first, last, strict=True))
 
 
-def test_a_run_writes_figures_pictures_and_the_page(files, capsys):
-    page, output = files / "page.md", files / "results/selection.json"
-    page.write_text("before\n<!-- selection -->\nold\n<!-- /selection -->\nafter\n")
-    places = ["--shared", str(files), "--output", str(output), "--page", str(page)]
+def test_a_run_writes_figures_pictures_and_a_page(files):
+    results = files / "results"
+    (results / "notes").mkdir(parents=True)
+    (results / "notes/selection.md").write_text("What we read in it.\n")
+    places = ["--shared", str(files), "--results", str(results)]
     bench_selection.main([*places, "--testbeds", *BEDS, "--counts", *map(str, COUNTS)])
-    found = json.loads(output.read_text())
+    found = json.loads((results / "selection.json").read_text())
     assert set(found["testbeds"]) == set(BEDS)
     assert found["tasks"]["module"]["lowercase, first half"]["lowercase, first half"] == 1
     for testbed in found["testbeds"].values():
@@ -168,25 +170,19 @@ def test_a_run_writes_figures_pictures_and_the_page(files, capsys):
         assert testbed["criteria"]["module"]["abs_mean"] == 1 > testbed["criteria"]["module"]["random"]
         assert testbed["selected"] / testbed["blocks"] == pytest.approx(0.022 * 260032 / 226560, rel=0.01)
     names = ("batches", "tasks_model", "tasks_module", "criteria", "factors", "places")
-    assert all((output.parent / f"selection_{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-    text = page.read_text()
-    assert text.startswith("before\n<!-- selection -->\n![") and text.endswith("<!-- /selection -->\nafter\n")
-    assert "old" not in text and all(f"](results/selection_{name}.png)" in text for name in names)
-    assert "| stories260K-gpt4 | per module |" in text and "| v_proj |" in capsys.readouterr().out
+    assert all((results / f"selection_{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
+    text = (results / "selection.md").read_text()
+    assert "What we read in it." in text and all(f"](selection_{name}.png)" in text for name in names)
+    assert "| stories260K-gpt4 | per module |" in text and "| v_proj |" in text
+    report_selection.main(results)
+    assert (results / "selection.md").read_text() == text, "made again from the file alone"
 
 
 def test_one_testbed_alone_has_no_tasks_to_compare(files):
-    output = files / "selection.json"
-    bench_selection.main(["--shared", str(files), "--output", str(output), "--testbeds", BEDS[0], "--counts", "1"])
-    assert json.loads(output.read_text())["tasks"] == {} and not (files / "selection_tasks_model.png").exists()
-
-
-def test_a_page_without_markers_is_refused_before_any_work(files):
-    page, output = files / "page.md", files / "selection.json"
-    page.write_text("no markers\n")
-    with pytest.raises(SystemExit, match="no place for selection"):
-        bench_selection.main(["--shared", str(files), "--output", str(output), "--page", str(page)])
-    assert not output.exists()
+    places = ["--shared", str(files), "--results", str(files)]
+    bench_selection.main([*places, "--testbeds", BEDS[0], "--counts", "1"])
+    assert json.loads((files / "selection.json").read_text())["tasks"] == {}
+    assert "tasks" not in (files / "selection.md").read_text()
 
 
 def test_a_testbed_without_settings_is_refused(files):

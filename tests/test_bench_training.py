@@ -1,4 +1,4 @@
-"""Tests of scripts/bench_training.py, bench_inference.py and report_benchmarks.py, at toy size on the CPU."""
+"""Tests of scripts/benchmarks/bench_training.py, at toy size on the CPU."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts/benchmarks"))
 
-import bench_inference  # noqa: E402
 import bench_training  # noqa: E402
 import report_benchmarks  # noqa: E402
 
-GPU_SETTINGS = " ".join(re.findall(r"^training \d+ (.*)$", (ROOT / "scripts/bench_gpu.sh").read_text(), re.M)).split()
+ON_A_GPU = (ROOT / "scripts/benchmarks/bench_gpu.sh").read_text()
+GPU_SETTINGS = " ".join(re.findall(r"^training \d+ (.*)$", ON_A_GPU, re.M)).split()
 THREE = ["--methods", "floor", "smt", "lora"]
 
 
@@ -174,55 +174,3 @@ def test_the_host_setting_says_where_the_time_goes(measure):
     _, result = measure("host", "--rehearse")
     table = report_benchmarks.host_table(result)
     assert "| q, v | all |" in table and "smt_peft/ops/" in table and "peft/tuners/lora/layer.py" in table
-
-
-def test_inference_is_measured_merged_and_unmerged(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "inference.json"
-    monkeypatch.setattr(sys, "argv", ["bench_inference.py", "--rehearse", "--output", str(output)])
-    assert bench_inference.main() == 0
-    result = json.loads(output.read_text())
-    assert [(row["method"], row["batch"]) for row in result["speeds"]] == [
-        (method, batch) for batch in (1, 2) for method in bench_inference.METHODS
-    ]
-    assert all(result["adapters"][name]["load_s"] > 0 for name in ("smt", "lora"))
-    assert "| smt-merged |" in capsys.readouterr().out
-    assert bench_inference.main() == 0 and json.loads(output.read_text()) == result, "what is complete is kept"
-
-
-# --- the report --------------------------------------------------------------------------------------------------
-
-
-def test_the_report_puts_a_table_and_a_picture_beside_the_figures(tmp_path, measure):
-    measure("cpu-small", "--rehearse", *THREE)
-    measure("blocks", "--rehearse")
-    page = tmp_path / "benchmarks.md"
-    page.write_text("before\n<!-- training_cpu-small -->\nold\n<!-- /training_cpu-small -->\nafter\n")
-    report_benchmarks.main(tmp_path)
-    text, more = page.read_text(), (tmp_path / "results/benchmarks.md").read_text()
-    assert "| smt |" in text and "old" not in text and text.startswith("before") and text.endswith("after\n")
-    assert "## training_blocks" in more and "cpu-small" not in more, "the file without a place"
-    for setting in ("cpu-small", "blocks"):
-        assert (tmp_path / f"results/training_{setting}.png").stat().st_size > 0
-
-
-def test_ratios_are_taken_within_a_round():
-    """The second round is twice as slow for all methods: the ratios do not move."""
-    seconds = {"floor": [1.0, 2.0], "smt": [1.5, 3.0], "lora": [3.0, 6.0]}
-    figures = {name: {"trainable_parameters": 1, "step_s": steps} for name, steps in seconds.items()}
-    run = {"options": {"batch_size": 1, "tokens": 8}, "methods": figures}
-    table = report_benchmarks.training_table({"sweep": None, "runs": [run]})
-    (row,) = [line for line in table.splitlines() if "| smt |" in line]
-    assert [cell.strip() for cell in row.split("|")][4:6] == ["1.500", "0.500"]
-
-
-def test_the_summary_says_which_goals_are_reached(tmp_path):
-    figures = {
-        "floor": {"step_s": [1.0], "device_s": 0.9, "host_s": [0.5], "peak_bytes": 2**30},
-        "smt": {"step_s": [1.02], "device_s": 0.99, "host_s": [0.6], "peak_bytes": 2**30 + 1},
-        "lora": {"step_s": [1.2], "device_s": 1.0, "host_s": [0.6], "peak_bytes": 2**31},
-    }
-    run = {"options": {"batch_size": 1, "tokens": 8}, "methods": figures}
-    (tmp_path / "training_peft.json").write_text(json.dumps({"sweep": None, "runs": [run]}))
-    text = report_benchmarks.summary(tmp_path)
-    assert "reached peft: step 1.020 x floor's, at most 1.05" in text and "reached peft: step 0.850 x lora's" in text
-    assert "MISSED  peft: device 1.100 x floor's, at most 1.03" in text and "reached peft: host 1.000 x lora's" in text

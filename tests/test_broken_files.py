@@ -18,6 +18,7 @@ from dense_truth import (
     wrap,
 )
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -85,7 +86,7 @@ def test_a_broken_file_over_an_adapter_of_the_same_name_leaves_it_as_it_was(base
     model, folder = two
     expected, before = outputs(model, batches[0]), state_of(model)
     config = deepcopy(model.peft_config["default"].to_dict())
-    with pytest.raises(Exception, match=r"\w"):
+    with pytest.raises((ValueError, SafetensorError), match=r"\w+ \w+ \w+"):
         model.load_adapter(broken(folder, how), "default", is_trainable=True)
     assert torch.equal(outputs(model, batches[0]), expected)
     assert_same_state(state_of(model), before)
@@ -97,11 +98,10 @@ def test_a_broken_file_over_an_adapter_of_the_same_name_leaves_it_as_it_was(base
 def test_a_broken_file_under_a_new_name_leaves_no_trace_and_the_others_right(base, batches, two, how):
     model, folder = two
     expected, before = outputs(model, batches[0]), state_of(model)
-    with pytest.raises(Exception, match=r"\w"):
+    with pytest.raises(ValueError, match=r"\w+ \w+ \w+"):
         model.load_adapter(broken(folder, how), "third")
-    if how != "truncated":  # which PEFT finds out by itself, and then leaves the adapter it has made, LoRA's too
-        assert list(model.peft_config) == ["default", "other"]
-        assert_same_state(state_of(model), before)
+    assert list(model.peft_config) == ["default", "other"]
+    assert_same_state(state_of(model), before)
     assert torch.equal(outputs(model, batches[0]), expected)
     for adapter in ("other", "default"):
         model.set_adapter(adapter)

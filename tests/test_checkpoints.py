@@ -65,7 +65,9 @@ def test_the_file_holds_the_values_and_hardly_anything_else(make_llama, tmp_path
     wrap(big, block_size=block_size, num_blocks=20).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert file.stat().st_size - header <= 1.01 * 4 * 20 * block_size**2 and header < 1024
+    manifest = load_file(file)["base_model.model.smt_bank.manifest"].numel()
+    assert manifest < 600 + 60 * 6, "a checksum, a sample of the base model, and a line for each of six targets"
+    assert file.stat().st_size - header - manifest <= 1.01 * 4 * 20 * block_size**2 and header < 1024
 
 
 @pytest.mark.parametrize("bias", ["smt_only", "all"])

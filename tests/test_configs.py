@@ -1,5 +1,6 @@
 """Tests of the files in configs, but for the studies: do scripts take them, and are their numbers right?"""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from command_line import read_options  # noqa: E402
 
 FINETUNE = [ROOT / "configs/quickstart.yaml", ROOT / "configs/qsmt.yaml"]
 PAPER = sorted((ROOT / "configs/paper").glob("*.yaml"))
+README = ROOT / "configs/paper/README.md"
+MODELS, MEMORY, CHECKPOINT = README.read_text().split("\n## ")
 COMPARISON = ROOT / "configs/paper/peft-method-comparison"
 SIZES = {  # hidden, feed-forward, layers, heads of keys and values, words
     "huggyllama/llama-7b": (4096, 11008, 32, 32, 32000),
@@ -29,8 +32,14 @@ SIZES = {  # hidden, feed-forward, layers, heads of keys and values, words
 }
 
 
-def options_of(path: Path) -> finetune.Options:
-    return read_options(["--config", str(path), "--use_cpu"], finetune.Options, TrainingArguments)[0]
+def options_of(path: Path, *words: str) -> tuple[finetune.Options, TrainingArguments]:
+    return read_options(["--config", str(path), "--use_cpu", "true", *words], finetune.Options, TrainingArguments)
+
+
+def rows_of(section: str) -> dict[str, list[str]]:
+    """The table of a section of the paper's README: model -> its cells."""
+    rows = re.findall(r"^\| `(\S+/\S+)` \| (.*) \|$", section, re.MULTILINE)
+    return {model: cells.split(" | ") for model, cells in rows}
 
 
 def model_of(name: str) -> torch.nn.Module:
@@ -48,16 +57,9 @@ def model_of(name: str) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def header_of(path: Path) -> str:
-    """What stands above the options, on one line."""
-    above = path.read_text(encoding="utf-8").split("\nmethods:")[0]
-    return re.sub(r"\n# ?", " ", above)
-
-
 @pytest.mark.parametrize("path", [*FINETUNE, *PAPER], ids=lambda path: path.stem)
 def test_every_file_is_one_that_finetune_takes(path):
-    argv = ["--config", str(path), "--use_cpu", "true"]
-    options, args = read_options(argv, finetune.Options, TrainingArguments)
+    options, args = options_of(path, *([] if path in FINETUNE else ["--model", "m"]))
     finetune.SMTConfig(**options.smt)
     finetune.LoraConfig(**options.lora)
     assert args.learning_rate <= 1e-2  # a number, not the text that YAML makes of 9.65e-6
@@ -67,59 +69,77 @@ def test_every_file_is_one_that_finetune_takes(path):
 # --- the paper's settings --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [path for path in PAPER if path.stem.endswith("_smt")], ids=lambda path: path.stem)
-def test_methods_of_a_model_differ_in_a_few_lines(path):
-    smt = yaml.safe_load(path.read_text())
-    others = [other for other in PAPER if other.stem.startswith(path.stem.removesuffix("smt")) and other != path]
-    for other in others:
-        values = yaml.safe_load(other.read_text())
-        different = {key for key in smt | values if smt.get(key) != values.get(key)}
-        assert different <= {"methods", "smt", "lora", "learning_rate", "output_dir"}, other.name
-    assert len(others) == 3
+def test_methods_share_what_is_not_their_own():
+    assert [path.stem for path in PAPER] == ["dora", "full", "lora", "smt"]
+    first, *others = (path.read_text().split("\n\n") for path in PAPER)
+    assert all(len(parts) == 2 and parts[1] == first[1] for parts in (first, *others))
+    for path, (own, _) in zip(PAPER, (first, *others), strict=True):
+        values = yaml.safe_load(own)
+        assert values["methods"] == path.stem and values.keys() <= {"methods", "learning_rate", "smt", "lora"}
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_a_file_is_about_the_method_of_its_name(path):
-    options = options_of(path)
-    assert options.methods == path.stem.split("_")[1] and f"runs/{path.stem}\n" in path.read_text()
+def test_the_command_is_that_of_the_first_row():
+    command = re.search(r"--config \S+/smt.yaml(.*?)```", MODELS, re.DOTALL)[1].replace("\\\n", "").split()
+    options, _ = options_of(README.parent / "smt.yaml", *command)
+    assert options.model == next(iter(rows_of(MODELS)))
+    assert f"--smt.num_blocks {options.smt['num_blocks']}`" in rows_of(MODELS)[options.model][2]
 
 
-@pytest.mark.parametrize("path", [path for path in PAPER if path.stem.endswith("_smt")], ids=lambda path: path.stem)
-def test_the_number_of_blocks_is_the_papers_share_of_the_models_parameters(path):
-    options, header = options_of(path), header_of(path)
-    model = model_of(options.model)
+@pytest.mark.parametrize("name", SIZES)
+def test_options_of_a_model_train_the_share_of_its_parameters_that_its_row_states(name):
+    parameters, blocks, *cells = rows_of(MODELS)[name]
+    model = model_of(name)
     total = model.num_parameters()
-    [stated] = {int(number.replace(",", "")) for number in re.findall(r"of ([\d,]+) parameters", header)}
-    assert stated == total
-    pairs = re.findall(r"([\d.]+) %(?: of [\d,]+ parameters / 65,536)? = ([\d,]+\d)", header)
-    shares = {int(number.replace(",", "")): float(share) / 100 for share, number in pairs}
-    if path.stem == "llama-7b_smt":  # the paper gives blocks there, not a share
-        [share] = re.findall(r"parameters = ([\d.]+) %", header)
-        assert f"{100 * options.smt['num_blocks'] * 256**2 / total:.3f}" == share
-    else:
-        assert options.smt["num_blocks"] in shares
-    for number, share in shares.items():
-        assert number == round(share * total / 256**2)
-    targets = [m.weight.numel() for name, m in model.named_modules() if name.endswith(("q_proj", "k_proj", "v_proj"))]
-    assert f"{sum(targets) // 256**2:,}" in header
+    assert parameters == f"{total:,}"
+    targets = [m.weight.numel() for key, m in model.named_modules() if key.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert blocks == f"{sum(targets) // 256**2:,}"
+    for method, cell in zip(("smt", "lora", "dora"), cells, strict=True):
+        words, share = re.fullmatch(r"(?:`(.*)` )?\(?([\d.]+) %\)?", cell).groups()
+        options, _ = options_of(README.parent / f"{method}.yaml", "--model", name, *(words or "").split())
+        if method == "smt":
+            assert abs(options.smt["num_blocks"] - float(share) / 100 * total / 256**2) < 1
+            trained = options.smt["num_blocks"] * options.smt["block_size"] ** 2
+        else:
+            assert options.lora["lora_alpha"] == 2 * options.lora["r"]
+            trained, _ = finetune.adapted(method, model, options).get_nb_trainable_parameters()
+            model = model_of(name)
+        assert f"{100 * trained / total:.{len(share.partition('.')[2])}f}" == share
 
 
-@pytest.mark.parametrize("path", [p for p in PAPER if p.stem.endswith("ora")], ids=lambda path: path.stem)
-def test_the_adapter_has_the_share_of_the_parameters_that_the_file_states(path):
-    options, header = options_of(path), header_of(path)
-    model = model_of(options.model)
-    total = model.num_parameters()
-    trained, _ = finetune.adapted(options.methods, model, options).get_nb_trainable_parameters()
-    assert f"{100 * trained / total:.2f} %" in header and f"{total:,}" in header
+def test_the_papers_other_budgets_are_its_shares_of_the_parameters():
+    [budgets] = re.findall(r"Its other budgets are,(.*?)\. None", MODELS, re.DOTALL)
+    for name, text in re.findall(r"of\s`([^`]+)`([^;]*)", budgets):
+        shares = re.findall(r"([\d.]+) % = ([\d,]*\d)", text)
+        assert shares
+        for share, number in shares:
+            assert int(number.replace(",", "")) == round(float(share) / 100 * model_of(name).num_parameters() / 256**2)
 
 
-@pytest.mark.parametrize("path", [path for path in PAPER if path.stem.endswith("_full")], ids=lambda path: path.stem)
-def test_the_memory_of_full_fine_tuning_is_reckoned_from_its_parameters(path):
-    header, total = header_of(path), model_of(options_of(path).model).num_parameters()
-    assert f"All {total:,} parameters" in header
-    on_gpu, offloaded = 2 + 2 / 4 + 12 / 4, 2 + 2 / 4  # bytes per parameter on each of 4 GPUs
-    for bytes_each in (on_gpu, offloaded, 12, 14):
-        assert f" {bytes_each * total / 1e9:.0f} GB" in header
+@pytest.mark.parametrize("name", SIZES)
+def test_memory_is_reckoned_from_the_models_dimensions(name):
+    hidden, feed_forward, layers, heads, _ = SIZES[name]
+    kept = 2 * (9 * hidden + hidden + 2 * 128 * heads + 4 * feed_forward) * layers * 16 * 512
+    per_parameter = (2 + 2 / 4 + 12 / 4, 2 + 2 / 4, 12, 14)
+    total = model_of(name).num_parameters()
+    assert rows_of(MEMORY)[name] == [f"{size / 1e9:.0f} GB" for size in (kept, *(b * total for b in per_parameter))]
+
+
+@pytest.mark.parametrize("method", ["smt", "full"])
+def test_the_official_choice_of_a_checkpoint_keeps_the_one_with_the_lowest_loss(method, tmp_path):
+    """On few rows, by steps that are too long."""
+    rows = [{"instruction": f"Add 1 to {n}.", "output": f"It is {n + 1}."} for n in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = re.search(r"```bash\n(.*)```", CHECKPOINT, re.DOTALL)[1].replace("\\\n", "").split()
+    files = ["--model", str(ROOT / "scripts/tiny_llama"), "--data", f"{tmp_path}/rows.json"]
+    small = "--smt.num_blocks 20 --smt.block_size 16 --smt.warmup_steps 2 --eval_rows 4 --eval_steps 1 --save_steps 1"
+    small += " --per_device_train_batch_size 4 --dtype float32 --bf16 false --max_steps 5"
+    small += " --optim sgd --learning_rate 10 --lr_scheduler_type constant --use_cpu true"
+    config = ["--config", str(README.parent / f"{method}.yaml")]
+    finetune.main([*config, *files, *words, *small.split(), "--output_dir", f"{tmp_path}/out"])
+    [[_, after]] = json.loads((tmp_path / "out/results.json").read_text())[method]["losses"].values()
+    log = json.loads((tmp_path / f"out/{method}/trainer_state.json").read_text())["log_history"]
+    losses = [value for entry in log if entry["step"] > 0 for key, value in entry.items() if key.endswith("json_loss")]
+    assert after == pytest.approx(min(losses)) and losses[-2] > min(losses)
 
 
 # --- PEFT's method comparison ----------------------------------------------------------------------------------------

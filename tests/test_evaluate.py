@@ -15,10 +15,11 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import evaluate  # noqa: E402
-import merge  # noqa: E402
 import scores  # noqa: E402
 from answering import most_likely  # noqa: E402
 from tasks import TASKS, load_test_rows, read_rows, training_data  # noqa: E402
+
+from smt_peft.__main__ import main as smt_peft  # noqa: E402
 
 
 def test_scores():
@@ -89,6 +90,16 @@ def test_generate_end_to_end_and_resume(command, tmp_path, monkeypatch, capsys):
         evaluate.main(command("--tasks", "boolq", "--num_beams", "1"))
 
 
+def test_the_protocol_reaches_the_answers_and_stands_beside_the_scores(command, tmp_path, monkeypatch):
+    few = ("--tasks", "boolq", "--limit", "1", "--num_beams", "1")
+    monkeypatch.setattr(evaluate, "generate", lambda *given: [{"prediction": "", "text": str(given[4].new_tokens)}])
+    results = evaluate.main(command(*few, "--protocol", "official"))
+    assert results["settings"]["protocol"] == "official"
+    assert json.loads((tmp_path / "out/results.rows/boolq.jsonl").read_text())["text"] == "256"
+    with pytest.raises(ValueError, match=r"was made with protocol 'official' \(now 'llm-adapters'\)"):
+        evaluate.main(command(*few))
+
+
 @pytest.mark.parametrize("mode", ["text_likelihood", "label_likelihood"])
 def test_likelihood_end_to_end_from_yaml(command, tmp_path, mode):
     settings = tmp_path / "settings.yaml"
@@ -109,12 +120,14 @@ def test_likelihood_end_to_end_from_yaml(command, tmp_path, mode):
 
 def test_refusals(command, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)  # all of this shows before the model is loaded
-    with pytest.raises(SystemExit, match="there is no folder ada, and a name on the hub looks like user/name"):
+    with pytest.raises(ValueError, match="There is no folder ada"):
         evaluate.main(command("--adapter", "ada"))
     with pytest.raises(ValueError, match="nothing to evaluate: name a --model, or an --adapter"):
         evaluate.main(command(model=None))
     with pytest.raises(ValueError, match="gsm8k: its answers are numbers"):
         evaluate.main(command("--mode", "text_likelihood", "--tasks", "boolq,math"))
+    with pytest.raises(ValueError, match="protocol official is a way to generate, but mode is text_likelihood"):
+        evaluate.main(command("--mode", "text_likelihood", "--protocol", "official"))
     with pytest.raises(ValueError, match="batch_size 0"):
         evaluate.main(command("--batch_size", "0"))
     with pytest.raises(FileNotFoundError, match="no file with the test rows of boolq"):
@@ -172,7 +185,7 @@ def test_what_the_base_model_of_an_adapter_learnt_counts_too(adapter, copy):
 def test_a_merged_model_says_what_its_base_model_and_the_adapter_learnt(command, adapter, copy, tmp_path, learnt):
     if learnt:
         (copy / "training_data.json").write_text(json.dumps({"train": learnt}))
-    merge.merge(merge.Options(adapter=str(adapter), output=f"{tmp_path}/merged", base=str(copy)))
+    smt_peft(["merge", str(adapter), "--base", str(copy), "--out", f"{tmp_path}/merged", "--load"])  # it is LoRA
     results = evaluate.main(command(*BOOLQ, model=tmp_path / "merged"))
     assert results["settings"]["trained_on"] == ",".join(learnt or ["boolq_train"])
     assert results["tasks"]["boolq"]["notes"][0] == LEFT_OUT
@@ -181,7 +194,7 @@ def test_a_merged_model_says_what_its_base_model_and_the_adapter_learnt(command,
 def test_a_merged_model_says_nothing_where_the_adapter_does_not(adapter, copy, tmp_path):
     (copy / "training_data.json").write_text('{"train": ["math_data_train"]}')
     (adapter / "training_data.json").unlink()
-    merge.merge(merge.Options(adapter=str(adapter), output=f"{tmp_path}/merged", base=str(copy)))
+    smt_peft(["merge", str(adapter), "--base", str(copy), "--out", f"{tmp_path}/merged", "--load"])  # it is LoRA
     assert training_data(f"{tmp_path}/merged") is None  # half of it would pass for all of it
 
 

@@ -1,4 +1,4 @@
-"""Tests of scripts/recipes.py: what the quality study's methods do, against direct computations."""
+"""Tests of scripts/studies/recipes.py: what the quality study's methods do, against direct computations."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
 
 import bench_quality
 import recipes

@@ -1,4 +1,4 @@
-"""Tests of scripts/finetune.py and scripts/merge.py."""
+"""Tests of scripts/finetune.py, and of merging what it writes."""
 
 import gc
 import json
@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import finetune  # noqa: E402
-import merge  # noqa: E402
 import tasks  # noqa: E402
 from command_line import read_options  # noqa: E402
+
+from smt_peft.__main__ import main as smt_peft  # noqa: E402
 
 KINDS = (finetune.Options, TrainingArguments)
 ROWS = [{"instruction": f"Say {n}.", "input": "Now." * (n % 2), "output": f"It is {n}."} for n in range(12)]
@@ -160,7 +161,7 @@ def test_the_training_data_is_named_beside_all_saved_weights(run, files):
 
 
 def test_plain_transformers_loads_what_merge_writes(files, adapter):
-    merge.merge(merge.Options(adapter=str(adapter), output=str(files / "merged")))
+    smt_peft(["merge", str(adapter), "--out", str(files / "merged")])
     command = [sys.executable, "-c", PLAIN_LOGITS, files / "merged", files / "logits.pt"]
     subprocess.run(command, check=True, capture_output=True, cwd=files)
     with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(files / "model"), adapter)
@@ -352,28 +353,3 @@ def test_held_out_rows_are_not_trained_on(files):
 def test_data_that_cannot_be_used_is_refused_in_words(tokenizer, columns, message):
     with pytest.raises(SystemExit, match=message):
         finetune.encode(Dataset.from_dict(columns), tokenizer, 99)
-
-
-# --- what merge.py refuses ------------------------------------------------------------------------------------------
-
-
-def test_merge_says_that_there_is_no_such_adapter(tmp_path):
-    with pytest.raises(SystemExit, match="there is no folder nowhere"):
-        merge.merge(merge.Options(adapter="nowhere", output=str(tmp_path / "out")))
-
-
-def test_merge_says_that_a_folder_is_no_adapter(tmp_path):
-    with pytest.raises(SystemExit, match=r"no adapter_config\.json"):
-        merge.merge(merge.Options(adapter=str(tmp_path), output=str(tmp_path / "out")))
-
-
-def test_merge_does_not_overwrite_anything(files):
-    with pytest.raises(SystemExit, match="is not empty"):
-        merge.merge(merge.Options(adapter=str(files), output=str(files)))
-
-
-def test_merge_asks_for_a_base_that_the_adapter_does_not_name(tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "SMT"}')
-    with pytest.raises(SystemExit, match="--base"):
-        merge.merge(merge.Options(adapter=str(tmp_path / "adapter"), output=str(tmp_path / "out")))

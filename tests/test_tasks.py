@@ -71,6 +71,15 @@ def test_words(name, text, word):
     assert TASKS[name].is_right(word, "false") == (word == "false")
 
 
+@pytest.mark.parametrize(
+    "name, text, word",
+    [("boolq", "TRUE, not false", "true"), ("piqa", "Solution2", "solution2"), ("AQuA", "a, (C)", "C")],
+)
+def test_words_in_lower_case(name, text, word):
+    assert TASKS[name].extract(text, lower_case=True) == word
+    assert TASKS[name].extract(f"### Response: {text}", lower_case=True) == ""
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_each_gold_answer_is_right_and_others_are_wrong(name, data):
     task = TASKS[name]

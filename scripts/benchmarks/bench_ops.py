@@ -1,0 +1,231 @@
+"""Time of each op of smt_peft.ops beside what its bytes and its FLOPs would take on this machine.
+
+    python scripts/benchmarks/bench_ops.py --output docs/results/ops_cpu.json
+
+The machine's rates are measured first: bytes/s of a large copy, FLOP/s of a large matrix product in each dtype. Then
+each op runs on operands of real shapes; its result is compared with float64 before it is timed. No implementation can
+take less than the larger of bytes / rate (every operand read, every result written once) and FLOPs / rate. What the
+first call takes longer, because kernels are compiled and tuned once per shape, stands apart.
+Each row is printed and in the file as soon as it is made. Exit status 3 says that rows are missing.
+`scripts/benchmarks/report_benchmarks.py` turns the JSON file into a table.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from bench_training import header
+from torch import Tensor
+from transformers import HfArgumentParser
+
+from smt_peft import ops
+from smt_peft.ops import reference
+from smt_peft.selection import select
+
+SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], the most important first
+    # A layer of the CPU benchmark's model: few blocks, many, small ones; sorted.
+    "cpu": [(512, 512, 512, 64, 2, "tiles"), (512, 512, 512, 64, 16, "tiles"), (512, 512, 512, 64, 16, "sorted"),
+            (512, 512, 512, 32, 16, "tiles"), (512, 512, 512, 32, 16, "sorted"), (1408, 512, 512, 64, 16, "tiles")],
+    # q and v of Llama-3.2-3B in PEFT's setting (140 blocks of 56 layers), v of a 7B at 0.86 %, crowded, small blocks.
+    "cuda": [(3072, 3072, 3072, 256, 3, "tiles"), (3072, 3072, 3072, 256, 3, "sorted"),
+             (1024, 3072, 3072, 256, 5, "tiles"), (4096, 4096, 2048, 256, 28, "tiles"),
+             (4096, 4096, 2048, 256, 28, "sorted"), (4096, 4096, 8192, 256, 128, "tiles"),
+             (4096, 4096, 2048, 64, 448, "tiles"), (4096, 4096, 2048, 64, 448, "sorted"),
+             (4096, 4096, 2048, 32, 1792, "tiles")],
+}  # fmt: skip
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+KINDS = {"tiles": "blocks", "sorted": "sorted blocks"}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Command:
+    output: str | None = None
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds: float = field(default=0.2, metadata={"help": "of timing per row"})
+    limit_s: float = field(default=60, metadata={"help": "no row starts later than this"})
+
+
+@dataclass
+class Op:
+    """A call to time, the float64 truth about its first result, and the least work that it takes."""
+
+    name: str
+    call: Callable[[], Tensor]
+    truth: Tensor
+    bytes: int
+    flops: int
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    begin = time.monotonic()
+    (command,) = HfArgumentParser(Command).parse_args_into_dataclasses()
+    dtypes, sizes = DTYPES[command.device], SIZES[command.device]
+    # One size is enough to see how float32 does on a GPU.
+    settings = [(size, dtype) for dtype in dtypes for size in (sizes if dtype == dtypes[0] else sizes[:1])]
+    result = {**header(command.device), "bytes_per_s": copy_rate(command), "flops_per_s": {}, "ops": []}
+    try:
+        for dtype in dtypes:
+            result["flops_per_s"][name_of(dtype)] = matmul_rate(dtype, command)
+        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["flops_per_s"].items())
+        print(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {rates}")
+        print(f"{'op':16} {'dtype':8} {'size':56} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
+        for size, dtype in settings:
+            for op in cases(*size, dtype, command.device):
+                if time.monotonic() - begin > command.limit_s:
+                    raise TimeoutError
+                row = measure(op, size, dtype, result, command)
+                result["ops"].append(row)
+                print(line(row), flush=True)
+                write(result, command)
+        result["selection_of_a_million_blocks_s"] = selection_seconds(command)
+        write(result, command)
+    except (TimeoutError, KeyboardInterrupt) as stop:
+        print(f"Rows are missing: {'no time is left' if isinstance(stop, TimeoutError) else 'stopped'}.")
+        return 3
+    return 0
+
+
+def cases(
+    out: int, in_: int, tokens: int, block: int, count: int, arrangement: str, dtype: torch.dtype, device: str
+) -> Iterator[Op]:
+    """Every op with `count` distinct random blocks, float32, of a weight [out, in]."""
+    torch.manual_seed(0)
+    dy, x = torch.randn(tokens, out, device=device, dtype=dtype), torch.randn(tokens, in_, device=device, dtype=dtype)
+    grid = (out // block, in_ // block)
+    places = torch.randperm(grid[0] * grid[1])[:count].sort().values
+    sides = [places // grid[1], places % grid[1]]
+    orders = [torch.arange(side).view(-1, block) for side in (out, in_)]
+    if arrangement == "sorted":
+        orders = [order.flatten()[torch.randperm(order.numel())].view(-1, block).sort(1).values for order in orders]
+        sides = [order[side] for order, side in zip(orders, sides, strict=True)]
+    plan = ops.move(ops.plan(*sides, keep_input=False), torch.device(device))
+    entries = ops.entries(plan, block)
+    delta = torch.randn(count, block, block, device=device)
+    flops, item = 2 * tokens * count * block**2, dtype.itemsize
+    written, read = (tokens * block * len(side.at) * item for side in plan[:2])
+
+    sparse = torch.zeros(out, in_, dtype=torch.float64, device=device)
+    sparse[entries] = delta.to(dtype).double()
+    # Nothing to do where all lines are read.
+    at = plan.inner.at if plan.inner.at.ndim == 2 else orders[1].to(device)[plan.inner.at]
+    yield Op("gather", lambda: reference.gather(x, plan.inner.at, block), x.double()[:, at.flatten()],
+             2 * read, 0)  # fmt: skip
+
+    kept, y, dx = reference.gather(x, plan.inner.at, block), dy.clone(), torch.zeros_like(x)
+    yield Op("block_add_", lambda: added(y, kept, delta, plan.out, plan.kept), dy.double() + x.double() @ sparse.T,
+             read + 2 * written + delta.nbytes, flops)  # fmt: skip
+    yield Op("block_add_ to dx", lambda: added(dx, dy, delta.mT, plan.inner, plan.out), dy.double() @ sparse,
+             written + 2 * read + delta.nbytes, flops)  # fmt: skip
+
+    dense = dy.double().T @ x.double()
+    yield Op("block_grad", lambda: ops.block_grad(dy, kept, plan.out, plan.kept, block), dense[entries],
+             written + read + delta.nbytes, flops)  # fmt: skip
+    if arrangement == "tiles":  # sorted ones are scored so, too, on dy and x in order
+        scores = dense.abs().unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).mean((1, 3))
+        yield Op("block_scores", lambda: ops.block_scores(dy, x, block, "abs_mean"), scores,
+                 tokens * (out + in_) * item + 4 * grid[0] * grid[1], 2 * tokens * out * in_)  # fmt: skip
+
+
+def added(y: Tensor, *args) -> Tensor:
+    ops.block_add_(y, *args)
+    return y
+
+
+def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, command: Command) -> dict:
+    synchronize(command)
+    start = time.perf_counter()
+    result = op.call()
+    synchronize(command)
+    first = time.perf_counter() - start
+    error = float((result.double() - op.truth).abs().max() / op.truth.abs().max())
+    if not error <= TOLERANCE[dtype]:
+        raise SystemExit(f"{op.name} is wrong by {error:.1e} of the largest entry at {size} in {dtype}: not timed.")
+    out, in_, tokens, block, count, arrangement = size
+    return {
+        "op": op.name,
+        "dtype": name_of(dtype),
+        "size": f"[{out}, {in_}], {tokens} tokens, {count} {KINDS[arrangement]} of {block}",
+        "error": error,
+        "first_call_s": first,
+        "seconds": median_seconds(op.call, command),
+        "bytes_s": op.bytes / rates["bytes_per_s"],
+        "flops_s": op.flops / rates["flops_per_s"][name_of(dtype)],
+    }
+
+
+def line(row: dict) -> str:
+    ratio = row["seconds"] / max(row["bytes_s"], row["flops_s"])
+    times = f"{1e6 * row['seconds']:8.1f} {ratio:6.2f} {row['error']:7.0e}  {row['first_call_s']:.2f}"
+    return f"{row['op']:16} {row['dtype']:8} {row['size']:56} {times}"
+
+
+def write(result: dict, command: Command) -> None:
+    if command.output:
+        path = Path(command.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")  # whenever this is interrupted, one whole file stands
+        part.write_text(json.dumps(result, indent=1))
+        part.replace(path)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def synchronize(command: Command) -> None:
+    if command.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(call: Callable[[], object], command: Command) -> float:
+    """Median time of a call, warm caches, after it ran a few times. On a GPU by events around each call."""
+    for _ in range(5):
+        call()
+    seconds, end = [], time.perf_counter() + command.seconds
+    while len(seconds) < 10 or time.perf_counter() < end:
+        if command.device == "cuda":
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda._sleep(200_000)  # let the host queue the call before the device comes to it
+            marks[0].record()
+            call()
+            marks[1].record()
+            torch.cuda.synchronize()
+            seconds.append(marks[0].elapsed_time(marks[1]) / 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def copy_rate(command: Command) -> float:
+    source = torch.zeros(2**28 if command.device == "cuda" else 2**25, device=command.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), command)
+
+
+def matmul_rate(dtype: torch.dtype, command: Command) -> float:
+    side = 8192 if command.device == "cuda" else 1536
+    a, b = (torch.randn(side, side, device=command.device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / median_seconds(lambda: a @ b, command)
+
+
+def selection_seconds(command: Command) -> float:
+    """The best 1 % of a million blocks in 300 matrices."""
+    scores = [torch.rand(58, 58, device=command.device) for _ in range(300)]
+    start = time.perf_counter()
+    select(scores, [(list(range(300)), 10_000)], "model")
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

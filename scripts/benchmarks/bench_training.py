@@ -1,0 +1,571 @@
+"""Cost of a training step: SMT beside the floor, LoRA and other PEFT methods at equal trainable parameters.
+
+    python scripts/benchmarks/bench_training.py --setting cpu-small --results docs/results
+    python scripts/benchmarks/bench_training.py --setting host          what each adapted layer costs the host
+    bash scripts/benchmarks/bench_gpu.sh                                all settings for one GPU
+
+Weights are random in real shapes: cost does not depend on values. The floor is the same model, frozen, with gradients
+flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
+All methods stand on the same base weights within one process and take turns (rounds), so that a slow moment of the
+machine hits all of them; compare ratios. In every forward transformers waits for the device once, to see if sequences
+are packed, for all methods alike. Each setting writes `training_SETTING.json` as it goes, keeps what such a file holds
+already, and stops at a limit in seconds; exit status 3 says that something is missing.
+`scripts/benchmarks/report_benchmarks.py` turns these files into tables and pictures.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import json
+import math
+import os
+import platform
+import pstats
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, MissConfig, ShiraConfig, get_peft_model
+from report_benchmarks import host_table, training_table
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+
+from smt_peft import SMTConfig, select_blocks
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "vocab_size")  # fmt: skip
+SHAPES = {  # in the order of SIZES
+    "tiny": (64, 128, 2, 4, 2, 64),
+    "tiny-deep": (64, 128, 28, 4, 2, 64),
+    "cpu-small": (512, 1408, 6, 8, 4, 4096),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256),
+    "llama-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama-13b": (5120, 13824, 40, 40, 40, 32000),
+}
+METHODS = ["floor", "smt", "lora", "dora", "miss", "shira", "full", "smt-warmup"]
+QV, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
+NO_TIME = "no time was left"
+LEAST = 20  # seconds that a setting needs to get anywhere
+LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class Command:
+    setting: list[str] = field(default_factory=lambda: ["cpu-small"])
+    results: str | None = field(default=None, metadata={"help": "folder to write to; default: print only"})
+    seconds: float = field(default=math.inf, metadata={"help": "limit of each setting"})
+    total_seconds: float = field(default=math.inf, metadata={"help": "limit of all of them together"})
+    rehearse: bool = field(default=False, metadata={"help": "run the settings at toy size on CPU"})
+
+
+@dataclass
+class Options:
+    """What is measured. A setting gives a starting point; every option named on the command line overrides it."""
+
+    shape: str = "cpu-small"
+    layers: int | None = field(default=None, metadata={"help": "only so many decoder layers"})
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    target_modules: list[str] = field(default_factory=lambda: list(QV))
+    rank: int = field(default=8, metadata={"help": "LoRA's rank; its parameters are the budget of every method"})
+    trainable_ratio: float | None = field(default=None, metadata={"help": "sets the rank: share of the base model"})
+    block_size: int = 64
+    batch_size: int = 2
+    tokens: int = 256
+    dtype: str = "float32"
+    checkpointing: str = "none"  # or non-reentrant, or reentrant
+    compile: bool = field(default=False, metadata={"help": "torch.compile each decoder layer"})
+    steps: int = field(default=4, metadata={"help": "timed steps per method and round"})
+    rounds: int = 8
+    sweep: str | None = field(default=None, metadata={"help": "option to vary: one run for each of `values`"})
+    values: list[str] = field(default_factory=list)
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+PEFT = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4, "tokens": 768, "dtype": "bfloat16"}
+PAPER = {"shape": "llama-7b", "trainable_ratio": 0.0086, "target_modules": QKV, "block_size": 256, "batch_size": 2,
+         "tokens": 1024, "dtype": "bfloat16"}  # fmt: skip
+THREE = {"methods": ["floor", "smt", "lora"]}
+SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 3, "rounds": 2}
+CPU_SWEEP = {**THREE, "steps": 3, "rounds": 4}
+BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "0.025", "0.05"], "target_modules": QKV}
+SETTINGS = {
+    "cpu-small": {},
+    "cpu-budgets": {**CPU_SWEEP, **BUDGETS, "block_size": 32},
+    "cpu-blocks": {**CPU_SWEEP, "sweep": "block_size", "values": ["32", "64", "128"], "trainable_ratio": 0.0086},
+    "cpu-context": {**CPU_SWEEP, "sweep": "tokens", "values": ["64", "256", "1024"], "batch_size": 1},
+    "host": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
+             "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
+    "peft": {**PEFT, "methods": ["floor", "smt", "lora", "lora-bf16", "dora", "miss", "full", "smt-warmup", "shira"]},
+    "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", "lora-bf16"], "rounds": 6},
+    "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
+    "compile": {**PAPER, **THREE, "layers": 4, "compile": True, "rounds": 6},
+    "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "4096", "8192"], "batch_size": 1},
+    "budgets": {**SWEEP, **BUDGETS, "block_size": 128},
+    "blocks": {**SWEEP, "sweep": "block_size", "values": ["32", "64", "128", "256"]},
+    "checkpointing": {**PEFT, **THREE, "sweep": "checkpointing", "values": ["none", "non-reentrant"], "rounds": 2},
+    "sizes": {**SWEEP, "layers": None, "sweep": "shape", "batch_size": 1,
+              "values": ["llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-13b"]},
+}  # fmt: skip
+TOY = {"shape": "tiny", "layers": None, "trainable_ratio": None, "rank": 16, "block_size": 16, "batch_size": 1,
+       "tokens": 32, "steps": 2, "rounds": 2, "device": "cpu"}  # fmt: skip
+TOY_VALUES = {"trainable_ratio": ["0.05"], "block_size": ["8", "16"], "tokens": ["16", "32"], "shape": ["tiny"]}
+KINDS = {"trainable_ratio": float, "block_size": int, "tokens": int,
+         "target_modules": {"q,v": QV, "all linear": LINEAR}.__getitem__}  # fmt: skip
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    begin = time.monotonic()
+    parser = HfArgumentParser((Command, Options))
+    command = parser.parse_args_into_dataclasses()[0]
+    unknown = [name for name in command.setting if name not in SETTINGS]
+    if unknown:
+        raise SystemExit(f"--setting {unknown[0]} is not one of {', '.join(SETTINGS)}.")
+    results = []
+    for name in command.setting:
+        parser = HfArgumentParser((Command, Options))
+        parser.set_defaults(**SETTINGS[name])
+        options = parser.parse_args_into_dataclasses()[1]
+        if command.rehearse:
+            options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, options.values))
+        path = Path(command.results, f"training_{name}.json") if command.results else None
+        result = kept(path, name, options)
+        results.append(result)
+        deadline = min(time.monotonic() + command.seconds, begin + command.total_seconds)
+        if time.monotonic() + LEAST > deadline:
+            print(f"{name}: no time is left.")
+            continue
+        try:
+            measure(result, options, path, deadline)
+        except KeyboardInterrupt:
+            print("Stopped.")
+            break
+    for result in results:
+        if result["runs"]:
+            print(f"\n{result['setting']}: {result['machine']}\n\n{training_table(result)}", flush=True)
+            if result["setting"] == "host":
+                print(f"\n{host_table(result)}")
+    return 0 if len(results) == len(command.setting) and all(result["complete"] for result in results) else 3
+
+
+def header(device: str) -> dict:
+    """What stands beside a number: command, machine, versions, and how busy the machine was with other things."""
+    on_gpu, threads = device == "cuda", torch.get_num_threads()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "machine": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), threads: {threads}",
+        "load_average": None if on_gpu else round(os.getloadavg()[0], 1),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def kept(path: Path | None, setting: str, options: Options) -> dict:
+    """What is to be filled: the file's result if it was made on this machine, else a new one."""
+    head = header(options.device)
+    if path and path.exists():
+        result = json.loads(path.read_text())
+        if result.get("complete"):
+            return result
+        if "complete" in result and result["machine"] == head["machine"]:
+            return {**result, "runs": [run for run in result["runs"] if run["complete"]]}
+    return {**head, "setting": setting, "sweep": options.sweep, "complete": False, "runs": []}
+
+
+def measure(result: dict, options: Options, path: Path | None, deadline: float) -> None:
+    """Fill a setting's result, run by run, until the deadline; written whenever there is something new."""
+
+    def write() -> None:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".new").write_text(json.dumps(result, indent=1))
+            path.with_suffix(".new").replace(path)
+
+    kind = KINDS.get(options.sweep, str)
+    points = [replace(options, **{options.sweep: kind(value)}) for value in options.values] or [options]
+    done, longest = [run["options"] for run in result["runs"]], 0.0
+    for point in points:
+        begin = time.monotonic()
+        if result["complete"] or asdict(point) in done:
+            continue
+        if begin + longest > deadline:
+            print(f"{result['setting']}: no time is left for the rest.", flush=True)
+            return
+        run = {"options": asdict(point), "complete": False, "methods": {}}
+        result["runs"].append(run)
+        measure_run(run, point, deadline, write)
+        longest = max(longest, time.monotonic() - begin)
+        if options.sweep:
+            print(training_table({**result, "runs": [run]}), flush=True)
+    result["complete"] = all(run["complete"] for run in result["runs"])
+    write()
+
+
+def measure_run(run: dict, options: Options, deadline: float, write: Callable[[], None]) -> None:
+    """All methods for one combination of options: what can be counted, one by one, then times, in turns."""
+    begin = time.monotonic()
+    base = random_llama(options.shape, options.layers, options.dtype, options.device)
+    batch = torch.randint(0, base.config.vocab_size, (options.batch_size, options.tokens), device=options.device)
+    run["base_parameters"], figures, trials = base.num_parameters(), run["methods"], []
+    for method in options.methods:
+        left = deadline - time.monotonic()
+        if trials and left < 0.4 * (deadline - begin):
+            figures[method] = {"note": NO_TIME}
+            continue
+        figures[method] = {"step_s": [], "synced_s": [], "host_s": []}
+        count = partial(counted, base, method, options, batch, figures[method])
+        guarded(figures[method], lambda count=count: trials.append(count()), max(20, 0.6 * left))
+        write()
+    gc.freeze()  # a process with one method has a tenth of these objects to go through
+    for turn in range(options.rounds):
+        left = deadline - time.monotonic()
+        for trial in trials[:: -1 if turn % 2 else 1]:
+            if "note" not in figures[trial.method]:
+                guarded(figures[trial.method], partial(trial.take_turn, figures[trial.method]), max(20, 0.6 * left))
+        write()
+        if time.monotonic() > deadline:
+            break
+    if options.sweep == "target_modules":
+        run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
+    run["complete"] = not any(figure.get("note") == NO_TIME for figure in figures.values())
+    trials.clear()
+    gc.unfreeze()
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    write()
+
+
+def guarded(figure: dict, action: Callable[[], object], seconds: float) -> None:
+    """One method that fails, or takes more than so many seconds, costs the run nothing but its own row."""
+
+    def stop(*_) -> None:
+        raise TimeoutError("it took too long")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0 if seconds == math.inf else seconds)
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        figure["note"] = "out of memory"
+    except Exception as error:
+        if "CUDA error" in str(error):  # nothing works afterwards in this process
+            raise
+        traceback.print_exc()
+        figure["note"] = str(error).strip().partition("\n")[0] or type(error).__name__
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def counted(base: LlamaForCausalLM, method: str, options: Options, batch: torch.Tensor, figure: dict) -> Trial:
+    start = time.perf_counter()
+    trial = Trial(base, method, options, batch)
+    figure |= trial.count()
+    device = f", device {1e3 * figure['device_s']:.2f} ms" if "device_s" in figure else ""
+    first = f"first step {figure.get('first_step_s', 0):.2f} s{device}"
+    seconds = time.perf_counter() - start
+    print(f"{method}: {figure['trainable_parameters']:,} trained, {first} ({seconds:.1f} s in all)", flush=True)
+    return trial
+
+
+# --- one method on the base ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def random_llama(shape: str, layers: int | None, dtype: str, device: str) -> LlamaForCausalLM:
+    """A frozen LLaMA with random weights, made on the device."""
+    sizes = dict(zip(SIZES, SHAPES[shape], strict=True))
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+    tied = sizes["vocab_size"] > 100_000  # as in the small LLaMA 3.2
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):
+        config = LlamaConfig(**sizes, tie_word_embeddings=tied, max_position_embeddings=8192, use_cache=False)
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def targets(base: nn.Module, options: Options) -> list[nn.Module]:
+    return [module for name, module in base.named_modules() if name.rpartition(".")[2] in options.target_modules]
+
+
+def rank_of(base: LlamaForCausalLM, options: Options) -> tuple[int, int]:
+    """LoRA's rank, and its parameters: the budget that the other methods get, as near as they can."""
+    sides = sum(sum(module.weight.shape) for module in targets(base, options))
+    if options.trainable_ratio is None:
+        return options.rank, options.rank * sides
+    rank = max(1, round(options.trainable_ratio * base.num_parameters() / sides))
+    return rank, rank * sides
+
+
+def attach(base: LlamaForCausalLM, method: str, options: Options) -> tuple[nn.Module, LlamaForCausalLM]:
+    """A model of its own on the base's weights with one method's adapter, and the LLaMA in it."""
+    train = method == "full"
+    llama = deepcopy(base, {id(p): nn.Parameter(p.data, requires_grad=train) for p in base.parameters()})
+    if options.checkpointing != "none":
+        llama.gradient_checkpointing_enable({"use_reentrant": options.checkpointing == "reentrant"})
+    if options.checkpointing != "none" or options.compile:  # no hook inside a compiled layer; as PEFT does, for all
+        llama.enable_input_require_grads()
+    rank, budget = rank_of(base, options)
+    common = {"target_modules": options.target_modules}
+    lora = LoraConfig(r=rank, **common)
+    smt = SMTConfig(block_size=options.block_size, num_blocks=max(1, round(budget / options.block_size**2)),
+                    selection="random", scope="module", warmup_steps=options.steps + 2, **common)  # fmt: skip
+    shira = ShiraConfig(r=rank, **common)
+    shira.mask_fn = random_mask
+    configs = {
+        "smt": smt,
+        "smt-warmup": replace(smt, selection="gradient"),
+        "lora": lora,
+        "lora-bf16": lora,
+        "dora": replace(lora, use_dora=True),
+        "miss": MissConfig(r=max(1, round(budget / sum(len(m.weight) for m in targets(base, options)))), **common),
+        "shira": shira,
+    }
+    model = llama
+    if method in configs:  # PEFT's default holds the adapters of 16-bit models in float32
+        model = get_peft_model(llama, configs[method], autocast_adapter_dtype=method != "lora-bf16")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if abs(trained / budget - 1) > 0.06:  # DoRA's magnitudes are some 5 %
+            raise ValueError(f"not comparable: {trained:,} parameters, the budget is {budget:,}")
+    elif not train and not options.compile:
+        for module in targets(llama.model.layers[0], options):
+            module.register_forward_hook(require_gradient)
+    return model, llama
+
+
+def require_gradient(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output if output.requires_grad else output.requires_grad_()
+
+
+def random_mask(base_layer: nn.Linear, r: int, **_) -> torch.Tensor:
+    """As SHiRA's own, which draws on the CPU, seconds for each layer of a large model."""
+    weight = base_layer.weight
+    mask = torch.zeros(weight.numel(), device=weight.device)
+    mask[torch.randperm(weight.numel(), device=weight.device)[: r * sum(weight.shape)]] = 1
+    return mask.view(weight.shape)
+
+
+class Trial:
+    """One method, ready to take steps. All stand on the same weights, which no method but `full` changes."""
+
+    def __init__(self, base: LlamaForCausalLM, method: str, options: Options, batch: torch.Tensor):
+        self.method, self.options, self.batch = method, options, batch
+        self.on_gpu = options.device == "cuda"
+        # What the other trials hold is no part of this one's peak.
+        weights = sum(p.nbytes for p in base.parameters())
+        self.others = torch.cuda.memory_allocated() - weights if self.on_gpu else 0
+        self.model, self.llama = attach(base, method, options)
+        self.model.train()
+        if options.compile:
+            torch._dynamo.config.recompile_limit = 64  # shared by all methods: they run the same decoder layer
+            for layer in self.llama.model.layers:
+                layer.compile()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        # As the Trainer's.
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
+
+    def backward(self, batch: torch.Tensor | None = None) -> None:
+        batch = self.batch if batch is None else batch
+        self.model(input_ids=batch, labels=batch).loss.backward()
+
+    def step(self, batch: torch.Tensor | None = None) -> None:
+        self.backward(batch)
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def clock(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def count(self) -> dict:
+        """What needs no rounds: parameters, bytes, FLOPs, kernels and the time that they take together."""
+        figure = {"trainable_parameters": sum(p.numel() for p in self.trained)}
+        if self.method == "smt-warmup":
+            return {"trainable_parameters": 0}
+        graphs, breaks = compiler_counts() if self.options.compile else (0, 0)
+        start = self.clock()
+        self.step()
+        figure["first_step_s"] = self.clock() - start  # compiles and tunes kernels: no part of the other times
+        self.step()
+        state = [t for s in self.optimizer.state.values() for t in s.values()] if self.optimizer else []
+        figure["optimizer_bytes"] = sum(t.nbytes for t in state if t.dim())
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self.step()
+            figure["peak_bytes"] = torch.cuda.max_memory_allocated() - self.others
+            figure |= self.profile()
+        elif not self.options.compile:
+            with CountLaunches() as counter:
+                self.step()
+            figure["launches"] = counter.count
+        if self.options.compile:
+            now = compiler_counts()
+            return {**figure, "graphs": now[0] - graphs, "graph_breaks": now[1] - breaks}
+        return {**figure, "saved_bytes": self.saved_bytes(), "flops": self.flops()}
+
+    def profile(self) -> dict:
+        """Kernels of one step: how many, how long together, and which."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            self.step()
+            self.clock()
+        kernels: dict[str, list] = defaultdict(lambda: [0, 0.0])
+        for event in profiler.events():
+            on_device = event.device_type == torch.autograd.DeviceType.CUDA
+            if on_device and not getattr(event, "is_user_annotation", False):
+                kernels[event.name][0] += 1
+                kernels[event.name][1] += event.time_range.elapsed_us() / 1e6
+        longest = sorted(kernels.items(), key=lambda item: -item[1][1])
+        return {
+            "launches": sum(count for count, _ in kernels.values()),
+            "device_s": sum(seconds for _, seconds in kernels.values()),
+            "kernels": {name[:160]: values for name, values in longest[:40]},
+        }
+
+    def saved_bytes(self) -> int:
+        """Bytes of the distinct storages, other than weights, that a forward saves for its backward."""
+        saved = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = (tensor.coalesce().values() if tensor.is_sparse else tensor).untyped_storage()
+            saved[storage.data_ptr()] = storage  # held, so that no address is used twice
+            return tensor.detach()  # the tensor itself could be a node's own output, and never be freed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.model(input_ids=self.batch, labels=self.batch)
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
+
+    def flops(self) -> int | None:
+        """As PyTorch counts them, attention spelt out, since its formula refuses grouped queries in some versions.
+
+        None where that fails or would take much memory.
+        """
+        if self.options.tokens > 2048:
+            return None
+        try:
+            self.llama.set_attn_implementation("eager")
+            with FlopCounterMode(display=False) as counter:
+                self.backward()
+            return counter.get_total_flops()
+        except Exception as error:
+            print(f"{self.method}: FLOPs not counted: {error!r}")
+            return None
+        finally:
+            self.llama.set_attn_implementation("sdpa")
+            self.model.zero_grad()
+
+    def take_turn(self, figure: dict) -> None:
+        """Some steps: back to back, each waited for, and (few tokens, not waited for) the time of the host alone."""
+        steps = self.options.steps
+        if self.method == "smt-warmup":
+            figure["synced_s" if self.on_gpu else "step_s"].append(self.warm_up())
+            return
+        if not self.on_gpu:
+            figure["step_s"].append(median(self.timed(self.step) for _ in range(steps)))
+            return
+        figure["step_s"].append(self.timed(lambda: [self.step() for _ in range(steps)]) / steps)
+        figure["synced_s"].append(median(self.timed(self.step) for _ in range(2)))
+        if not self.options.compile:  # another shape would compile anew
+            figure["host_s"].append(self.host_seconds())
+
+    def timed(self, action: Callable[[], object]) -> float:
+        start = self.clock()
+        action()
+        return self.clock() - start
+
+    def host_seconds(self) -> float:
+        """Time until Python has enqueued a step that the device has nearly no work with, so that nothing blocks."""
+        small, seconds = self.batch[:1, :16].contiguous(), []
+        for _ in range(3):
+            start = self.clock()
+            self.step(small)
+            seconds.append(time.perf_counter() - start)
+        return median(seconds[1:])
+
+    def warm_up(self) -> float:
+        """A step of the warm-up, which has no optimizer."""
+        marks = []
+
+        def loss_of(model, batch):
+            marks.append(self.clock())
+            return model(**batch).loss
+
+        batches = [{"input_ids": self.batch, "labels": self.batch}] * (self.options.steps + 2)
+        select_blocks(self.model, batches, progress_bar=False, loss_function=loss_of)
+        return median(after - before for before, after in pairwise(marks[1:]))
+
+
+def compiler_counts() -> tuple[int, int]:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+class CountLaunches(TorchDispatchMode):
+    """Counts operators that do more than make a view: what would be a kernel launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+# --- the host ------------------------------------------------------------------------------------------------------
+
+
+SAVING = "Function.apply and what it saves"
+
+
+def profile_host(trial: Trial, steps: int = 20) -> dict[str, float]:
+    """Seconds of a step by place in the code, as a profiler that slows Python calls sees them; the least of the steps.
+
+    The least, here and for whole steps, because what disturbs a host only ever adds to its time.
+    """
+    seconds: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
+    for step in range(steps):
+        with cProfile.Profile() as profile:
+            trial.step()
+        for (file, _, name), (_, _, own, *_) in pstats.Stats(profile).stats.items():
+            seconds[place(file, name)][step] += own
+    return {name: min(values) for name, values in seconds.items()}
+
+
+def place(file: str, function: str) -> str:
+    if file == "~":  # written in C
+        names = {"run_backward": "autograd's engine and C++ nodes", "apply": SAVING, "save_for": SAVING}
+        return next((place for part, place in names.items() if part in function), "operators, views, other C calls")
+    for package in ("smt_peft", "peft"):
+        if f"/{package}/" in file:
+            return package + file.rpartition(f"/{package}")[2]
+    places = {
+        "nn/modules/module.py": "torch.nn.Module's calls",
+        "autograd/function.py": SAVING,
+        "transformers/": "transformers",
+    }
+    inside = file.rpartition("site-packages/")[2]
+    return next((place for part, place in places.items() if part in file), inside.rpartition("/benchmarks/")[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""Adapters to LoRA, and the difference of two checkpoints to an adapter, each with what it loses.
+
+A block has full rank, so LoRA holds it only as nearly as its rank allows. PEFT's own `convert_to_lora` and
+`save_as_lora` work on a model, and `lora_errors` says what they lost; `convert_to_lora_files` needs no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from smt_peft import ops
+from smt_peft.bank import DeltaBank
+from smt_peft.config import SMTConfig
+from smt_peft.files import BANK, PREFIX, Blocks, read_adapter, sample
+from smt_peft.layer import Linear
+from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
+from smt_peft.ops import reduce_blocks
+from smt_peft.selection import Lines, arrange, select, sort_lines
+
+# --- to LoRA ---------------------------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    """What a LoRA adapter lacks of an SMT adapter.
+
+    Attributes:
+        rank: by target.
+        squared_error, squared_norm: by target, of the difference between the two deltas and of SMT's.
+    """
+
+    rank: dict[str, int]
+    squared_error: dict[str, float]
+    squared_norm: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """The Frobenius norm of what is lacking, as a share of the delta's, of all targets together."""
+        return _share(sum(self.squared_error.values()), sum(self.squared_norm.values()))
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The same for each target."""
+        return {name: _share(self.squared_error[name], self.squared_norm[name]) for name in self.rank}
+
+    def summary(self) -> str:
+        """A table to print."""
+        width = max(map(len, self.rank))
+        lines = [f"{name:{width}}  rank {self.rank[name]:4}  error {error:.4f}" for name, error in self.errors.items()]
+        return "\n".join([*lines, f"{'all':{width}}             error {self.error:.4f}"])
+
+
+def _share(squared_error: float, squared_norm: float) -> float:
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0
+
+
+def convert_to_lora_files(
+    folder: str | Path, out: str | Path, rank: int | None = None, energy: float | None = None
+) -> Loss:
+    """Write the LoRA adapter nearest to the SMT adapter in a folder; PEFT loads it without this package.
+
+    Args:
+        rank: of every target; less where its blocks have fewer rows or columns, for then nothing is lost.
+        energy: instead, the share of the squared singular values that each target's rank has to hold, in (0, 1].
+
+    Raises:
+        ValueError: for neither or both of these or impossible ones, and for an adapter of biases or of parameters,
+            which PEFT does not convert either.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank={rank} and energy={energy}: give one of them.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank} is not a positive integer.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy} is not in (0, 1]: it is a share of the squared singular values.")
+    adapter = read_adapter(folder)
+    config = adapter.config
+    for option, allowed in (("bias", "none"), ("target_parameters", None)):
+        if (value := config.get(option)) and value != allowed:
+            raise ValueError(f"{folder} has {option}={value!r}, which cannot be converted to LoRA; merge it instead.")
+    if not adapter.blocks:
+        raise ValueError(f"{folder} has no blocks yet: train it first, or let select_blocks() choose them.")
+    state, loss = dict(adapter.others), Loss({}, {}, {})
+    for name, blocks in tqdm(adapter.blocks.items(), desc="converting", unit="target", disable=None):
+        factors = _factors(blocks, adapter.shapes[name], rank, energy)
+        state |= {f"{PREFIX}{name}.lora_{side}.weight": factor for side, factor in factors.items()}
+        _add_loss(loss, name, _dense(blocks, adapter.shapes[name]), factors["A"], factors["B"])
+    highest = max(loss.rank.values())
+    # The longest first: PEFT takes the first that matches the end of a module's name.
+    pattern = {name: loss.rank[name] for name in sorted(loss.rank, key=len, reverse=True) if loss.rank[name] < highest}
+    lora = LoraConfig(
+        r=highest,
+        lora_alpha=highest,
+        target_modules=list(loss.rank),
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        modules_to_save=config.get("modules_to_save"),
+        task_type=config.get("task_type"),
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        inference_mode=True,
+    )
+    lora.save_pretrained(str(out))
+    save_file(state, Path(out, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+    return loss
+
+
+def lora_errors(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str = "default") -> Loss:
+    """What is lost in the `state_dict` that PEFT's `convert_to_lora` made of an adapter of this model."""
+    loss = Loss({}, {}, {})
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear) and f"{name}.lora_A.weight" in state_dict:
+            delta = layer.get_delta_weight(adapter_name)
+            matrix = delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
+            factors = (state_dict[f"{name}.lora_{side}.weight"] for side in "AB")
+            _add_loss(loss, name.removeprefix(PREFIX), matrix, *factors)
+    return loss
+
+
+def _add_loss(loss: Loss, name: str, delta: Tensor, a: Tensor, b: Tensor) -> None:
+    delta = delta.double()
+    loss.rank[name] = len(a)
+    loss.squared_error[name] = (delta - b.to(delta) @ a.to(delta)).square().sum().item()
+    loss.squared_norm[name] = delta.square().sum().item()
+
+
+def _factors(blocks: Blocks, shape: tuple[int, int], rank: int | None, energy: float | None) -> dict[str, Tensor]:
+    """LoRA's A [rank, in] and B [out, rank], float32: the nearest to a delta in the Frobenius norm."""
+    rows, cols = (side.flatten().unique() for side in (blocks.rows, blocks.cols))  # all others are zero
+    u, s, v = torch.linalg.svd(_dense(blocks, shape)[rows[:, None], cols].double(), full_matrices=False)
+    if rank is None:
+        held = s.square().cumsum(0)
+        rank = int((held < energy * held[-1]).sum()) + 1
+    rank = min(rank, len(s))
+    a, b = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
+    a[:, cols], b[rows] = v[:rank].float(), (u[:, :rank] * s[:rank]).float()
+    return {"A": a, "B": b}
+
+
+def _dense(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
+    matrix = torch.zeros(shape)
+    matrix[blocks.rows[:, :, None], blocks.cols[:, None, :]] = blocks.deltas
+    return matrix
+
+
+# --- from two checkpoints --------------------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """What an adapter holds of the difference between two checkpoints.
+
+    Attributes:
+        num_blocks, block_size: what it has.
+        of_targets: its share of the squared difference of the target modules' weights.
+        of_all: the same of all tensors that both checkpoints have.
+        not_compared: tensors that only one of them has, or that have another shape or no floating-point numbers.
+    """
+
+    num_blocks: int
+    block_size: int
+    of_targets: float
+    of_all: float
+    not_compared: list[str]
+
+    def summary(self) -> str:
+        """A few lines to print."""
+        rest = ", ".join(self.not_compared[:3]) + ", ..." * (len(self.not_compared) > 3)
+        beside = f"\nNot compared: {len(self.not_compared)} tensors ({rest})." if rest else ""
+        return (
+            f"{self.num_blocks} blocks of {self.block_size} x {self.block_size} hold {self.of_targets:.1%} of the "
+            f"squared difference of the target modules, {self.of_all:.1%} of that of the whole model.{beside}"
+        )
+
+
+class Pair:
+    """Two checkpoints of one architecture, read a tensor at a time.
+
+    Attributes:
+        keys: of the tensors that both have, in floating-point numbers of one shape.
+        not_compared: the other keys.
+    """
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint):
+        self.base, self.tuned = base, tuned
+        looks = {key: [one.look(key) for one in (base, tuned)] for key in base.files if key in tuned.files}
+        fits = {
+            key for key, ((shape, kind), (other, its)) in looks.items() if shape == other and {kind, its} <= {*FLOATS}
+        }
+        self.keys = sorted(fits, key=lambda key: (base.files[key], key))
+        self.not_compared = sorted({*base.files, *tuned.files} - fits)
+
+    def difference(self, key: str) -> Tensor:
+        """tuned - base, float32."""
+        return self.read(self.tuned, key).sub_(self.read(self.base, key))
+
+    def read(self, checkpoint: Checkpoint, key: str) -> Tensor:
+        """A tensor of one of them, float32."""
+        with safe_open(checkpoint.folder / checkpoint.files[key], "pt") as file:
+            return file.get_tensor(key).to(torch.float32, copy=True)
+
+
+def adapter_of_difference(
+    base_folder: str | Path,
+    tuned_folder: str | Path,
+    out: str | Path,
+    num_blocks: int | None = None,
+    trainable_ratio: float | None = None,
+    block_size: int | str = "auto",
+    target_modules: list[str] | str | None = None,
+    arrangement: str = "tiles",
+) -> Difference:
+    """Write the adapter of the blocks in which a fully fine-tuned model differs most from its base (squared sums).
+
+    Reads the safetensors files of both a tensor at a time; neither model is ever in memory. For the options see
+    `SMTConfig`.
+
+    Raises:
+        ValueError: where a target is in only one of the checkpoints or not stored as it is used, or where no target
+            differs.
+    """
+    pair = Pair(Checkpoint(Path(base_folder)), Checkpoint(Path(tuned_folder)))
+    empty = empty_model(Path(base_folder))
+    keys = stored_keys(empty, pair.keys)
+    config = SMTConfig(
+        num_blocks=num_blocks,
+        trainable_ratio=trainable_ratio,
+        block_size=block_size,
+        target_modules=target_modules,
+        arrangement=arrangement,
+    )
+    model = get_peft_model(empty, config)
+    bank: DeltaBank = getattr(model.base_model.model, BANK)["default"]
+    targets = {}  # key -> whether the matrix is stored as [in, out]
+    for target in bank.targets:
+        key = keys.get(f"{target.name}.weight")
+        if key is None:
+            raise ValueError(
+                f"{target.name}.weight is not in both checkpoints, with one shape and stored as the model uses it; "
+                f"leave it out of target_modules. Not compared: {', '.join(pair.not_compared[:5]) or 'nothing'}."
+            )
+        layer = model.base_model.model.get_submodule(target.name).get_base_layer()
+        targets[key] = isinstance(layer, Conv1D)
+    scores, lines, of_all = _score(pair, targets, bank.block_size, arrangement == "sorted")
+    of_targets = sum(score.sum(dtype=torch.float64).item() for score in scores)
+    if not of_targets:
+        raise ValueError(
+            f"The {len(targets)} target modules of {tuned_folder} do not differ from those of {base_folder}; choose "
+            "others by target_modules."
+        )
+    index = select(scores, bank.groups, "model")
+    held = sum(scores[target][row, col].item() for target, row, col in index.tolist())
+    bank.set_index(arrange(index, lines) if lines else index)
+    deltas = torch.cat(list(_read_blocks(pair, targets, bank)))
+    bank.weight = nn.Parameter(deltas)
+    bank.base = _sample(pair, keys)
+    model.save_pretrained(str(out))
+    return Difference(len(index), bank.block_size, held / of_targets, held / of_all, pair.not_compared)
+
+
+def _sample(pair: Pair, keys: Mapping[str, str | None]) -> dict[str, list[float]]:
+    """What tells the base model from others, of four weights as far apart as can be."""
+    matrices = [name for name, key in keys.items() if key and len(pair.base.look(key)[0]) > 1]
+    chosen = matrices[:: max(1, (len(matrices) - 1) // 3)][:4]
+    return sample((name, pair.read(pair.base, keys[name])) for name in chosen)
+
+
+def _score(
+    pair: Pair, targets: dict[str, bool], block_size: int, is_sorted: bool
+) -> tuple[list[Tensor], list[Lines] | None, float]:
+    """The squared sums of the targets' blocks, their lines if they are sorted, and the squared sum of everything."""
+    scores, lines, of_all = {}, {}, 0.0
+    for key in tqdm(pair.keys, desc="comparing", unit="tensor", disable=None):
+        squares = pair.difference(key).square_()
+        of_all += squares.sum(dtype=torch.float64).item()
+        if key in targets:
+            matrix = squares.T if targets[key] else squares
+            if is_sorted:
+                lines[key] = sort_lines(matrix.sum(1), matrix.sum(0), block_size)
+                matrix = lines[key].in_order(matrix)
+            scores[key] = reduce_blocks(matrix, block_size, "l1")
+    in_order = [lines[key] for key in targets] if is_sorted else None
+    return [scores[key] for key in targets], in_order, of_all
+
+
+def _read_blocks(pair: Pair, targets: dict[str, bool], bank: DeltaBank) -> Iterator[Tensor]:
+    """The deltas of the selected blocks, target after target."""
+    for position, (key, is_transposed) in enumerate(targets.items()):
+        plan = bank.plan(position, torch.device("cpu"))
+        if plan is not None:
+            difference = pair.difference(key)
+            matrix = difference.T if is_transposed else difference
+            yield matrix[ops.entries(plan, bank.block_size)]

@@ -1,0 +1,121 @@
+"""What an adapter in a folder is, and how two of them differ: reports, made without a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+
+from smt_peft.files import Blocks, read_adapter
+from smt_peft.selection import layers_of, places_of
+
+OPTIONS = {  # that a rule of selection has, beside the scope
+    "gradient": ["score", "accumulation", "warmup_steps"],
+    "activation": ["warmup_steps"],
+    "random": ["seed"],
+}
+
+
+def describe(folder: Path) -> dict:
+    """An adapter's base model, its blocks, how they were selected, where they are, and how large their deltas are."""
+    adapter = read_adapter(folder)
+    names = list(dict.fromkeys([*adapter.shapes, *adapter.blocks]))  # files of version 1 have no shapes
+    config, places = adapter.config, places_of(names)
+    deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
+    rule = config.get("selection", "gradient")
+    options = [f"{name} {config[name]}" for name in ("scope", *OPTIONS.get(rule, [])) if name in config]
+    kinds = {name: place.kind for name, place in zip(names, places, strict=True)}
+    layers = {name: place.layer_name for name, place in zip(names, places, strict=True)}
+    return {
+        "base_model": config.get("base_model_name_or_path"),
+        "blocks": sum(map(len, deltas.values())),
+        "block_size": config["block_size"],
+        "arrangement": config.get("arrangement", "tiles"),
+        "parameters": sum(delta.numel() for delta in deltas.values()),
+        "modules": len(names),
+        "modules_with_blocks": len(deltas),
+        "selection": ", ".join([rule, *options]),
+        "norm": _norm(deltas.values()),
+        "largest": max((delta.abs().max().item() for delta in deltas.values()), default=0.0),
+        "also_trained": sorted(key.removeprefix("base_model.model.") for key in adapter.others),
+        "bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+        "by_type": _by_group(deltas, kinds, dict.fromkeys(kinds.values())),
+        "by_layer": _by_group(deltas, layers, layers_of(places)),
+    }
+
+
+def _by_group(deltas: dict[str, Tensor], groups: dict[str, str], order: Iterable[str]) -> dict[str, dict]:
+    """Of the targets of each group, the blocks, their share of all, and the norm of their deltas."""
+    report, total = {}, max(1, sum(map(len, deltas.values())))
+    for group in order:
+        own = [delta for name, delta in deltas.items() if groups[name] == group]
+        blocks = sum(map(len, own))
+        report[group] = {"blocks": blocks, "share": blocks / total, "norm": _norm(own)}
+    return report
+
+
+def _norm(deltas: Iterable[Tensor]) -> float:
+    """The Frobenius norm of all of them together."""
+    return sum(delta.double().square().sum().item() for delta in deltas) ** 0.5
+
+
+def compare(folder: Path, other_folder: Path) -> dict:
+    """How much of the weights two adapters both train, and how far their deltas point the same way.
+
+    Overlap is the share of entries that both train, of the larger adapter's. The cosine is that of all deltas as one
+    vector, with zeros where an adapter has no block; None where a delta is zero.
+
+    Raises:
+        ValueError: where a target has another shape in the other.
+    """
+    one, other = read_adapter(folder), read_adapter(other_folder)
+    names = list(dict.fromkeys(name for adapter in (one, other) for name in (*adapter.shapes, *adapter.blocks)))
+    by_type, total = {}, Counter()
+    for name, place in zip(names, places_of(names), strict=True):
+        shapes = [of.shapes[name] for of in (one, other) if name in of.shapes or name in of.blocks]
+        if shapes[0] != shapes[-1]:
+            raise ValueError(
+                f"{name} has the shape {shapes[0]} in {folder} and {shapes[-1]} in {other_folder}: the adapters were "
+                "made for different models, and cannot be compared."
+            )
+        sums = _products(*(_entries(of.blocks.get(name), shapes[0][1]) for of in (one, other)))
+        by_type.setdefault(place.kind, Counter()).update(sums)
+        total.update(sums)
+    return {
+        "base_models": [adapter.config.get("base_model_name_or_path") for adapter in (one, other)],
+        "parameters": [int(total["one"]), int(total["other"])],
+        "parameters_in_both": int(total["both"]),
+        "norms": [total["one squared"] ** 0.5, total["other squared"] ** 0.5],
+        **_shares(total),
+        "by_type": {kind: _shares(sums) for kind, sums in by_type.items()},
+    }
+
+
+def _shares(sums: Counter) -> dict[str, float | None]:
+    most, norms = max(sums["one"], sums["other"]), (sums["one squared"] * sums["other squared"]) ** 0.5
+    return {"overlap": sums["both"] / most if most else None, "cosine": sums["product"] / norms if norms else None}
+
+
+def _entries(blocks: Blocks | None, columns: int) -> tuple[Tensor, Tensor]:
+    """The entries of a matrix that blocks cover, int64 in ascending order, and their deltas, float64."""
+    if blocks is None:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
+    entries, order = (blocks.rows[:, :, None] * columns + blocks.cols[:, None, :]).flatten().sort()
+    return entries, blocks.deltas.flatten()[order].double()
+
+
+def _products(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """How many entries each has and both have, and the products of the deltas."""
+    common = torch.isin(one[0], other[0], assume_unique=True), torch.isin(other[0], one[0], assume_unique=True)
+    return {
+        "one": len(one[0]),
+        "other": len(other[0]),
+        "both": int(common[0].sum()),
+        "product": (one[1][common[0]] @ other[1][common[1]]).item(),
+        "one squared": one[1].square().sum().item(),
+        "other squared": other[1].square().sum().item(),
+    }

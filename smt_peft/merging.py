@@ -1,0 +1,363 @@
+"""Merging an adapter into its base model's files, shard by shard: the model is never in memory.
+
+What a tensor of a checkpoint is called in the model, and whether it is stored as it is used, transformers knows: an
+empty model (on the meta device) and its rules for renaming and converting tell. Whatever cannot be merged as it
+lies in the files is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from smt_peft.files import PREFIX, Blocks, StoredAdapter, other_base, read_adapter, sample
+
+TRAINING_DATA = "training_data.json"  # scripts/ name there what a model was trained on
+TOKENIZER = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
+TOKENIZER += ["*.model", "*.tiktoken"]
+BESIDE_WEIGHTS = ["config.json", "generation_config.json", "*processor_config.json", "*.py"]
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+OR_LOAD = "merge with --load, which needs the whole model in memory"
+
+
+class Change(NamedTuple):
+    """What becomes of a tensor of the checkpoint: first `whole` takes its place, then `blocks` are added to it."""
+
+    whole: Tensor | None
+    blocks: Blocks | None
+    transposed: bool  # Conv1D stores [in, out]
+
+
+class Checkpoint:
+    """The safetensors files of a model in a folder, one or many.
+
+    Attributes:
+        files: key -> the name of its file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            self.files: dict[str, str] = _read(index)["weight_map"]
+        elif (folder / SAFE_WEIGHTS_NAME).is_file():
+            with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+                self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        else:
+            raise ValueError(
+                f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: it is no model, or one "
+                f"saved in another format; {OR_LOAD}."
+            )
+        missing = sorted(name for name in set(self.files.values()) if not (folder / name).is_file())
+        if missing:
+            raise ValueError(f"{folder} lacks {missing[0]}, which its index names; download or copy it again.")
+
+    def look(self, key: str) -> tuple[tuple[int, ...], str]:
+        """The shape and the dtype of a tensor."""
+        with safe_open(self.folder / self.files[key], "pt") as file:
+            tensor = file.get_slice(key)
+            return tuple(tensor.get_shape()), tensor.get_dtype()
+
+    def read(self, key: str) -> Tensor:
+        """A tensor; what is not looked at is not read."""
+        with safe_open(self.folder / self.files[key], "pt") as file:
+            return file.get_tensor(key)
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def local_folder(name: str) -> Path:
+    """A folder, or a name on the Hugging Face hub: what belongs to it is downloaded, once."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        kinds = ["*.safetensors", "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
+        return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"]))
+    except (OSError, ValueError) as error:  # of many kinds, with many words
+        why = type(error).__name__
+        raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
+
+
+def adapter_config(adapter: Path) -> dict:
+    """What an adapter's folder says of it."""
+    if not (adapter / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
+    return _read(adapter / CONFIG_NAME)
+
+
+def empty_model(base: Path) -> PreTrainedModel:
+    """The model of a checkpoint, with all its names and shapes, and without any weights."""
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    if kind is None:
+        raise ValueError(f"The config of {base} names {config.architectures[0]}, which transformers does not have.")
+    if hasattr(config, "quantization_config"):
+        raise ValueError(f"{base} is quantised; merge into the model that it was made from.")
+    with torch.device("meta"):
+        return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+
+
+def stored_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str | None]:
+    """Name of a parameter -> its key in the checkpoint, or None where it is not stored as it is used."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    parameters, stored = model.state_dict(), {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        stored[name] = None if converted else key
+    return stored
+
+
+# --- what changes ----------------------------------------------------------------------------------------------------
+
+
+def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Change]:
+    """Key in the checkpoint -> what becomes of this tensor.
+
+    Raises:
+        ValueError: where a tensor is not in the checkpoint, is not stored as it is used, has another shape, is
+            quantised, or is one with another tensor (tied).
+    """
+    model, base = empty_model(checkpoint.folder), checkpoint.folder
+    stored = stored_keys(model, checkpoint.files)
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    whole, changes = _whole_tensors(adapter), {}
+    targets = [*whole, *(name for name in adapter.blocks if f"{name}.weight" not in whole)]
+    names = {name: _own_name(name, model.base_model_prefix, parameters) for name in [*targets, *adapter.base]}
+    _warn_of_other_base(adapter, checkpoint, {name: stored.get(names[name]) for name in adapter.base})
+    for target in targets:
+        name = names[target]
+        if name not in stored:
+            raise ValueError(f"{target} of the adapter is not among the weights of {base}; {OR_LOAD}.")
+        if stored[name] is None:
+            raise ValueError(f"{base} stores {name} in a form that transformers converts on loading; {OR_LOAD}.")
+        if uses[id(parameters[name])] > 1:
+            raise ValueError(f"{name} is tied to another weight of {base}, which would change with it; {OR_LOAD}.")
+        transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        shape, dtype = checkpoint.look(stored[name])
+        if target in whole:
+            found, expected = shape, tuple(whole[target].shape)
+        else:
+            found, expected = (torch.Size(shape[:-1]).numel(), shape[-1]), adapter.shapes[target]
+            found = found[::-1] if transposed else found
+        if found != expected:
+            raise ValueError(
+                f"{target} has the shape {expected} in the adapter, and {found} in {base}: the adapter was made for "
+                "another model; name that with --base."
+            )
+        blocks = adapter.blocks.get(target.removesuffix(".weight"))
+        if blocks is not None and dtype not in FLOATS:
+            raise ValueError(f"{base} stores {name} quantised ({dtype}); merge into the model it was made from.")
+        changes[stored[name]] = Change(whole.get(target), blocks, transposed)
+    return changes
+
+
+def _own_name(target: str, prefix: str, parameters: dict[str, Tensor]) -> str | None:
+    """What the model calls a target, which may be a module or a parameter, of the model with its head or without."""
+    names = [target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")]
+    return next((n for name in names for n in (f"{name}.weight", name) if n in parameters), None)
+
+
+def _whole_tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
+    """The biases and the modules that were trained whole, by the names in the model. As in loading, nothing else is
+    taken from a file."""
+    config, whole = adapter.config, {}
+    for key, tensor in adapter.others.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer", "")
+        is_bias = name.endswith(".bias") and config.get("bias", "none") != "none"
+        if is_bias or any(f"{module}." in name for module in config.get("modules_to_save") or []):
+            whole[name] = tensor
+        else:
+            warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")
+    return whole
+
+
+def _warn_of_other_base(adapter: StoredAdapter, checkpoint: Checkpoint, keys: dict[str, str | None]) -> None:
+    found = sample(((name, checkpoint.read(key)) for name, key in keys.items() if key), list(keys))
+    if different := other_base(adapter.base, found):
+        warnings.warn(
+            f"{different} has other values in {checkpoint.folder} than in the model that the adapter was made for, "
+            f"{adapter.config.get('base_model_name_or_path') or 'which it does not name'}."
+        )
+
+
+def changed(key: str, tensor: Tensor, change: Change) -> Tensor:
+    """A tensor of the checkpoint after the merge, as `merge_and_unload` computes it; may write to the given one.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
+    tensor = tensor if change.whole is None else change.whole.to(tensor.dtype, copy=True)
+    new = tensor
+    if change.blocks is not None:
+        matrix = tensor.T if change.transposed else tensor.flatten(0, -2)
+        entries = change.blocks.rows[:, :, None], change.blocks.cols[:, None, :]
+        before = matrix[entries]
+        wide = torch.promote_types(before.dtype, torch.float32)
+        matrix[entries] = new = (before.to(wide) + change.blocks.deltas).to(before.dtype)
+    if not new.isfinite().all():
+        raise ValueError(f"{key} would have NaN or infinite entries: the adapter or the base model is broken.")
+    return tensor
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Write the base model with the adapter merged into it, one shard after the other.
+
+    Shards without blocks are copied. The result is, bit for bit, that of `merge_and_unload` on the model in the stored
+    dtype, or in `dtype`.
+
+    Returns:
+        How many shards were rewritten and copied, and how many tensors changed.
+    """
+    if (method := adapter_config(adapter).get("peft_type")) != "SMT":
+        raise ValueError(f"{adapter} is of the method {method}, not SMT; {OR_LOAD}.")
+    checkpoint = Checkpoint(base)
+    stored = read_adapter(adapter)
+    if not stored.blocks:
+        raise ValueError(f"{adapter} has no blocks yet, so there is nothing to merge; train it first.")
+    changes = changes_of(stored, checkpoint)
+    shards = sorted(set(checkpoint.files.values()))
+    touched = set(shards) if dtype else {checkpoint.files[key] for key in changes}
+    with written_whole(out) as partial:
+        size = 0  # of all tensors, where all shards are rewritten
+        for name in tqdm(shards, desc="merging", unit="shard", disable=None):
+            if name in touched:
+                size += _write_shard(base / name, partial / name, changes, dtype)
+            else:
+                shutil.copyfile(base / name, partial / name)
+        if (base / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            index = _read(base / SAFE_WEIGHTS_INDEX_NAME)
+            if dtype:
+                index.setdefault("metadata", {})["total_size"] = size
+            _write(index, partial / SAFE_WEIGHTS_INDEX_NAME)
+        _copy(base, partial, BESIDE_WEIGHTS)
+        if dtype:
+            _write(_with_dtype(_read(partial / "config.json"), dtype), partial / "config.json")
+        _copy_tokenizer_and_note(adapter, base, partial)
+    return {
+        "shards_rewritten": len(touched),
+        "shards_copied": len(shards) - len(touched),
+        "tensors_changed": len(changes),
+    }
+
+
+def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """The same through the whole model in memory: whatever transformers can load, and adapters of any method."""
+    with written_whole(out) as partial:
+        load_model(adapter, base, dtype).merge_and_unload(safe_merge=True).save_pretrained(partial)
+        _copy_tokenizer_and_note(adapter, base, partial)
+    return {"shards_rewritten": len(list(out.glob("*.safetensors"))), "shards_copied": 0}
+
+
+def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> PeftModel:
+    """The base model with the adapter, of the class that the adapter was trained on, as far as it says which."""
+    about = adapter_config(adapter)
+    name = (about.get("auto_mapping") or {}).get("base_model_class") or CLASSES.get(about.get("task_type"))
+    name = name or (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
+    return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, dtype=dtype or "auto"), adapter)
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder to write into, which is `out` in the end; where anything stops that, there is no `out`.
+
+    Raises:
+        ValueError: where there is an `out` with something in it.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; name another folder, or empty it.")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None) -> int:
+    """Write a shard anew; gives the bytes of its tensors."""
+    with safe_open(source, "pt") as file:  # mapped, each page is copied on the first write to it: the file stays
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key, tensor in tensors.items():
+        if dtype and tensor.dtype in FLOATS.values():
+            tensors[key] = tensor.to(dtype)
+        if key in changes:
+            tensors[key] = changed(key, tensors[key], changes[key])
+    save_file(tensors, target, metadata)
+    shutil.copymode(source, target)  # safetensors lets nobody else read its files
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _copy_tokenizer_and_note(adapter: Path, base: Path, out: Path) -> None:
+    """The adapter's own tokenizer wins. What model and adapter learnt is noted where the adapter says what it did."""
+    _copy(adapter if (adapter / "tokenizer_config.json").is_file() else base, out, TOKENIZER)
+    if (adapter / TRAINING_DATA).is_file():
+        notes = [_read(folder / TRAINING_DATA) for folder in (base, adapter) if (folder / TRAINING_DATA).is_file()]
+        _write({"train": list(dict.fromkeys(name for note in notes for name in note["train"]))}, out / TRAINING_DATA)
+
+
+def _copy(source: Path, target: Path, patterns: list[str]) -> None:
+    for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
+        shutil.copyfile(path, target / path.name)
+
+
+def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
+    """A config that names `dtype` wherever it named one, and at its top."""
+    name = str(dtype).removeprefix("torch.")
+
+    def replaced(part: dict) -> dict:
+        parts = {key: replaced(value) if isinstance(value, dict) else value for key, value in part.items()}
+        return parts | {key: name for key in ("dtype", "torch_dtype") if key in part}
+
+    return replaced({"dtype": None, **config})
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(content: dict, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

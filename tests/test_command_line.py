@@ -1,0 +1,450 @@
+"""Tests of the command line: what it prints and writes, and what it says where it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dense_truth import deltas_of, wrap
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from smt_peft import merging
+from smt_peft.__main__ import main
+from smt_peft.files import read_adapter
+from smt_peft.patches import apply_patch
+
+CONV1D = {"target_modules": ["c_attn", "c_proj"], "budget": 30}
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command, and give its report."""
+
+    def command(*words) -> dict:
+        capsys.readouterr()
+        main([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    return command
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that must end with exit status 2 and one line in words, and give that."""
+
+    def command(*words) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as error:
+            main(list(map(str, words)))
+        printed = capsys.readouterr()
+        [line] = [line for line in printed.err.splitlines() if line.startswith("smt-peft: error: ")]
+        assert error.value.code == 2 and not printed.out and "Traceback" not in printed.err
+        return line
+
+    return command
+
+
+def save(folder: Path, base, method: str = "smt", load: type | None = None, **options) -> PeftModel:
+    """Save a base model in shards, and an adapter of it whose parameters are random."""
+    base.save_pretrained(folder / "base", max_shard_size="20KB")
+    model = wrap((load or type(base)).from_pretrained(folder / "base"), method, **options)
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    for name, parameter in model.named_parameters():
+        if "smt_bank" in name:
+            parameter.data = 0.02 * torch.randn(parameter.shape)  # float32, as in training a bfloat16 model
+        elif parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder / "adapter")
+    return model
+
+
+def merged(folder: Path, kind: type, **options) -> dict[str, torch.Tensor]:
+    model = PeftModel.from_pretrained(kind.from_pretrained(folder / "base", **options), folder / "adapter")
+    return model.merge_and_unload().state_dict()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), f"{name} is not the merged one"
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+
+
+def mixtral() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64}
+    return MixtralForCausalLM(
+        MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    )
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_files_are_merge_and_unloads_bit_for_bit(llama, tmp_path, run, method, dtype):
+    save(tmp_path, llama.to(dtype), method)
+    before = tensors_in(tmp_path / "base")
+    report = run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
+    assert_same(tensors_in(tmp_path / "base"), before)
+    changed = sum(not torch.equal(value, before[key]) for key, value in tensors_in(tmp_path / "out").items())
+    assert report["tensors_changed"] == changed > 0
+    assert report["shards_copied"] > 0 and report["shards_rewritten"] > 0
+
+
+@pytest.mark.parametrize(
+    "make, load, options",
+    [
+        ("gpt2", None, CONV1D),
+        ("gpt2", None, {"target_modules": r".*attn\.c_proj", "budget": 12}),  # square: its shape tells nothing
+        ("gpt2", None, {**CONV1D, "method": "sorted"}),
+        ("without prefix", None, CONV1D),  # as GPT-2 lies on the hub
+        ("llama", LlamaModel, {}),  # the adapter's names have no prefix
+        ("biases", None, {"bias": "all"}),
+        ("biases", None, {"bias": "smt_only"}),
+        ("llama", None, {"modules_to_save": ["lm_head", "norm"]}),
+        ("llama", None, {"target_modules": ["lm_head", "q_proj"]}),
+        ("tied", None, {}),  # but no target is
+        ("mixtral", None, {}),
+    ],
+)
+def test_models_whose_files_are_not_what_they_seem(make_llama, tmp_path, run, make, load, options):
+    bases = {"llama": make_llama, "gpt2": gpt2, "without prefix": gpt2, "mixtral": mixtral}
+    bases["biases"] = lambda: make_llama(attention_bias=True)
+    bases["tied"] = lambda: make_llama(tie_word_embeddings=True)
+    model = save(tmp_path, bases[make](), load=load, **options)
+    kind = load or type(model.get_base_model())
+    if make == "without prefix":
+        for path in (tmp_path / "base").glob("*.safetensors"):
+            named = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+            save_file(named, path, {"format": "pt"})
+        index = tmp_path / "base/model.safetensors.index.json"
+        index.write_text(index.read_text().replace("transformer.", ""))
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(kind.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, kind))
+    assert tensors_in(tmp_path / "out").keys() == tensors_in(tmp_path / "base").keys()
+
+
+@pytest.mark.parametrize("stored, dtype", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_dtype_is_that_of_a_model_loaded_in_it(llama, tmp_path, run, stored, dtype):
+    save(tmp_path, llama.to(getattr(torch, stored)))
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out", "--dtype", dtype)
+    found = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert_same(found, merged(tmp_path, LlamaForCausalLM, dtype=dtype))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in found.values())
+
+
+def test_a_checkpoint_of_one_file(llama, tmp_path, run):
+    save(tmp_path, llama)
+    for path in (tmp_path / "base").glob("*.safetensors*"):
+        path.unlink()
+    llama.save_pretrained(tmp_path / "base")
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_larger_than_the_memory(tmp_path):
+    script = Path(__file__).with_name("merge_in_little_memory.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stderr.splitlines()[-1])
+    assert numbers["limit"] < numbers["checkpoint"]
+    report = json.loads(done.stdout)
+    assert (report["shards_rewritten"], report["shards_copied"]) == (2, 6)
+    for name, blocks in read_adapter(tmp_path / "adapter").blocks.items():
+        weight = load_file(tmp_path / f"out/{name.split('.')[2]}.safetensors")[f"{name}.weight"]
+        assert torch.equal(weight[blocks.rows[0][:, None], blocks.cols[0]], blocks.deltas[0])  # on zeros
+        assert weight.count_nonzero() == blocks.deltas.count_nonzero()
+        del weight
+    for path in (tmp_path / "out").iterdir():  # half a gigabyte
+        path.unlink()
+
+
+def test_tokenizer_and_notes_come_along(llama, tmp_path, run):
+    save(tmp_path, llama)
+    for folder, files in (("base", ["tokenizer.json", "vocab.json"]), ("adapter", ["tokenizer.json"])):
+        for name in (*files, "tokenizer_config.json"):
+            (tmp_path / folder / name).write_text(json.dumps(folder))
+        (tmp_path / folder / "training_data.json").write_text(json.dumps({"train": [folder, "both"]}))
+    (tmp_path / "base/README.md").write_text("of the base model")
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir() if "safetensors" not in path.name}
+    notes = {"tokenizer.json", "tokenizer_config.json", "training_data.json"}
+    assert names == {"config.json", "generation_config.json", *notes}
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == "adapter"
+    assert json.loads((tmp_path / "out/training_data.json").read_text()) == {"train": ["base", "both", "adapter"]}
+
+
+@pytest.mark.parametrize(
+    "make, load, options, message",
+    [
+        ("llama", LlamaForSequenceClassification, {"modules_to_save": ["score"]}, "score.weight of the adapter is"),
+        ("tied", None, {"target_modules": ["lm_head"], "budget": 9}, "lm_head of the adapter is not among"),
+        (
+            "mixtral",
+            None,
+            {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+            "in a form that transformers converts",
+        ),
+    ],
+)
+def test_what_does_not_lie_in_the_files_is_refused_and_can_be_loaded(
+    make_llama, tmp_path, run, refused, make, load, options, message
+):
+    tied = {"llama": {}, "tied": {"tie_word_embeddings": True}}
+    base = mixtral() if make == "mixtral" else make_llama(**tied[make])
+    kind = load or type(base)
+    save(tmp_path, base, load=load, **options)
+    line = refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert message in line and "--load" in line
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out", "--load")
+    assert_same(kind.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, kind))
+
+
+def test_a_tied_weight_that_lies_in_the_files_is_refused(make_llama, tmp_path, refused):
+    save(tmp_path, make_llama(), target_modules=["lm_head"], budget=9)
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path / "base")
+    assert "tied" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+
+
+def test_merge_refuses_in_words_and_leaves_nothing(llama, make_llama, tmp_path, refused):
+    save(tmp_path, llama)
+    make_llama(hidden_size=32).save_pretrained(tmp_path / "smaller")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    there, adapter, out = set(tmp_path.iterdir()), tmp_path / "adapter", ("--out", tmp_path / "out")
+    assert "taken is not empty" in refused("merge", adapter, "--out", tmp_path / "taken")
+    assert "name that with --base" in refused("merge", adapter, *out, "--base", tmp_path / "smaller")
+    assert "no adapter: it has no adapter_config" in refused("merge", tmp_path / "base", *out)
+    assert "There is no folder nowhere" in refused("merge", "nowhere", *out)
+    assert "There is no folder nowhere" in refused("merge", adapter, *out, "--base", "nowhere")
+    assert "neither model.safetensors nor" in refused("merge", adapter, *out, "--base", adapter)
+    next((tmp_path / "base").glob("*-00002-*")).rename(tmp_path / "lost")
+    assert "which its index names" in refused("merge", adapter, *out)
+    next(tmp_path.glob("lost")).rename(next((tmp_path / "base").glob("*-00001-*")).with_name("back"))
+    assert set(tmp_path.iterdir()) == there
+
+
+def test_a_base_must_be_named_by_somebody(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert "name it with --base" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+
+
+def test_a_quantised_base_is_refused(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    config = AutoConfig.from_pretrained(tmp_path / "base")
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path / "base")
+    assert "is quantised" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+
+
+def test_a_base_with_a_nan_is_refused(llama, tmp_path, refused):
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.self_attn.q_proj.weight.fill_(float("nan"))
+    save(tmp_path, llama)
+    assert "NaN or infinite entries" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_an_interrupted_merge_leaves_nothing(llama, tmp_path, monkeypatch):
+    save(tmp_path, llama)
+    written = []
+
+    def interrupted(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(merging, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
+    assert len(written) == 2 and {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_another_base_of_the_same_shape_is_warned_of(llama, tmp_path, capsys):
+    save(tmp_path, llama)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.add_(1)
+    llama.save_pretrained(tmp_path / "other")
+    main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--base", str(tmp_path / "other")])
+    assert "smt-peft: warning: " in capsys.readouterr().err
+
+
+def test_nothing_but_what_was_trained_is_taken_from_a_file(llama, tmp_path, capsys):
+    save(tmp_path, llama)
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    weights["base_model.model.model.norm.weight"] = torch.zeros(64)
+    save_file(weights, tmp_path / "adapter/adapter_model.safetensors")
+    main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
+    assert "holds model.norm.weight" in capsys.readouterr().err
+    assert torch.equal(tensors_in(tmp_path / "out")["model.norm.weight"], llama.model.norm.weight)
+
+
+# --- info, plot, diff ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+def test_info(llama, tmp_path, run, method):
+    deltas = deltas_of(save(tmp_path, llama, method, modules_to_save=["lm_head"]))
+    report = run("info", tmp_path / "adapter")
+    expected = {"blocks": 20, "block_size": 16, "parameters": 20 * 256, "modules": 6}
+    assert expected.items() <= report.items() and report["base_model"] == str(tmp_path / "base")
+    assert report["arrangement"] == {"smt": "tiles", "sorted": "sorted"}[method]
+    assert report["selection"] == "random, scope model, seed 0" and report["also_trained"] == ["lm_head.weight"]
+    assert report["bytes"] == (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+    everything = torch.cat([delta.flatten() for delta in deltas.values()])
+    assert report["norm"] == pytest.approx(everything.norm().item())
+    assert report["largest"] == pytest.approx(everything.abs().max().item())
+    for key, part in (("by_type", -1), ("by_layer", 2)):
+        for group, found in report[key].items():
+            own = [delta for name, delta in deltas.items() if name.split(".")[part] == group]
+            assert found["norm"] == pytest.approx(sum(delta.square().sum().item() for delta in own) ** 0.5)
+            assert 256 * found["blocks"] == sum(delta.count_nonzero().item() for delta in own)
+        assert sum(group["share"] for group in report[key].values()) == pytest.approx(1)
+
+
+def test_info_for_people(llama, tmp_path, capsys):
+    save(tmp_path, llama)
+    main(["info", str(tmp_path / "adapter")])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"base model           {tmp_path}/base" in lines and "parameters           5,120" in lines
+    assert [line.split()[0] for line in lines[-8:] if line] == ["by", "q_proj", "k_proj", "v_proj", "by", "0", "1"]
+
+
+def test_whoever_has_seen_enough_gets_no_traceback(llama, tmp_path, monkeypatch):
+    def print_to_nobody(*_, **__):
+        raise BrokenPipeError
+
+    save(tmp_path, llama)
+    closed = []
+    monkeypatch.setattr("builtins.print", print_to_nobody)
+    monkeypatch.setattr("os.dup2", lambda *_: closed.append(True))
+    main(["info", str(tmp_path / "adapter")])
+    assert closed
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+def test_plot(llama, tmp_path, run, method):
+    save(tmp_path, llama, method)
+    run("plot", tmp_path / "adapter", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_a_format_that_there_is_not(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    assert "foo" in refused("plot", tmp_path / "adapter", tmp_path / "picture.foo")
+
+
+@pytest.mark.parametrize("method, other", [("smt", "smt"), ("smt", "sorted"), ("sorted", "sorted")])
+def test_diff_is_that_of_the_dense_deltas(llama, tmp_path, run, method, other):
+    one = deltas_of(save(tmp_path / "one", llama, method))
+    two = deltas_of(save(tmp_path / "two", llama, other, seed=1, budget=15, target_modules=["q_proj", "o_proj"]))
+    report = run("diff", tmp_path / "one/adapter", tmp_path / "two/adapter")
+    names = sorted({*one, *two})
+    zeros = {name: torch.zeros_like(delta) for name, delta in (one | two).items()}
+    first, second = (torch.cat([(zeros | of)[name].flatten() for name in names]) for of in (one, two))
+    assert report["cosine"] == pytest.approx(torch.cosine_similarity(first, second, 0).item(), abs=1e-6)
+    assert report["parameters"] == [20 * 256, 15 * 256]
+    assert report["parameters_in_both"] == int((first.bool() & second.bool()).sum()) > 0
+    assert report["overlap"] == report["parameters_in_both"] / (20 * 256)
+    q_proj = [torch.cat([of[name].flatten() for name in names if "q_proj" in name]) for of in (one, two)]
+    expected = torch.cosine_similarity(*q_proj, 0).item()
+    assert report["by_type"]["q_proj"]["cosine"] == pytest.approx(expected, abs=1e-6)
+    assert report["by_type"]["v_proj"] == {"overlap": 0, "cosine": None}
+
+
+def test_diff_with_itself(llama, tmp_path, run):
+    save(tmp_path, llama)
+    report = run("diff", tmp_path / "adapter", tmp_path / "adapter")
+    assert report["overlap"] == 1 and report["cosine"] == pytest.approx(1)
+
+
+def test_diff_refuses_adapters_of_different_models(make_llama, tmp_path, refused):
+    save(tmp_path / "one", make_llama())
+    save(tmp_path / "two", make_llama(hidden_size=96))
+    assert "made for different models" in refused("diff", tmp_path / "one/adapter", tmp_path / "two/adapter")
+
+
+# --- combine, convert, patch ----------------------------------------------------------------------------------------
+
+
+def test_combine(llama, tmp_path, run):
+    one, two = (deltas_of(save(tmp_path / name, llama, seed=seed)) for seed, name in enumerate(["one", "two"]))
+    folders = [tmp_path / name / "adapter" for name in ("one", "two")]
+    run("combine", *folders, "--weights", 1, -0.5, "--out", tmp_path / "sum")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "one/base"), tmp_path / "sum")
+    for name, delta in deltas_of(model).items():
+        torch.testing.assert_close(delta, one[name] - two[name] / 2)
+
+
+def test_convert_to_lora(llama, tmp_path, run):
+    deltas = deltas_of(save(tmp_path, llama))
+    report = run("convert", tmp_path / "adapter", "--rank", 4, "--out", tmp_path / "lora")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
+    found = deltas_of(model)
+    lost = sum((found.get(name, 0) - delta).square().sum() for name, delta in deltas.items())
+    total = sum(delta.square().sum() for delta in deltas.values())
+    assert report["error"] == pytest.approx((lost / total).sqrt().item(), rel=1e-4) and 0.1 < report["error"] < 1
+
+
+def test_convert_a_fully_fine_tuned_model(llama, tmp_path, run, refused):
+    deltas = deltas_of(save(tmp_path, llama))
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "tuned")
+    assert "--base" in refused("convert", tmp_path / "tuned", "--out", tmp_path / "found")
+    budget = ("--num_blocks", 20, "--block_size", 16, "--target_modules", "q_proj,k_proj,v_proj")
+    report = run("convert", tmp_path / "tuned", "--base", tmp_path / "base", *budget, "--out", tmp_path / "found")
+    assert report["share_of_the_difference_in_all"] == pytest.approx(1)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "found")
+    for name, delta in deltas_of(model).items():
+        torch.testing.assert_close(delta, deltas[name], rtol=1e-5, atol=1e-6)
+
+
+def test_patch(llama, tmp_path, run):
+    save(tmp_path, llama)
+    run("patch", tmp_path / "adapter", "--out", tmp_path / "patch.safetensors")
+    apply_patch(llama, load_file(tmp_path / "patch.safetensors"))
+    assert_same(llama.state_dict(), merged(tmp_path, LlamaForCausalLM))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "patch.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["info", "plot", "diff", "merge", "combine", "convert", "patch"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and f"usage: smt-peft {command}" in capsys.readouterr().out
+
+
+def test_a_wrong_command_is_named(refused):
+    assert "nonsense" in refused("nonsense")

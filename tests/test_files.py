@@ -1,0 +1,492 @@
+"""Adapter files: their format, what loading refuses, and saving as a whole."""
+
+import json
+import re
+import sys
+import tracemalloc
+import warnings
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from dense_truth import assert_base_untouched, assert_same_state, bank_of, deltas_of, outputs, state_of, wrap
+from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from smt_peft import SMTConfig
+from smt_peft.files import Tiles, read_adapter
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import fuzz_adapter  # noqa: E402
+
+VERSION_1 = sorted((Path(__file__).parent / "fixtures/adapters_of_0.1").iterdir())
+BANK = "base_model.model.smt_bank."
+Q0 = "model.layers.0.self_attn.q_proj"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def folder(llama, tmp_path) -> Path:
+    """An adapter of eight tiles in a folder."""
+    wrap(llama, budget=8).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change_weights(folder, change) -> None:
+    tensors = {key: value.clone() for key, value in load_file(folder / WEIGHTS).items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def change_config(folder, **changes) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def by_peft(base, folder):
+    return PeftModel.from_pretrained(base, folder)
+
+
+def by_transformers(base, folder):
+    base.load_adapter(str(folder))
+    return base
+
+
+doors = pytest.mark.parametrize("load", [by_peft, by_transformers])
+
+
+def dense(adapter) -> dict[str, torch.Tensor]:
+    """The deltas of what `read_adapter` found, by target, where there are any."""
+    found = {name: torch.zeros(adapter.shapes[name]) for name in adapter.blocks}
+    for name, blocks in adapter.blocks.items():
+        for rows, cols, values in zip(*blocks, strict=True):
+            found[name][rows[:, None], cols] = values
+    return found
+
+
+# --- the format ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrangement", ADAPTERS)
+def test_the_code_in_the_documentation_reads_what_the_model_has(arrangement, monkeypatch):
+    (code,) = re.findall(r"```python\n(import hashlib.*?)```", (ROOT / "docs/format.md").read_text(), re.DOTALL)
+    assert len(code.split("\n\n")[1].splitlines()) <= 10
+    monkeypatch.chdir(FOLDER / arrangement)
+    names = {}
+    exec(code, names)
+    expected = deltas_of(make(arrangement))
+    assert list(names["deltas"]) == list(expected)
+    for name, delta in expected.items():
+        assert torch.equal(torch.from_numpy(names["deltas"][name]), delta)
+
+
+@doors
+@pytest.mark.parametrize("arrangement", ADAPTERS)
+def test_files_of_version_2_load_unchanged(arrangement, load):
+    """The folders were saved by make_adapters.py once; whoever changes the format must not change them."""
+    loaded, made = load(make_base(), FOLDER / arrangement), make(arrangement)
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(tokens).logits, made.eval()(tokens).logits)
+    assert_same_parts(bank_of(loaded), bank_of(made))
+
+
+def assert_same_parts(found, expected) -> None:
+    assert torch.equal(found.weight, expected.weight) and torch.equal(found.index, expected.index)
+
+
+@pytest.mark.parametrize("arrangement", ADAPTERS)
+def test_an_adapter_is_read_without_its_model(arrangement):
+    adapter, model = read_adapter(FOLDER / arrangement), make(arrangement)
+    expected = deltas_of(model)
+    assert adapter.shapes == {name: tuple(delta.shape) for name, delta in expected.items()}
+    for name, delta in dense(adapter).items():
+        assert torch.equal(delta, expected[name]) and delta.any()
+    assert set(adapter.blocks) == {name for name, delta in expected.items() if delta.any()}
+    others = {f"{BANK[:-9]}lm_head.weight"} if arrangement == "tiles" else set()
+    assert {key for key in adapter.others if "bias" not in key} == others
+
+
+@pytest.mark.parametrize("folder", VERSION_1, ids=lambda folder: folder.name)
+def test_a_file_of_version_1_is_read_by_the_names_in_its_config(llama, folder):
+    adapter, bank = read_adapter(folder), bank_of(by_peft(llama, folder))
+    for name, at, deltas in zip((t.name for t in bank.targets), bank.layout().blocks, bank.split(), strict=True):
+        assert (name in adapter.blocks) == bool(len(at))
+        if len(at):
+            assert torch.equal(adapter.blocks[name].deltas, deltas)
+            assert torch.equal(adapter.blocks[name].rows[:, 0] // 16, at[:, 0])
+            assert torch.equal(adapter.blocks[name].cols[:, 0] // 16, at[:, 1])
+    with pytest.raises(ValueError, match=r"version 1 of the format.*save it again"):
+        adapter.shapes[Q0]
+
+
+@pytest.mark.parametrize(
+    ("selected", "words"),
+    [
+        ({Q0: "0,1", "model.layers.1.self_attn.q_proj": "0,1"}, "have the same blocks"),
+        (None, "no selected_blocks"),
+    ],
+    ids=["ambiguous", "none"],
+)
+def test_a_file_of_version_1_that_does_not_name_its_targets_is_refused_in_words(llama, tmp_path, selected, words):
+    given = selected or {Q0: "0,1"}
+    model = get_peft_model(llama, SMTConfig(block_size=16, selected_blocks=given))
+    model.save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.pop(BANK + "manifest"))
+    change_config(tmp_path, selected_blocks=selected)
+    with pytest.raises(ValueError, match=f"{words}.*save it again"):
+        read_adapter(tmp_path)
+
+
+def test_a_file_of_version_1_becomes_version_2_by_saving_it_again(llama, tmp_path):
+    by_peft(llama, VERSION_1[0]).save_pretrained(tmp_path)
+    assert dense(read_adapter(tmp_path)).keys() == read_adapter(VERSION_1[0]).blocks.keys()
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def with_part(part, change):
+    def edit(folder):
+        change_weights(folder, lambda tensors: tensors.update({BANK + part: change(tensors[BANK + part])}))
+
+    return edit
+
+
+def without_part(part):
+    return lambda folder: change_weights(folder, lambda tensors: tensors.pop(BANK + part))
+
+
+def with_config(**changes):
+    return lambda folder: change_config(folder, **changes)
+
+
+def with_another_bank(folder):
+    change_weights(folder, lambda tensors: tensors.update({"smt_bank.other.weight": torch.ones(8, 16, 16)}))
+
+
+def with_another_block(index):
+    """A valid index of other blocks: only the checksum tells, and the config."""
+    grid = {(0, row, col) for row in range(4) for col in range(4)} - set(map(tuple, index.tolist()))
+    return torch.cat([torch.tensor([min(grid)], dtype=index.dtype), index[1:]])
+
+
+def with_version(version):
+    def edit(manifest):
+        return torch.tensor(list(bytes(manifest.tolist()).replace(b'"version":2', b'"version":%d' % version)))
+
+    return with_part("manifest", lambda manifest: edit(manifest).byte())
+
+
+TWO_ADAPTERS = "of two adapters"
+REFUSED = {
+    "int8 deltas": (with_part("weight", lambda weight: weight.to(torch.int8)), "are int8; an adapter's are float32"),
+    "bool deltas": (with_part("weight", lambda weight: weight > 0), "are bool"),
+    "complex deltas": (with_part("weight", lambda weight: weight.to(torch.complex64)), "are complex64"),
+    "float8 deltas": (with_part("weight", lambda weight: weight.to(torch.float8_e4m3fn)), "are float8_e4m3fn"),
+    "a float index": (with_part("index", torch.Tensor.float), "index is float32.*holds integers"),
+    "another valid index": (with_part("index", with_another_block), "checksum of the index is wrong"),
+    "an index of -1": (with_part("index", lambda index: index * 0 - 1), "-1 throughout.*before its blocks were sel"),
+    "deltas without an index": (without_part("index"), "without their index"),
+    "deltas without a fingerprint": (without_part("fingerprint"), "without their index"),
+    "an index without deltas": (without_part("weight"), "index without deltas"),
+    "another adapter's bank": (with_another_bank, "'smt_bank.other.weight', which is no part of one SMT adapter"),
+    "a later version": (with_version(3), "version 3 of the format.*update smt_peft"),
+    "no JSON": (with_part("manifest", lambda manifest: manifest[:-9]), "manifest cannot be read"),
+    "no manifest at all": (with_part("manifest", torch.Tensor.float), "manifest is float32"),
+    "another selection": (
+        with_config(selected_blocks={Q0: "0,0 0,1 0,2 0,3 1,0 1,1 1,2 1,3"}),
+        "contradicts the index",
+    ),
+    "another budget": (with_config(num_blocks=9, selected_blocks=None), "holds 8 blocks.*configured for 9"),
+    "other modules": (with_config(modules_to_save=["lm_head"]), f"modules_to_save.*{TWO_ADAPTERS}"),
+    "other biases": (with_config(bias="all"), f"bias='all'.*bias='none'.*{TWO_ADAPTERS}"),
+    "another arrangement": (with_config(arrangement="sorted", selected_blocks=None), f"'sorted'.*{TWO_ADAPTERS}"),
+    "other targets": (with_config(target_modules=["q_proj", "k_proj"], selected_blocks=None), "other target modules"),
+    "a row of 0.9": (with_config(selected_blocks={Q0: [[0.9, 0]] * 8}), "is not a list of"),
+    "a row of true": (with_config(selected_blocks={Q0: [[True, 0]] * 8}), "is not a list of"),
+    "text for rows": (with_config(selected_blocks={Q0: "0,1 ,2"}), "is not a list of"),
+    "a list of modules": (with_config(selected_blocks=[Q0]), "selected_blocks=.* is not a mapping"),
+    "a list of patterns": (with_config(num_blocks_pattern=["q"]), "num_blocks_pattern=.* is not a mapping"),
+    "a number of modules": (with_config(target_modules=5), "target_modules=5 is not a list of names"),
+    "a list of numbers": (with_config(exclude_modules=[5]), r"exclude_modules=\[5\] is not a list of names"),
+    "letters for layers": (with_config(layers_to_transform="01"), "layers_to_transform='01' is neither"),
+    "a mapping for a rule": (with_config(selection={"a": 1}), "selection=.* is not one of gradient"),
+    "no regex": (with_config(num_blocks_pattern={"(": 3}, num_blocks=5), "is no regex"),
+    "an endless regex": (with_config(num_blocks_pattern={r"^(.|..|...)*[A-Z]\d$": 3}, num_blocks=5), "takes forever"),
+}
+
+
+@doors
+@pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
+def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load, damage, words):
+    base = deepcopy(llama)
+    damage(folder)
+    with pytest.raises(ValueError, match=words) as refusal:
+        load(llama, folder)
+    assert len(str(refusal.value)) < 700
+    assert_same_state(state_of(llama), state_of(base))
+    assert not getattr(llama, "peft_config", None)
+
+
+@pytest.mark.parametrize("damage, words", [REFUSED[name] for name in list(REFUSED)[:15]], ids=list(REFUSED)[:15])
+def test_a_reader_without_the_model_refuses_as_much(folder, damage, words):
+    damage(folder)
+    with pytest.raises(ValueError, match=words):
+        read_adapter(folder)
+
+
+def test_a_module_that_is_missing_is_refused_in_words(llama, tmp_path):
+    wrap(llama, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
+    with pytest.raises(ValueError, match=r"lacks 'lm_head\.weight'"):
+        by_peft(llama, tmp_path)
+
+
+def test_a_state_dict_by_hand_is_refused_where_its_index_is_bad(llama):
+    model = wrap(llama, budget=8)
+    for name, value, words in (
+        ("index", torch.full((8, 3), 99), "does not exist"),
+        ("index", torch.zeros(8, 3), "holds integers"),
+        ("fingerprint", torch.zeros(1, dtype=torch.int64), "other target modules"),
+        ("weight", torch.ones(8, 16, 16, dtype=torch.int8), "are int8"),
+    ):
+        state = model.state_dict() | {f"{BANK}default.{name}": value}
+        with pytest.raises(ValueError, match=words):
+            model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("door", ["PEFT", "transformers"])
+def test_a_few_dozen_broken_files_neither_crash_nor_change_the_base(door):
+    results = [result for result in fuzz_adapter.fuzz(limit=60, seed=7) if result.case.door == door]
+    assert len(results) > 20
+    assert [result for result in results if result.outcome in fuzz_adapter.WRONG] == []
+    assert sum(result.outcome == "refused" for result in results) > len(results) / 2
+
+
+# --- whose weights -----------------------------------------------------------------------------------------------
+
+
+FOREIGN = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", f"{Q0}.base_layer.weight"]
+
+
+@doors
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_weights_of_the_base_model_are_not_read_from_an_adapter(llama, folder, load, name, prefix):
+    base, plain = deepcopy(llama), read_adapter(folder)
+    shape = llama.get_parameter(name.replace(".base_layer", "")).shape
+    change_weights(folder, lambda tensors: tensors.update({prefix + name: torch.ones(shape)}))
+    with pytest.warns(UserWarning, match=f"{re.escape(name)}', which is not the adapter's and was left out"):
+        loaded = load(llama, folder)
+    assert_base_untouched(loaded, base)
+    assert deltas_of(loaded).keys() >= dense(plain).keys()
+
+
+def test_a_whole_module_comes_from_the_file_and_its_original_does_not(llama, tmp_path):
+    base = deepcopy(llama)
+    model = wrap(llama, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    for name in ("lm_head.original_module.weight", "lm_head.base_layer.weight"):
+        key = f"base_model.model.{name}"
+        change_weights(tmp_path, lambda tensors, key=key: tensors.update({key: torch.ones(64, 64)}))
+    with pytest.warns(UserWarning, match="with others"):
+        loaded = by_peft(llama, tmp_path)
+    assert torch.equal(loaded.base_model.model.lm_head.original_module.weight, base.lm_head.weight)
+
+
+@doors
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_said_at_loading_and_refused_by_safe_merge(llama, folder, load, value):
+    change_weights(folder, lambda tensors: tensors[BANK + "weight"][3, 2, 1:2].fill_(value))
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        loaded = load(llama, folder)
+    if load is by_peft:
+        with pytest.raises(ValueError, match="NaNs detected"):
+            loaded.merge_and_unload(safe_merge=True)
+
+
+@doors
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_another_base_model_of_the_same_shapes_is_named(llama, folder, load, name):
+    llama.get_parameter(name).data.mul_(1.1)
+    llama.name_or_path = "another/model"
+    with pytest.warns(UserWarning, match=rf"made for another base model than this \(another/model\): '{name}'"):
+        load(llama, folder)
+
+
+@doors
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.nn.Module.bfloat16,
+        torch.nn.Module.half,
+        torch.nn.Module.double,
+        lambda model: model.resize_token_embeddings(80, mean_resizing=False) and model,
+    ],
+    ids=["bfloat16", "float16", "float64", "resized"],
+)
+def test_the_same_base_model_in_another_form_is_the_same(llama, folder, load, change):
+    base = change(llama)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Adapter")
+        load(base, folder)
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_long_selection_costs_a_few_times_its_text_and_a_short_message(llama, folder):
+    text = " ".join(f"{i % 999},{i // 999}" for i in range(100_000))
+    change_config(folder, selected_blocks={Q0: text}, num_blocks=100_000)
+    (folder / WEIGHTS).unlink()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="budget of 100000 blocks is above the 64") as refusal:
+            get_peft_model(llama, SMTConfig.from_pretrained(folder))
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(text)
+    finally:
+        tracemalloc.stop()
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selected_blocks": {"x": "1,2 " * 10**6}},
+        {"selected_blocks": {"x" * 10**6: "0"}},
+        {"block_size": "1" * 10**6},
+        {"num_blocks_pattern": {"q" * 10**6: 0}},
+        {"target_modules": ["q"] * 10**6 + [1]},
+    ],
+    ids=["blocks", "name", "block_size", "pattern", "modules"],
+)
+def test_messages_stay_short(options):
+    with pytest.raises(ValueError, match=next(iter(options))) as refusal:
+        SMTConfig(**options)
+    assert len(str(refusal.value)) < 700
+
+
+def test_tiles_are_a_list_of_pairs():
+    tiles = Tiles.parse("q", "0,1 12,3 4,5")
+    assert tiles == [[0, 1], [12, 3], [4, 5]] != tiles[:2] == [[0, 1], [12, 3]]
+    assert list(tiles) == Tiles.parse("q", [(0, 1), (12, 3), (4, 5)]) and tiles[-1] == [4, 5]
+    assert deepcopy(tiles) == tiles and tiles.tensor().tolist() == list(tiles)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1,2,3", "1,2 3", "1,2  3,4", "1, 2", "1,2 ", "-1,2", "1,2;3,4", "\u0661,2", "9999999999,1"]
+)
+def test_what_is_no_list_of_pairs_is_refused(text):
+    with pytest.raises(ValueError, match="is not a list of"):
+        Tiles.parse("q", text)
+
+
+# --- transformers' door ----------------------------------------------------------------------------------------------
+
+
+def test_transformers_reports_nothing_about_a_file_that_is_right(llama, folder, caplog):
+    logging.enable_propagation()
+    try:
+        info = llama.load_adapter(str(folder))
+    finally:
+        logging.disable_propagation()
+    assert not (info.missing_keys or info.unexpected_keys or info.mismatched_keys)
+    assert "UNEXPECTED" not in caplog.text and "manifest" not in caplog.text
+
+
+def test_transformers_loads_a_second_adapter_and_refuses_a_broken_one_beside_it(llama, folder, batches):
+    llama.load_adapter(str(folder))
+    before = state_of(llama)
+    with_part("index", with_another_block)(folder)
+    with pytest.raises(ValueError, match="checksum"):
+        llama.load_adapter(str(folder), "second")
+    assert_same_state(state_of(llama), before)
+    assert list(llama.peft_config) == ["default"] and outputs(llama, batches[0]).isfinite().all()
+    with pytest.raises(ValueError, match="already exists"):
+        llama.load_adapter(str(folder), "default")
+
+
+def test_transformers_takes_a_state_dict_and_trains_on(llama, folder, batches):
+    weights, config = load_file(folder / WEIGHTS), SMTConfig.from_pretrained(folder)
+    llama.load_adapter(peft_config=config, adapter_state_dict=weights, is_trainable=True)
+    llama(**batches[0]).loss.backward()
+    assert bank_of(llama).weight.grad.any() and not llama.peft_config["default"].awaits_weights
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def full(*args, **options):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("file", ["README.md", WEIGHTS, CONFIG])
+def test_a_save_that_fails_leaves_the_folder_as_it_was(llama, folder, file, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    model = wrap(llama, budget=12, seed=8)
+    place = {
+        "README.md": "peft.PeftModel.create_or_update_model_card",
+        WEIGHTS: "peft.peft_model.safe_save_file",
+        CONFIG: "smt_peft.SMTConfig.save_pretrained",
+    }
+    monkeypatch.setattr(place[file], full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_save_by_transformers_that_fails_leaves_the_folder_as_it_was(llama, folder, tmp_path, monkeypatch):
+    llama.load_adapter(str(folder))
+    llama.save_pretrained(tmp_path / "again")
+    assert dense(read_adapter(tmp_path / "again")).keys() == dense(read_adapter(folder)).keys()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        llama.save_pretrained(tmp_path / "again")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
+
+
+def test_saving_over_an_adapter_replaces_all_of_it_and_keeps_the_card(llama, folder):
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nBy hand.\n")
+    model = wrap(llama, budget=12, seed=8)
+    model.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {"README.md", WEIGHTS, CONFIG}
+    assert "By hand." in card.read_text() and card.read_text().count("import smt_peft") == 1
+    for name, delta in dense(read_adapter(folder)).items():
+        assert torch.equal(delta, deltas_of(model)[name])
+
+
+def test_adapters_of_other_names_are_saved_into_folders_of_theirs_with_one_card(llama, tmp_path):
+    model = wrap(llama, adapter_name="mine")
+    model.save_pretrained(str(tmp_path / "new" / "one"))
+    assert "import smt_peft" in (tmp_path / "new/one/README.md").read_text()
+    assert dense(read_adapter(tmp_path / "new/one/mine"))
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_files_of_two_saves_are_refused(llama, folder, tmp_path, file):
+    wrap(llama, budget=8, seed=8).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / file).replace(folder / file)
+    with pytest.raises(ValueError, match=TWO_ADAPTERS):
+        by_peft(llama, folder)
+
+
+def test_lora_is_saved_and_loaded_by_peft_and_transformers_alone(llama, tmp_path, batches):
+    model = wrap(llama, "lora")
+    model.save_pretrained(tmp_path)
+    assert "smt_peft" not in (tmp_path / "README.md").read_text()
+    expected = outputs(model, batches[0])
+    llama.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(llama, batches[0]), expected)
+
+
+def test_state_by_hand_keeps_the_selection_of_the_file(llama, folder):
+    model = wrap(llama, budget=8, seed=5)
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    assert bank_of(model).index.tolist() == load_file(folder / WEIGHTS)[BANK + "index"].tolist()
