@@ -90,6 +90,8 @@ class SMTConfig(PeftConfig):
         """As PEFT's. The weights beside it are looked at, too: what is broken, or does not belong to this config, is
         refused before PEFT adds an adapter for it."""
         config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if not isinstance(config, SMTConfig):  # PEFT makes the config that the file is of
+            return config
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
         weights = _weights_beside(str(pretrained_model_name_or_path), kwargs)
         if weights is not None:

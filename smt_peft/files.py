@@ -424,10 +424,10 @@ def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
             "together; the file is broken."
         )
     check_weight(weight, len(weight), weight.shape[1])
-    if index.dtype in INTEGERS and (index < 0).all():
+    if index.dtype in INTEGERS and (index < 0).all() and weight.any():
         raise ValueError(
-            "The checkpoint's index is -1 throughout: it was saved before its blocks were selected. Make a new "
-            "adapter of its config, get_peft_model(model, SMTConfig.from_pretrained(folder)), or train it first."
+            "The checkpoint's index is -1 throughout, though it has deltas: nothing says where they belong; the file "
+            "is broken."
         )
     content = None
     if "manifest" in parts:

@@ -7,6 +7,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, TaskType
@@ -237,7 +238,7 @@ class SMTModel(BaseTuner):
             bank.check(parts.weight, parts.index, parts.fingerprint)
             if config.awaits_weights and config.stored_blocks is not None:
                 files.names_of(parts.index, config.stored_blocks, bank.targets)
-            others = cls._own_weights(model, config, adapter_name, parts.others)
+            others = cls._own_weights(model, config, adapter_name, parts)
         except ValueError:
             forget_unloaded(model, adapter_name)
             raise
@@ -245,16 +246,21 @@ class SMTModel(BaseTuner):
         values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
         if not all(value.isfinite().all() for value in values):
             warn(f"Adapter {adapter_name!r} holds values that are NaN or infinite, and so will what it computes.")
+        if (parts.index < 0).all():
+            warn(f"Adapter {adapter_name!r} was saved before its blocks were selected: it does nothing yet.")
         if parts.content:
             _warn_of_other_base(model, adapter_name, config, parts.content["base"])
         return {**dict(zip(_bank_keys(model, adapter_name), parts[:3], strict=True)), **others}
 
     @classmethod
-    def _own_weights(cls, model, config, adapter_name, others):
-        """Of a file's further tensors those that are the adapter's: its biases, and modules that are saved whole."""
+    def _own_weights(cls, model, config, adapter_name, parts):
+        """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that
+        are saved whole."""
+        others = parts.others
         state = model.state_dict() if others else {}
-        own = set(cls._get_learnable_bias_state_dict(model, state, config))
-        own.update(_whole_modules(model, adapter_name).values())
+        own = set(_whole_modules(model, adapter_name).values())
+        for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
+            own.update(cls._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
         found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
         foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
         if foreign:

@@ -22,7 +22,7 @@ QV, LINEAR = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gat
 PEFT = {"model": "llama-3.2-3b", "num_blocks": 140, "block_size": 256, "batch_size": 4, "tokens": 768}
 PAPER = {"model": "llama-2-7b", "num_blocks": 888, "batch_size": 2, "tokens": 1024, "checkpointing": "non-reentrant"}
 # Allocated peaks in GiB, on an NVIDIA H200; torch 2.11.0+cu130, transformers 5.17.0, peft 0.21.2; at commit 844c0c8.
-# 3B: by a profile of one step. 7B: scripts/benchmarks/bench_training.py --setting 7b-paper wrote 18,500,372,480 bytes (17.23 GiB)
+# 3B: by a profile of one step. 7B: bench_training.py --setting 7b-paper wrote 18,500,372,480 bytes (17.23 GiB)
 # for SMT and 56,757,457,408 (52.86) for full fine-tuning. Part of both are the graphs in which it had counted what
 # floor, SMT and full save: a hook that returns the tensor it gets lets an output hold its own node, and the graph is
 # never freed. In its run of the 3B setting such graphs, 40.2 GB, are all but 1 % of what its peaks (59.35 GB, 59.68
