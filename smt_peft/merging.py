@@ -79,6 +79,9 @@ class Checkpoint:
                 f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: it is no model, or one "
                 f"saved in another format; {OR_LOAD}."
             )
+        outside = sorted(name for name in set(self.files.values()) if Path(name).name != name)
+        if outside:
+            raise ValueError(f"The index of {folder} names {outside[0]}, which is no file of this folder; refused.")
         missing = sorted(name for name in set(self.files.values()) if not (folder / name).is_file())
         if missing:
             raise ValueError(f"{folder} lacks {missing[0]}, which its index names; download or copy it again.")
