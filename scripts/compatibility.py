@@ -1,4 +1,4 @@
-"""Run a minute of tests with other versions of Python, PyTorch, Transformers and PEFT, each in an environment of its own.
+"""Run a minute of tests with other versions of Python, PyTorch, Transformers and PEFT, in environments made for it.
 
     pip install uv
     python scripts/compatibility.py                               # all rows, one after the other
@@ -28,6 +28,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
+COUNTED = ("tests", "failures", "errors", "skipped")
 TESTS = ("keystone", "lifecycle", "warmup", "files", "sorted", "selection", "trainer")
 REPORT = """
 import importlib.metadata, json, platform, sys
@@ -104,9 +105,6 @@ def run_row(name: str, folder: Path) -> dict:
     if codes[-1] == 0:
         shutil.rmtree(environment)
     return result | json.loads(versions) | {"passed": passed, "failed": failed, "skipped": counts["skipped"]}
-
-
-COUNTED = ("tests", "failures", "errors", "skipped")
 
 
 def succeeded(result: dict) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import functools
 import json
@@ -219,7 +220,10 @@ def load_adapter(
             if isinstance(module, BaseTunerLayer):
                 module.requires_grad_(False)
     missing = {key for key in result.missing_keys if f".{name}." in key}
-    return LoadStateDictInfo(missing, set(result.unexpected_keys), set(), [], {}, set())
+    info = {"missing_keys": missing, "unexpected_keys": set(result.unexpected_keys), "mismatched_keys": set()}
+    info.update(error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+    known = {field.name for field in dataclasses.fields(LoadStateDictInfo)}  # the last one since transformers 5.16
+    return LoadStateDictInfo(**{name: value for name, value in info.items() if name in known})
 
 
 def _is_smt(peft_model_id: str | None, peft_config: object, download: Mapping) -> bool:

@@ -3,6 +3,8 @@
 import gc
 import os
 import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,29 @@ def quick_garbage_collection() -> None:
     """Leave what is imported out of garbage collection: a Trainer collects at every start, most of its time here."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_deprecated_calls():
+    """Raise what a library says of a deprecated call that smt_peft makes, also where it blames a line of its own."""
+    warn = warnings.warn
+
+    def package_of(frame) -> str:
+        return frame.f_globals["__name__"].partition(".")[0]
+
+    def strict(message, category=None, stacklevel=1, *arguments, **options):
+        warning = message if isinstance(message, Warning) else (category or UserWarning)(message)
+        if isinstance(warning, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+            caller = library = sys._getframe(1)
+            while caller and package_of(caller) == package_of(library):
+                caller = caller.f_back
+            if caller and package_of(caller) == "smt_peft":
+                raise warning
+        warn(message, category, stacklevel + 1, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warnings, "warn", strict)
+        yield
 
 
 @pytest.fixture(scope="session")
