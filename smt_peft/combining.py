@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from smt_peft import ops
 from smt_peft.bank import DeltaBank, Group
 from smt_peft.config import SMTConfig
-from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, other_base, read_adapter
+from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, other_base, read_adapter
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel
@@ -123,15 +124,14 @@ def add_weighted_adapter(
 
 def _of_bank(bank: DeltaBank) -> StoredAdapter:
     """An adapter's blocks on the CPU, in the form of one that lies in a folder."""
-    size, layout = bank.block_size, bank.layout()
+    size, cpu = bank.block_size, torch.device("cpu")
     shapes = {target.name: (target.rows * size, target.cols * size) for target in bank.targets}
     blocks = {}
-    for name, at, deltas in zip(shapes, layout.blocks, bank.split() if layout.counts else (), strict=False):
-        if len(at):
-            rows, cols = at.unbind(1)
-            if at.ndim == 2:
-                rows, cols = (side[:, None] * size + torch.arange(size, device="cpu") for side in (rows, cols))
-            blocks[name] = Blocks(rows, cols, deltas.detach().cpu())
+    for position, deltas in enumerate(bank.split() if bank.is_selected else ()):
+        plan = bank.plan(position, cpu)
+        if plan is not None:
+            rows, cols = ops.entries(plan, size)
+            blocks[bank.targets[position].name] = Blocks(rows[:, :, 0], cols[:, 0], deltas.detach().cpu())
     return StoredAdapter({}, shapes, blocks, {}, {})
 
 
@@ -205,7 +205,7 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     config.selected_blocks = bank.selected_blocks()
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    index = bank.index.short() if bank.index.max() <= torch.iinfo(torch.int16).max else bank.index
+    index = narrow(bank.index)
     parts = {"weight": bank.weight.data, "index": index, "fingerprint": bank.fingerprint}
     others = [key.removeprefix(PREFIX) for key in adapter.others]
     parts["manifest"] = manifest(config, targets, index, others, adapter.base)
@@ -370,6 +370,6 @@ def _place(blocks: Blocks, grid: Grid, shape: tuple[int, int]) -> Tensor:
     (row, y), (col, x) = (_number(lines, length) for lines, length in zip(grid[:2], shape, strict=True))
     size = grid.rows.shape[1]
     deltas = blocks.deltas.new_zeros(int(grid.taken.sum()), size, size)
-    rows, cols = blocks.rows[:, :, None], blocks.cols[:, None, :]
+    rows, cols = blocks.entries
     deltas[slot[row[rows], col[cols]], y[rows], x[cols]] = blocks.deltas
     return deltas

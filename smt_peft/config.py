@@ -31,6 +31,14 @@ CHOICES = {
 }
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
+DOWNLOAD = (
+    "subfolder",
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+)  # options of the hub's
 LONGEST_MESSAGE = 600
 LISTS = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save")
 NEVER_STRINGS = ("target_parameters", "modules_to_save")
@@ -219,8 +227,7 @@ def _weights_beside(folder: str, options: Mapping) -> Path | None:
     weights = Path(folder, options.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
     if weights.exists() or weights.parent.exists():
         return weights if weights.is_file() else None
-    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
-    found = {name: options[name] for name in names if options.get(name) is not None}
+    found = {name: options[name] for name in DOWNLOAD if options.get(name) is not None}
     try:
         return Path(hf_hub_download(folder, SAFETENSORS_WEIGHTS_NAME, **found))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -148,7 +147,7 @@ def _factors(blocks: Blocks, shape: tuple[int, int], rank: int | None, energy: f
 
 def _dense(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
     matrix = torch.zeros(shape)
-    matrix[blocks.rows[:, :, None], blocks.cols[:, None, :]] = blocks.deltas
+    matrix[blocks.entries] = blocks.deltas
     return matrix
 
 
@@ -204,8 +203,7 @@ class Pair:
 
     def read(self, checkpoint: Checkpoint, key: str) -> Tensor:
         """A tensor of one of them, float32."""
-        with safe_open(checkpoint.folder / checkpoint.files[key], "pt") as file:
-            return file.get_tensor(key).to(torch.float32, copy=True)
+        return checkpoint.read(key).to(torch.float32, copy=True)
 
 
 def adapter_of_difference(

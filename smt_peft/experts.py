@@ -68,7 +68,7 @@ class ParamWrapper(Linear):
         weight = self.weight
         if self.watch is not None and torch.is_grad_enabled():
             return self.watch(weight)
-        matrix = weight.flatten(0, -2)
+        matrix = None
         for name in self.active_adapters:
             bank, target = self._bank(name)
             if bank is None:
@@ -77,8 +77,9 @@ class ParamWrapper(Linear):
                 continue
             plan, delta = bank.parts(target, weight.device)
             entries = ops.entries(plan, bank.block_size)
+            matrix = weight.flatten(0, -2) if matrix is None else matrix
             matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
-        return matrix.view(weight.shape) if matrix.requires_grad or matrix.data_ptr() != weight.data_ptr() else None
+        return None if matrix is None else matrix.view(weight.shape)
 
     @contextlib.contextmanager
     def _shown(self, weight: Tensor | None) -> Iterator[None]:

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from smt_peft.ops import tile_features
+
 VERSION = 2
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
 PREFIX = "base_model.model."  # that PEFT gives the keys of a file
@@ -54,6 +56,11 @@ class Blocks(NamedTuple):
     rows: Tensor
     cols: Tensor
     deltas: Tensor
+
+    @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """What reads the blocks out of the matrix as [n, b, b]: rows [n, b, 1] and columns [n, 1, b]."""
+        return self.rows[:, :, None], self.cols[:, None, :]
 
 
 class StoredAdapter(NamedTuple):
@@ -193,6 +200,11 @@ def manifest(
     }
     text = json.dumps(content, separators=(",", ":")).encode()
     return torch.frombuffer(bytearray(_checksum(text, index) + b"\n" + text), dtype=torch.uint8)
+
+
+def narrow(index: Tensor) -> Tensor:
+    """The index as a file holds it: int16 where that suffices, 0.6 % of the values at tiles of 16."""
+    return index.to(torch.int16) if index.max() <= torch.iinfo(torch.int16).max else index
 
 
 def _agreed(value: object) -> object:
@@ -548,7 +560,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         if slots.any():
             rows, cols = index[slots, 1:].unflatten(1, (2, -1)).unbind(1)
             if rows.shape[1] == 1:
-                rows, cols = (side * size + torch.arange(size) for side in (rows, cols))
+                rows, cols = (tile_features(side[:, 0], size) for side in (rows, cols))
             blocks[name] = Blocks(rows, cols, parts.weight[slots].float())
     return StoredAdapter(config, shapes, blocks, parts.others, parts.content["base"] if parts.content else {})
 

@@ -30,12 +30,11 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from smt_peft.config import SMTConfig
+from smt_peft.config import DOWNLOAD, SMTConfig
 from smt_peft.files import PREFIX
 from smt_peft.model import forget_unloaded
 
 CARD = "README.md"
-DOWNLOAD = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 HOW_TO_LOAD = """
 
 ## How to load this adapter

@@ -10,7 +10,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from smt_peft.files import Blocks, read_adapter
+from smt_peft.files import PREFIX, Blocks, read_adapter
 from smt_peft.selection import layers_of, places_of
 
 OPTIONS = {  # that a rule of selection has, beside the scope
@@ -41,7 +41,7 @@ def describe(folder: Path) -> dict:
         "selection": ", ".join([rule, *options]),
         "norm": _norm(deltas.values()),
         "largest": max((delta.abs().max().item() for delta in deltas.values()), default=0.0),
-        "also_trained": sorted(key.removeprefix("base_model.model.") for key in adapter.others),
+        "also_trained": sorted(key.removeprefix(PREFIX) for key in adapter.others),
         "bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         "by_type": _by_group(deltas, kinds, dict.fromkeys(kinds.values())),
         "by_layer": _by_group(deltas, layers, layers_of(places)),
@@ -104,7 +104,8 @@ def _entries(blocks: Blocks | None, columns: int) -> tuple[Tensor, Tensor]:
     """The entries of a matrix that blocks cover, int64 in ascending order, and their deltas, float64."""
     if blocks is None:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64)
-    entries, order = (blocks.rows[:, :, None] * columns + blocks.cols[:, None, :]).flatten().sort()
+    rows, cols = blocks.entries
+    entries, order = (rows * columns + cols).flatten().sort()
     return entries, blocks.deltas.flatten()[order].double()
 
 

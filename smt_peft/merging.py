@@ -228,7 +228,7 @@ def changed(key: str, tensor: Tensor, change: Change) -> Tensor:
     new = tensor
     if change.blocks is not None:
         matrix = tensor.T if change.transposed else tensor.flatten(0, -2)
-        entries = change.blocks.rows[:, :, None], change.blocks.cols[:, None, :]
+        entries = change.blocks.entries
         before = matrix[entries]
         wide = torch.promote_types(before.dtype, torch.float32)
         matrix[entries] = new = (before.to(wide) + change.blocks.deltas).to(before.dtype)

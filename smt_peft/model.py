@@ -219,9 +219,7 @@ class SMTModel(BaseTuner):
         if missing:
             raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter_name!r}.")
         chosen = {key: state_dict[key] for key in keys}
-        index = chosen[keys[1]]
-        if index.max() <= torch.iinfo(torch.int16).max:  # half the bytes: 0.6 % of the values at blocks of 16
-            chosen[keys[1]] = index.to(torch.int16)
+        index = chosen[keys[1]] = files.narrow(chosen[keys[1]])
         biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
         bank = _find_banks(model)[1][adapter_name]
         others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter_name)]

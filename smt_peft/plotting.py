@@ -307,8 +307,8 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in shapes]
     for name, grid in zip(names, grids, strict=True):
         if name in adapter.blocks:
-            rows, cols, deltas = adapter.blocks[name]
-            tiles = torch.broadcast_tensors(rows[:, :, None] // size, cols[:, None, :] // size)
+            deltas = adapter.blocks[name].deltas
+            tiles = torch.broadcast_tensors(*(side // size for side in adapter.blocks[name].entries))
             for part, values in zip(grid, (deltas.square() / size**2, torch.ones_like(deltas)), strict=True):
                 part.index_put_(tiles, values, accumulate=True)
     is_trained = any(grid[0].any() for grid in grids)

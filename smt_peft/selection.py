@@ -15,8 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from smt_peft.ops import tile_features
+
 SELECTION_FILE = "selection.safetensors"
-_SETTINGS = ("names", "block_size", "batch_scores", "skipped", "groups", "inputs", "scope", "base_parameters")
+_SETTINGS = (
+    "names",
+    "block_size",
+    "batch_scores",
+    "skipped",
+    "groups",
+    "patterns",
+    "inputs",
+    "scope",
+    "base_parameters",
+)
 
 
 def select(
@@ -162,7 +174,8 @@ class Selection:
         batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
         skipped: how many batches had a non-finite loss or gradient.
         lines: of a sorted arrangement, the rows and columns of each target's blocks.
-        groups: (positions in `names`, budget) of those that shared a budget; the last is that of `num_blocks`.
+        groups: (positions in `names`, budget) of those that shared a budget; that of `num_blocks` is the last.
+        patterns: how many of them are of `num_blocks_pattern`.
         inputs: a number per target, equal where targets read one input.
         scope: who competed within a group.
         base_parameters: of the model, for `trainable_ratio`.
@@ -176,6 +189,7 @@ class Selection:
     skipped: int = 0
     lines: list[Lines] | None = None
     groups: Sequence[tuple[Sequence[int], int]] = ()
+    patterns: int = 0
     inputs: Sequence[int] | None = None
     scope: str = "model"
     base_parameters: int | None = None
@@ -205,10 +219,17 @@ class Selection:
             raise ValueError(
                 "This selection has no scores to select by anew; select_blocks() gives one that has them."
             )
-        *others, (members, budget) = self.groups
+        if num_blocks is not None and trainable_ratio is not None:
+            raise ValueError(f"num_blocks={num_blocks} and trainable_ratio={trainable_ratio} both set the budget.")
         if trainable_ratio is not None:
             num_blocks = max(1, round(trainable_ratio * self.base_parameters / self.block_size**2))
-        groups, scope = [*others, (members, num_blocks or budget)], scope or self.scope
+        groups, scope = [*self.groups], scope or self.scope
+        if num_blocks is not None:
+            if len(groups) == self.patterns:
+                raise ValueError("num_blocks_pattern covers every target, so there is no other budget to change.")
+            if num_blocks < 1:
+                raise ValueError(f"num_blocks={num_blocks} is not a positive integer.")
+            groups[-1] = groups[-1][0], num_blocks
         index = select(self.scores, groups, scope, self.inputs)
         return replace(self, index=index, groups=groups, scope=scope)
 
@@ -270,7 +291,7 @@ class Selection:
         for target in self.index[:, 0].unique().tolist():
             rows, cols = self.index[self.index[:, 0] == target, 1:].long().unbind(1)
             if self.lines is None:
-                rows, cols = (side[:, None] * size + torch.arange(size) for side in (rows, cols))
+                rows, cols = (tile_features(side, size) for side in (rows, cols))
             else:
                 rows, cols = self.lines[target].rows[rows], self.lines[target].cols[cols]
             found[self.names[target]] = (rows[:, :, None] * 2**32 + cols[:, None, :]).flatten()

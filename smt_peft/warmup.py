@@ -63,6 +63,10 @@ def select_blocks(
             "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
             "model.add_adapter(name, SMTConfig(...))."
         )
+    avoided = {name: find_adapter(model, name)[0] for name in avoid}
+    for name, other in avoided.items():
+        if not other.is_selected:
+            raise ValueError(f"There is nothing to avoid in adapter {name!r}: it has no blocks yet. Select its first.")
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
     size, steps, lines = bank.block_size, config.warmup_steps, None
@@ -83,8 +87,8 @@ def select_blocks(
         scores = collector.scores()
     lines = lines and [Lines(*(side.cpu() for side in line)) for line in lines]
     scores = [score.float().cpu() for score in scores]
-    for name in avoid:
-        _rule_out(find_adapter(model, name)[0], bank, scores, lines)
+    for other in avoided.values():
+        _rule_out(other, bank, scores, lines)
     selection = Selection(
         names=[target.name for target in bank.targets],
         block_size=size,
@@ -94,6 +98,7 @@ def select_blocks(
         skipped=collector.skipped,
         lines=lines,
         groups=[tuple(group) for group in bank.groups],
+        patterns=len(config.num_blocks_pattern),
         inputs=collector.inputs,
         scope=config.scope,
         base_parameters=bank.base_parameters,

@@ -14,6 +14,12 @@ from smt_peft import SMTConfig
 
 METHODS = ["lora", "smt", "sorted"]  # the last is SMT with arrangement="sorted"
 QKV = ["q_proj", "k_proj", "v_proj"]
+SCORES = {  # of blocks of a gradient, [block rows, b, block columns, b]
+    "abs_mean": lambda g: g.abs().mean((1, 3)),
+    "mean_abs": lambda g: g.mean((1, 3)).abs(),
+    "l1": lambda g: g.abs().sum((1, 3)),
+    "l2": lambda g: g.square().sum((1, 3)).sqrt(),
+}
 
 
 def make_config(method: str = "smt", budget: int = 20, **options) -> PeftConfig:
@@ -199,3 +205,13 @@ def with_everything_trainable(model: PeftModel) -> PeftModel:
         if f".{model.base_model.prefix}" in name:
             parameter.requires_grad_(True)
     return model
+
+
+def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
+    """Per batch, the gradient of each target's full weight."""
+    dense, found = deepcopy(base).train().requires_grad_(), []
+    for batch in batches:
+        dense.zero_grad()
+        dense(**batch).loss.backward()
+        found.append({name: dense.get_submodule(name).weight.grad for name in names})
+    return found

@@ -77,25 +77,23 @@ class Case:
         self.dy, self.x = self.matrix(tokens, self.out_features), self.matrix(tokens, self.in_features)
         self.start = self.matrix(tokens, self.out_features)
         rows, cols = (torch.randint(high, (blocks,), generator=self.generator) for high in self.grid)
-        out, inner = ops.plan(rows, cols, keep_input=True)[:2]
-        out, self.out_lines = self.side(out, block_rows, sides in ("lists", "out lists"))
-        inner, self.in_lines = self.side(inner, block_cols, sides in ("lists", "in lists"))
-        kept = inner._replace(at=torch.arange(len(inner.at)), place=inner.member)
+        out, self.out_lines = self.side(rows, block_rows, sides in ("lists", "out lists"))
+        inner, self.in_lines = self.side(cols, block_cols, sides in ("lists", "in lists"))
         self.keeping, self.gathering = (
-            ops.move(ops.Plan(out, inner, k, k is kept, False), device) for k in (inner, kept)
+            ops.move(ops.plan(out, inner, keep), device)._replace(in_order=False) for keep in (True, False)
         )
         self.out, self.inner = self.keeping[:2]
         # The features of each block, [n, b, 1] and [n, 1, b].
         self.place = self.out_lines[rows][:, :, None].to(device), self.in_lines[cols][:, None, :].to(device)
         self.dense_gradient = self.dy.double().T @ self.x.double()
 
-    def side(self, side, lines, listed) -> tuple:
-        """The same blocks; if `listed` of features at random. Also the features of every line, [lines, b]."""
+    def side(self, places, lines, listed) -> tuple:
+        """What a plan is made of; if `listed` features at random. Also the features of every line, [lines, b]."""
         features = torch.arange(lines * self.block_size)
         if listed:
             features = torch.randperm(len(features), generator=self.generator)
         features = features.view(lines, self.block_size)
-        return (side._replace(at=features[side.at], place=side.member) if listed else side), features
+        return (features[places] if listed else places), features
 
     def normal(self, *shape) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
@@ -146,9 +144,12 @@ def test_plan():
     rows, cols = torch.tensor([5, 2, 5, 0], dtype=torch.int32), torch.tensor([1, 1, 0, 1], dtype=torch.int32)
     plan = ops.plan(rows, cols, keep_input=False)
     out, inner = ([tensor.tolist() for tensor in side] for side in plan[:2])
-    assert out == [[0, 2, 5], [2, 1, 2, 0], [5, 2, 5, 0], [3, 1, 0, 2], [0, 1, 2, 4]]
-    assert inner == [[0, 1], [1, 1, 0, 1], [1, 1, 0, 1], [2, 0, 1, 3], [0, 1, 4]]
+    assert out == [[0, 2, 5], [2, 1, 2, 0], [5, 2, 5, 0], [3, 1, 0, 2], [0, 1, 2, 4], []]
+    assert inner == [[0, 1], [1, 1, 0, 1], [1, 1, 0, 1], [2, 0, 1, 3], [0, 1, 4], []]
     assert all(tensor.dtype == torch.int64 for side in plan[:3] for tensor in side)
+    lists = ops.plan(torch.tensor([[7, 1], [2, 4], [7, 1]]), torch.tensor([[0, 1]] * 3), keep_input=False)
+    assert lists.out.at.tolist() == [[2, 4], [7, 1]] and lists.out.place.tolist() == [1, 0, 1]
+    assert lists.out.features.tolist() == [7, 1, 2, 4, 7, 1] and not len(lists.kept.features)
     kept = ops.plan(rows, cols + 3, keep_input=False).kept
     assert kept.at.tolist() == [0, 1] and kept.place.tolist() == [1, 1, 0, 1]
     assert not plan.in_order and ops.plan(rows[:3], torch.tensor([1, 2, 4]), keep_input=False).in_order

@@ -166,6 +166,26 @@ def test_a_budget_above_all_blocks_is_refused(llama, batches):
         selection_of(llama, batches).rebudget(65)
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"num_blocks": 0}, "num_blocks=0 is not a positive integer"),
+        ({"num_blocks": 3, "trainable_ratio": 0.1}, "both set the budget"),
+    ],
+    ids=str,
+)
+def test_an_impossible_budget_is_refused(llama, batches, budget, words):
+    with pytest.raises(ValueError, match=words):
+        selection_of(llama, batches).rebudget(**budget)
+
+
+def test_the_budgets_of_patterns_are_no_main_budget(llama, batches):
+    selection = selection_of(llama, batches, num_blocks=None, num_blocks_pattern={"v_proj": 3, "": 9})
+    with pytest.raises(ValueError, match="covers every target"):
+        selection.rebudget(7)
+    assert selection.rebudget(scope="module").scope == "module"
+
+
 def test_a_selection_without_scores_has_one_budget():
     with pytest.raises(ValueError, match="no scores to select by"):
         Selection(["a"], 16, torch.tensor([[0, 0, 0]])).rebudget(1)
@@ -237,6 +257,14 @@ def test_blocks_of_an_earlier_adapter_can_be_avoided(llama, batches, arrangement
     model.add_adapter("second", SMTConfig(**options))
     second = select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
     assert second.overlap(first) == 0 == second.rebudget(12).overlap(first)
+
+
+@pytest.mark.parametrize("avoid", ["default", "third"], ids=["no blocks yet", "no such adapter"])
+def test_what_cannot_be_avoided_is_refused_before_the_warm_up(llama, avoid):
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=5))
+    model.add_adapter("second", SMTConfig(block_size=16, num_blocks=5))
+    with pytest.raises(ValueError, match=r"nothing to avoid|no SMT adapter 'third'"):
+        select_blocks(model, [], "second", progress_bar=False, avoid=[avoid])  # no batch: that would be another error
 
 
 def test_more_blocks_than_are_left_are_refused(llama, batches):

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from dense_truth import assert_right, bank_of, gradients_of, in_place, wrap
+from dense_truth import SCORES, assert_right, bank_of, dense_gradients, gradients_of, in_place, wrap
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -22,15 +22,6 @@ def warmed_up(base, batches, **options):
     options = {"block_size": SIZE, "num_blocks": 12, "warmup_steps": len(batches), **options}
     model = get_peft_model(deepcopy(base), SMTConfig(arrangement="sorted", **options))
     return model, select_blocks(model, batches, progress_bar=False)
-
-
-def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
-    dense, found = deepcopy(base).train().requires_grad_(), []
-    for batch in batches:
-        dense.zero_grad()
-        dense(**batch).loss.backward()
-        found.append({name: dense.get_submodule(name).weight.grad for name in names})
-    return found
 
 
 def feature_norms(base, names, batches) -> dict[str, list[torch.Tensor]]:
@@ -56,14 +47,10 @@ def lines_of(*norms: torch.Tensor) -> list[torch.Tensor]:
 
 
 def scored(grids: list[torch.Tensor], score: str, accumulation: str) -> torch.Tensor:
-    of = {
-        "abs_mean": lambda g: g.abs().mean((1, 3)),
-        "mean_abs": lambda g: g.mean((1, 3)).abs(),
-        "l1": lambda g: g.abs().sum((1, 3)),
-        "l2": lambda g: g.square().sum((1, 3)).sqrt(),
-    }[score]
     blocks = torch.stack(grids).unflatten(2, (-1, SIZE)).unflatten(1, (-1, SIZE))
-    return of(blocks.mean(0)) if accumulation == "signed" else torch.stack([of(block) for block in blocks]).mean(0)
+    if accumulation == "signed":
+        return SCORES[score](blocks.mean(0))
+    return torch.stack([SCORES[score](of) for of in blocks]).mean(0)
 
 
 @pytest.mark.parametrize("accumulation", Accumulation.__args__)

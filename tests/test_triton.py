@@ -76,7 +76,8 @@ def watched(function, *args):
 def lists_of(side, block_size, lines):
     """The same blocks on features at random."""
     features = torch.randperm(lines * block_size, generator=torch.Generator().manual_seed(lines)).to(DEVICE)
-    return side._replace(at=features.view(lines, block_size)[side.at], place=side.member)
+    at = features.view(lines, block_size)[side.at]
+    return side._replace(at=at, place=side.member, features=at[side.member].flatten())
 
 
 def features_of(side, block_size):

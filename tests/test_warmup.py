@@ -6,6 +6,7 @@ from copy import deepcopy
 import numpy
 import pytest
 import torch
+from dense_truth import SCORES, dense_gradients
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -15,12 +16,6 @@ from smt_peft.config import Accumulation, Score
 from smt_peft.layer import Linear
 
 SIZE = 16
-SCORES = {
-    "abs_mean": lambda g: g.abs().mean((1, 3)),
-    "mean_abs": lambda g: g.mean((1, 3)).abs(),
-    "l1": lambda g: g.abs().sum((1, 3)),
-    "l2": lambda g: g.square().sum((1, 3)).sqrt(),
-}
 
 
 def wrap(base, **options):
@@ -33,16 +28,6 @@ def warm_up(model, batches, **options):
 
 def target_names(model) -> list[str]:
     return [name for name, module in model.base_model.model.named_modules() if isinstance(module, Linear)]
-
-
-def dense_gradients(base, names, batches) -> list[dict[str, torch.Tensor]]:
-    """Per batch, the gradient of each target's full weight."""
-    dense, found = deepcopy(base).train().requires_grad_(), []
-    for batch in batches:
-        dense.zero_grad()
-        dense(**batch).loss.backward()
-        found.append({name: dense.get_submodule(name).weight.grad for name in names})
-    return found
 
 
 def expected_scores(gradients, name, score, accumulation) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .plan import Plan, Side, entries, move, plan
+from .plan import Plan, Side, entries, move, plan, tile_features
 from .reference import SCORES, block_sums, reduce_blocks, sum_squares
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "plan",
     "reduce_blocks",
     "sum_squares",
+    "tile_features",
 ]
 
 # For tests: send CPU tensors to the Triton kernels too, which needs TRITON_INTERPRET=1 in the environment.

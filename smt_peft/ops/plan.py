@@ -22,6 +22,7 @@ class Side(NamedTuple):
         place: [n], where it is: its block coordinate, `at[member]`; of features in any order, `member`.
         order: [n], the blocks in the order of their lines.
         starts: [m + 1], where the blocks of each line start in `order`.
+        features: [n * b], the features of each block, where lines are named by theirs; else empty.
     """
 
     at: Tensor
@@ -29,6 +30,7 @@ class Side(NamedTuple):
     place: Tensor
     order: Tensor
     starts: Tensor
+    features: Tensor
 
 
 class Plan(NamedTuple):
@@ -55,16 +57,21 @@ def side(blocks: Tensor) -> Side:
     at, member = blocks.long().unique(dim=0, return_inverse=True)
     order = torch.argsort(member, stable=True)
     counts = torch.bincount(member, minlength=len(at))
-    place = at[member] if at.ndim == 1 else member
-    return Side(at, member, place, order, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    if at.ndim == 1:
+        return Side(at, member, at[member], order, starts, at[:0])
+    return Side(at, member, member, order, starts, at[member].flatten())
+
+
+def tile_features(places: Tensor, block_size: int) -> Tensor:
+    """The features [n, b] of tiles at block coordinates [n] along one side."""
+    return places[:, None] * block_size + torch.arange(block_size, device=places.device)
 
 
 def entries(plan: Plan, block_size: int) -> tuple[Tensor, Tensor]:
     """What reads the blocks out of a matrix [out, in] as [n, b, b]: rows [n, b, 1] and columns [n, 1, b]."""
     rows, cols = (
-        side.place[:, None] * block_size + torch.arange(block_size, device=side.place.device)
-        if side.at.ndim == 1
-        else side.at[side.member]
+        tile_features(side.place, block_size) if side.at.ndim == 1 else side.features.view(-1, block_size)
         for side in (plan.out, plan.inner)
     )
     return rows[:, :, None], cols[:, None, :]
@@ -72,7 +79,8 @@ def entries(plan: Plan, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _apart(side: Side) -> Side:
     """The same lines, but one after the other."""
-    return side._replace(at=torch.arange(len(side.at), device=side.at.device), place=side.member)
+    at = torch.arange(len(side.at), device=side.at.device)
+    return side._replace(at=at, place=side.member, features=at[:0])
 
 
 def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:

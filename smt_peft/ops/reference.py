@@ -186,8 +186,7 @@ def _take(matrix: Tensor, side: Side, block_size: int) -> Tensor:
     """The features of each block out of a matrix [T, features]: [n, T, b]."""
     if side.at.ndim == 1:
         return _lines(matrix, block_size).index_select(1, side.place).transpose(0, 1)
-    features = side.at.index_select(0, side.member).flatten()
-    return _lines(matrix.index_select(1, features), block_size).transpose(0, 1)
+    return _lines(matrix.index_select(1, side.features), block_size).transpose(0, 1)
 
 
 def _put(matrix: Tensor, side: Side, values: Tensor) -> None:
@@ -196,7 +195,7 @@ def _put(matrix: Tensor, side: Side, values: Tensor) -> None:
     if side.at.ndim == 1:
         _lines(matrix, values.shape[2]).index_add_(1, side.place, values)
     else:
-        matrix.index_add_(1, side.at.index_select(0, side.member).flatten(), values.flatten(1))
+        matrix.index_add_(1, side.features, values.flatten(1))
 
 
 def _add_lines_(matrix: Tensor, at: Tensor, values: Tensor) -> None:
