@@ -7,7 +7,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from peft import PeftModel, TaskType
@@ -22,12 +21,11 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from smt_peft import combining, files
+from smt_peft import combining, files, states
 from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
-from smt_peft.diagnostics import warn
 from smt_peft.experts import ParamWrapper
-from smt_peft.files import BANK, PREFIX
+from smt_peft.files import BANK
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
@@ -60,7 +58,7 @@ class SMTModel(BaseTuner):
         budget, selection) must not leak into the next model that a user makes from the same config object.
         """
         _check_name(model, adapter_name)
-        _mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})
+        states.mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
             config.modules_to_save = [*(config.modules_to_save or []), *HEADS[config.task_type]]
@@ -140,7 +138,7 @@ class SMTModel(BaseTuner):
         device = "meta" if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
         bank.config, bank.base_parameters = config, base_parameters
-        bank.base = files.sample(_base_weights(model))
+        bank.base = files.sample(states.base_weights(model))
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank
@@ -213,69 +211,15 @@ class SMTModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        _mirror_selections(model, {adapter_name: config})
-        keys = _bank_keys(model, adapter_name)
-        missing = [key for key in keys if key not in state_dict]
-        if missing:
-            raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter_name!r}.")
-        chosen = {key: state_dict[key] for key in keys}
-        index = chosen[keys[1]] = files.narrow(chosen[keys[1]])
-        biases = cls._get_learnable_bias_state_dict(model, state_dict, config)
-        bank = _find_banks(model)[1][adapter_name]
-        others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter_name)]
-        others = [key.removeprefix(PREFIX) for key in others]
-        manifest = files.manifest(config, bank.targets, index, others, bank.base)
-        return {**chosen, _bank_keys(model, adapter_name, "manifest")[0]: manifest, **biases}
+        return states.to_save(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        """Also the place where all files are checked, before any of their values is used."""
-        bank = _find_banks(model)[1][adapter_name]
         try:
-            parts = files.in_order_of(bank.targets, files.take_apart(state_dict))
-            bank.check(parts.weight, parts.index, parts.fingerprint)
-            if config.awaits_weights and config.stored_blocks is not None:
-                files.names_of(parts.index, config.stored_blocks, bank.targets)
-            others = cls._own_weights(model, config, adapter_name, parts)
+            return states.to_load(model, config, adapter_name, state_dict)
         except ValueError:
             forget_unloaded(model, adapter_name)
             raise
-        config.awaits_weights, config.stored_blocks, config.trained_before = False, None, ()
-        values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
-        if not all(value.isfinite().all() for value in values):
-            warn(f"Adapter {adapter_name!r} holds values that are NaN or infinite, and so will what it computes.")
-        if (parts.index < 0).all():
-            warn(f"Adapter {adapter_name!r} was saved before its blocks were selected: it does nothing yet.")
-        if parts.content:
-            _warn_of_other_base(model, adapter_name, config, parts.content["base"])
-        return {**dict(zip(_bank_keys(model, adapter_name), parts[:3], strict=True)), **others}
-
-    @classmethod
-    def _own_weights(cls, model, config, adapter_name, parts):
-        """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that
-        are saved whole."""
-        others = parts.others
-        state = model.state_dict() if others else {}
-        own = set(_whole_modules(model, adapter_name).values())
-        for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
-            own.update(cls._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
-        found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
-        foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
-        if foreign:
-            warn(
-                f"The file of adapter {adapter_name!r} holds {files.short(foreign[0])}, which is not the adapter's "
-                f"and was left out{' with others' * (len(foreign) > 1)}: weights of the base model are not read from "
-                "adapters. To train and save one of its modules, such as resized embeddings, use modules_to_save."
-            )
-        for name in own & set(found):
-            held, wanted = others[found[name]], state[name]
-            is_float = held.dtype in files.FLOATS or not wanted.is_floating_point()
-            if not is_float or (wanted.numel() and held.shape != wanted.shape):
-                raise ValueError(
-                    f"The file holds {files.short(name)} as {files.form(held)}, where the model has "
-                    f"{files.form(wanted)}; the file is broken, or belongs to another model."
-                )
-        return {name: others[key] for name, key in found.items() if name in own}
 
     # --- one batch, several adapters -------------------------------------------------------------------------------
 
@@ -343,8 +287,7 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         for module, children in modules:
-            module._modules.clear()
-            module._modules.update(children)
+            vars(module)["_modules"] = children  # at once: an interrupt may fall between any two lines
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
 
@@ -392,11 +335,14 @@ def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]
     elif config.selection == "diagonal":
         scores = diagonal_scores(grids)
     elif config.selection == "magnitude":
-        matrices = [layer.matrix().cpu() for layer in layers]
-        if config.arrangement == "sorted":
-            lines = [sort_lines(*(matrix.float().abs().sum(side) for side in (1, 0)), size) for matrix in matrices]
-            matrices = [line.in_order(matrix) for line, matrix in zip(lines, matrices, strict=True)]
-        scores = [reduce_blocks(matrix, size, "abs_mean") for matrix in matrices]
+        scores, lines = [], []
+        for layer in layers:  # one dequantised matrix at a time
+            matrix = layer.matrix()
+            if config.arrangement == "sorted":
+                sums = (matrix.abs().sum(side, dtype=torch.float32).cpu() for side in (1, 0))
+                lines.append(sort_lines(*sums, size))
+                matrix = lines[-1].in_order(matrix)
+            scores.append(reduce_blocks(matrix, size, "abs_mean"))
     else:
         return None
     # All diagonals tie: each module has the same share of its own.
@@ -430,53 +376,3 @@ def _remove_banks(model: nn.Module) -> None:
     if BANK in model._modules:
         getattr(model, BANK).let_go()
         delattr(model, BANK)
-
-
-def _find_banks(model: nn.Module) -> tuple[str, Banks]:
-    for name, module in model.named_modules():
-        if isinstance(module, Banks):
-            return name.removeprefix("_fsdp_wrapped_module."), module
-    raise ValueError("The model has no SMT adapter.")
-
-
-def _bank_keys(model: nn.Module, adapter: str, *parts: str) -> list[str]:
-    name, _ = _find_banks(model)
-    return [f"{name}.{adapter}.{part}" for part in parts or ("weight", "index", "fingerprint")]
-
-
-def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Of modules that are saved whole: key in a file -> key in the model."""
-    keys = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            name = name.removeprefix("_fsdp_wrapped_module.")
-            for saved, own in module.adapter_state_dict_load_map(adapter).items():
-                keys[f"{name}.{saved}"] = f"{name}.{own}"
-    return keys
-
-
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base model's own parameters, by the names they had before anything was wrapped."""
-    for name, parameter in model.named_parameters():
-        if f"{BANK}." not in name and ".modules_to_save." not in name:
-            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
-
-
-def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
-    root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
-    different = files.other_base(stored, files.sample(_base_weights(root), list(stored)))
-    if different:
-        here = getattr(root, "name_or_path", "")
-        warn(
-            f"Adapter {adapter!r} was made for another base model than this{here and f' ({here})'}: "
-            f"{files.short(different)} has other values here. What it learnt is a difference from the weights of "
-            f"{config.base_model_name_or_path or 'its own base model'}; load it on that."
-        )
-
-
-def _mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
-    """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
-    banks = next((module for module in model.modules() if isinstance(module, Banks)), {})
-    for adapter, config in configs.items():
-        if adapter in banks:
-            config.selected_blocks = banks[adapter].selected_blocks()

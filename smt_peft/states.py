@@ -1,0 +1,143 @@
+"""State dicts: what of an adapter is saved, and what of a file reaches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from smt_peft import files
+from smt_peft.bank import Banks, DeltaBank
+from smt_peft.config import SMTConfig
+from smt_peft.diagnostics import warn
+from smt_peft.files import BANK, PREFIX
+
+
+def to_save(
+    model: nn.Module, config: SMTConfig, adapter: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Of a model's state dict what belongs to an adapter, but for modules that are saved whole, which PEFT adds.
+
+    Raises:
+        KeyError: where a part is not there.
+    """
+    mirror_selections(model, {adapter: config})
+    bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
+    missing = [key for key in keys if key not in state_dict]
+    if missing:
+        raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter!r}.")
+    chosen = {key: state_dict[key] for key in keys}
+    index = chosen[keys[1]] = files.narrow(chosen[keys[1]])
+    biases = BaseTuner._get_learnable_bias_state_dict(model, state_dict, config)
+    others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter)]
+    others = [key.removeprefix(PREFIX) for key in others]
+    manifest = files.manifest(config, bank.targets, index, others, bank.base)
+    return {**chosen, manifest_key: manifest, **biases}
+
+
+def to_load(
+    model: nn.Module, config: SMTConfig, adapter: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Of what a file holds the adapter's own, by the model's keys. All files are checked here, before any of their
+    values is used.
+
+    Raises:
+        ValueError: where the file is broken, or does not belong to this model and config.
+    """
+    bank, keys = _bank_and_keys(model, adapter)
+    parts = files.in_order_of(bank.targets, files.take_apart(state_dict))
+    bank.check(parts.weight, parts.index, parts.fingerprint)
+    if config.awaits_weights and config.stored_blocks is not None:
+        files.names_of(parts.index, config.stored_blocks, bank.targets)
+    others = _own_weights(model, config, adapter, parts)
+    config.awaits_weights, config.stored_blocks, config.trained_before = False, None, ()
+    values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
+    if not all(value.isfinite().all() for value in values):
+        warn(f"Adapter {adapter!r} holds values that are NaN or infinite, and so will what it computes.")
+    if (parts.index < 0).all():
+        warn(f"Adapter {adapter!r} was saved before its blocks were selected: it does nothing yet.")
+    if parts.content:
+        _warn_of_other_base(model, adapter, config, parts.content["base"])
+    return {**dict(zip(keys, parts[:3], strict=False)), **others}  # the manifest is no part of the model
+
+
+def _own_weights(model: nn.Module, config: SMTConfig, adapter: str, parts: files.Parts) -> dict[str, torch.Tensor]:
+    """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
+    saved whole."""
+    others = parts.others
+    state = model.state_dict() if others else {}
+    own = set(_whole_modules(model, adapter).values())
+    for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
+        own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
+    found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
+    foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
+    if foreign:
+        warn(
+            f"The file of adapter {adapter!r} holds {files.short(foreign[0])}, which is not the adapter's "
+            f"and was left out{' with others' * (len(foreign) > 1)}: weights of the base model are not read from "
+            "adapters. To train and save one of its modules, such as resized embeddings, use modules_to_save."
+        )
+    for name in own & set(found):
+        held, wanted = others[found[name]], state[name]
+        is_float = held.dtype in files.FLOATS or not wanted.is_floating_point()
+        if not is_float or (wanted.numel() and held.shape != wanted.shape):
+            raise ValueError(
+                f"The file holds {files.short(name)} as {files.form(held)}, where the model has "
+                f"{files.form(wanted)}; the file is broken, or belongs to another model."
+            )
+    return {name: others[key] for name, key in found.items() if name in own}
+
+
+def mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
+    """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
+    banks = next((module for module in model.modules() if isinstance(module, Banks)), {})
+    for adapter, config in configs.items():
+        if adapter in banks:
+            config.selected_blocks = banks[adapter].selected_blocks()
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base model's own parameters, by the names they had before anything was wrapped."""
+    for name, parameter in model.named_parameters():
+        if f"{BANK}." not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
+
+
+def _find_banks(model: nn.Module) -> tuple[str, Banks]:
+    for name, module in model.named_modules():
+        if isinstance(module, Banks):
+            return name.removeprefix("_fsdp_wrapped_module."), module
+    raise ValueError("The model has no SMT adapter.")
+
+
+def _bank_and_keys(model: nn.Module, adapter: str) -> tuple[DeltaBank, list[str]]:
+    """An adapter's bank, and the keys of `files.PARTS`."""
+    home, banks = _find_banks(model)
+    return banks[adapter], [f"{home}.{adapter}.{part}" for part in files.PARTS]
+
+
+def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Of modules that are saved whole: key in a file -> key in the model."""
+    keys = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix("_fsdp_wrapped_module.")
+            for saved, own in module.adapter_state_dict_load_map(adapter).items():
+                keys[f"{name}.{saved}"] = f"{name}.{own}"
+    return keys
+
+
+def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
+    root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
+    different = files.other_base(stored, files.sample(base_weights(root), list(stored)))
+    if different:
+        here = getattr(root, "name_or_path", "")
+        warn(
+            f"Adapter {adapter!r} was made for another base model than this{here and f' ({here})'}: "
+            f"{files.short(different)} has other values here. What it learnt is a difference from the weights of "
+            f"{config.base_model_name_or_path or 'its own base model'}; load it on that."
+        )
