@@ -78,7 +78,7 @@ class SMTConfig(PeftConfig):
     # What a block is. 'tiles': neighbouring rows by neighbouring columns (the paper). 'sorted': rows and columns are
     # put into the order of their importance first, so that a block is important rows by important columns.
     arrangement: Arrangement = "tiles"
-    score: Score = "abs_mean"  # of a block with gradient g: mean |g| (the paper), |mean g|, sum |g| or the l2 norm
+    score: Score = "abs_mean"  # of a block with gradient g: mean |g| (in the paper), |mean g|, sum |g| or the l2 norm
     accumulation: Accumulation = "absolute"  # mean of every iteration's score; 'signed': score of the mean gradient
     warmup_steps: int = 100  # batches that the warm-up looks at
     seed: int = 0  # of selection='random'
