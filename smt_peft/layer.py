@@ -91,7 +91,7 @@ class Linear(nn.Module, SMTLayer):
         entries, blocks = self._blocks(adapter)
         delta = torch.zeros(self.out_features, self.in_features, device=blocks.device, dtype=blocks.dtype)
         if len(blocks):
-            delta.index_put_(entries, blocks, accumulate=True)
+            delta[entries] = blocks
         return delta.T if isinstance(self.base_layer, Conv1D) else delta
 
     def _blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
