@@ -94,8 +94,12 @@ def probe() -> torch.Tensor:
     return torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
 
 
-def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 600) -> list[dict]:
-    """Run the cells of a backend as a user would start them; returns each rank's outcomes, empty where it died."""
+def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 300) -> list[dict]:
+    """Run the cells of a backend as a user would start them; returns each rank's outcomes, empty where it died.
+
+    DeepSpeed compiles its communication into a folder of this run's own: in the user's, whoever was killed while
+    compiling leaves a lock that all others wait for, for ever.
+    """
     results.mkdir(parents=True, exist_ok=True)
     if not (results / "base").exists():
         make_base(results / "base")
@@ -113,10 +117,13 @@ def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 6
         command += ["--num_processes", "2", "--main_process_port", str(_free_port())]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment["TORCH_EXTENSIONS_DIR"] = str(results.parent / "torch_extensions")
     with open(results / "log.txt", "w") as log:
-        subprocess.run(
-            [*command, __file__, backend, str(results)], env=environment, stdout=log, stderr=log, timeout=timeout
-        )
+        running = subprocess.Popen([*command, __file__, backend, str(results)], env=environment, stdout=log, stderr=log)
+        try:
+            running.wait(timeout)
+        finally:
+            running.terminate()  # the launcher ends its workers, which a kill would leave behind
     files = [results / f"rank{rank}.pt" for rank in range(1 if backend == "single" else 2)]
     return [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
 
