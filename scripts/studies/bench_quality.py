@@ -168,7 +168,7 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
     tenth = max(1, run.steps // 10)
     return {
         "trained_parameters": trained,
-        **measure_all(testbed, model, ("validation", "test", "old")),
+        **measure_all(testbed, model, ("validation", "test", "old", "answers")),
         "train_loss": [
             round(sum(losses[i : i + tenth]) / len(losses[i : i + tenth]), 4) for i in range(0, run.steps, tenth)
         ],

