@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from smt_peft import files
+from smt_peft.places import Tiles, parse_sorted
 from smt_peft.selection import Selection
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
@@ -121,7 +122,7 @@ class SMTConfig(PeftConfig):
         if isinstance(self.selected_blocks, Selection):
             self._take_over(self.selected_blocks)
         if self.selected_blocks is not None:
-            parse = files.Tiles.parse if self.arrangement == "tiles" else files.parse_sorted
+            parse = Tiles.parse if self.arrangement == "tiles" else parse_sorted
             self.selected_blocks = {name: parse(name, blocks) for name, blocks in self.selected_blocks.items()}
         for refusal in self._refusals():
             raise ValueError(_shortened(refusal))

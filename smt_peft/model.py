@@ -28,6 +28,7 @@ from smt_peft.experts import ParamWrapper
 from smt_peft.files import BANK
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
+from smt_peft.places import places_in, short
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
@@ -355,7 +356,7 @@ def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
     unknown = sorted(set(config.selected_blocks) - set(position))
     if unknown:
         raise ValueError(
-            f"selected_blocks names {files.short(unknown[0])}, which is not among the {len(bank.targets)} target "
+            f"selected_blocks names {short(unknown[0])}, which is not among the {len(bank.targets)} target "
             f"modules ({bank.targets[0].name}, ...); fix the name or target_modules."
         )
     names = sorted(config.selected_blocks, key=position.get)
@@ -365,7 +366,7 @@ def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
     ):
         raise ValueError(f"selected_blocks has a block that is not {size} rows by {size} columns (block_size).")
     for name in names:
-        places = files.places_in(given[name]).long()
+        places = places_in(given[name]).long()
         if config.arrangement == "tiles":
             places = places[(places[:, 0] * 2**31 + places[:, 1]).argsort()]
         index.append(pad(places, (1, 0), value=position[name]))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class Blocks(NamedTuple):
+class PatchedBlocks(NamedTuple):
     """Blocks of one parameter, as in the docstring of this file."""
 
     shape: Tensor
@@ -125,7 +125,7 @@ def _check_base(layer, parameter: str) -> None:
         )
 
 
-def _merged_blocks(layer, adapters: list[str]) -> list[Blocks]:
+def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
     """Of each adapter, what its blocks hold once all are merged, one after the other."""
     from transformers.pytorch_utils import Conv1D
 
@@ -146,7 +146,7 @@ def _merged_blocks(layer, adapters: list[str]) -> list[Blocks]:
         values = [_read(matrix, rows, cols, delta.shape) for rows, cols, delta in places]
     small = torch.int16 if max(matrix.shape) <= 2**15 else torch.int32
     return [
-        Blocks(torch.tensor(weight.shape, device="cpu"), rows.to(small), cols.to(small), new.contiguous())
+        PatchedBlocks(torch.tensor(weight.shape, device="cpu"), rows.to(small), cols.to(small), new.contiguous())
         for (rows, cols, _), new in zip(places, values, strict=True)
     ]
 
@@ -229,22 +229,24 @@ def fused_rows(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
     return mapping
 
 
-def _groups(patch: Mapping[str, Tensor]) -> dict[str, Blocks]:
+def _groups(patch: Mapping[str, Tensor]) -> dict[str, PatchedBlocks]:
     """A patch's tensors by "<parameter>/<number>"."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in patch.items():
         group, _, part = key.rpartition("/")
         groups.setdefault(group, {})[part] = tensor
     for group, parts in groups.items():
-        if set(parts) != set(Blocks._fields):
+        if set(parts) != set(PatchedBlocks._fields):
             raise ValueError(
                 f"This is no patch, or a broken one: {group or next(iter(parts))!r} has {', '.join(sorted(parts))} in "
-                f"the place of {', '.join(Blocks._fields)}. Make it by sparse_patch."
+                f"the place of {', '.join(PatchedBlocks._fields)}. Make it by sparse_patch."
             )
-    return {group: Blocks(**parts) for group, parts in groups.items()}
+    return {group: PatchedBlocks(**parts) for group, parts in groups.items()}
 
 
-def _check(tensors: Mapping[str, Tensor], name: str, blocks: Blocks, mapping: Mapping[str, tuple[str, int]]) -> None:
+def _check(
+    tensors: Mapping[str, Tensor], name: str, blocks: PatchedBlocks, mapping: Mapping[str, tuple[str, int]]
+) -> None:
     holder, row = mapping.get(name, (name, None))
     if holder not in tensors:
         raise ValueError(
@@ -275,7 +277,7 @@ def _check(tensors: Mapping[str, Tensor], name: str, blocks: Blocks, mapping: Ma
         raise ValueError(f"The patch is broken: its blocks of {name} ({sizes}) do not lie in the shape {shape}.")
 
 
-def _is_sound(blocks: Blocks, shape: tuple[int, ...]) -> bool:
+def _is_sound(blocks: PatchedBlocks, shape: tuple[int, ...]) -> bool:
     """Whether there is a row and a column, or all of them, for each block, and all lie in the parameter."""
     rows, cols, values = blocks[1:]
     if values.ndim != 3 or not len(values) or rows.ndim != cols.ndim:
@@ -301,7 +303,7 @@ def _untie(target: nn.Module | MutableMapping, tensors: MutableMapping[str, Tens
                 setattr(target.get_submodule(owner), attribute, tensors[name])
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str, blocks: Blocks, mapping: Mapping) -> Tensor:
+def _matrix(tensors: Mapping[str, Tensor], name: str, blocks: PatchedBlocks, mapping: Mapping) -> Tensor:
     """A view of what holds a parameter, with all dimensions but the last as one."""
     holder, row = mapping.get(name, (name, 0))
     part = tensors[holder].detach()[row : row + int(blocks.shape[0])]

@@ -15,6 +15,7 @@ from smt_peft.bank import Banks, DeltaBank
 from smt_peft.config import SMTConfig
 from smt_peft.diagnostics import warn
 from smt_peft.files import BANK, PREFIX
+from smt_peft.places import short
 
 
 def to_save(
@@ -77,7 +78,7 @@ def _own_weights(model: nn.Module, config: SMTConfig, adapter: str, parts: files
     foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
     if foreign:
         warn(
-            f"The file of adapter {adapter!r} holds {files.short(foreign[0])}, which is not the adapter's "
+            f"The file of adapter {adapter!r} holds {short(foreign[0])}, which is not the adapter's "
             f"and was left out{' with others' * (len(foreign) > 1)}: weights of the base model are not read from "
             "adapters. To train and save one of its modules, such as resized embeddings, use modules_to_save."
         )
@@ -86,7 +87,7 @@ def _own_weights(model: nn.Module, config: SMTConfig, adapter: str, parts: files
         is_float = held.dtype in files.FLOATS or not wanted.is_floating_point()
         if not is_float or (wanted.numel() and held.shape != wanted.shape):
             raise ValueError(
-                f"The file holds {files.short(name)} as {files.form(held)}, where the model has "
+                f"The file holds {short(name)} as {files.form(held)}, where the model has "
                 f"{files.form(wanted)}; the file is broken, or belongs to another model."
             )
     return {name: others[key] for name, key in found.items() if name in own}
@@ -138,6 +139,6 @@ def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, store
         here = getattr(root, "name_or_path", "")
         warn(
             f"Adapter {adapter!r} was made for another base model than this{here and f' ({here})'}: "
-            f"{files.short(different)} has other values here. What it learnt is a difference from the weights of "
+            f"{short(different)} has other values here. What it learnt is a difference from the weights of "
             f"{config.base_model_name_or_path or 'its own base model'}; load it on that."
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from smt_peft.bank import Group, Target
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
-from smt_peft.files import short
+from smt_peft.places import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name

@@ -20,7 +20,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
 from smt_peft import SMTConfig
-from smt_peft.files import Tiles, read_adapter
+from smt_peft.files import read_adapter
+from smt_peft.places import Tiles
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
