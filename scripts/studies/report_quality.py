@@ -38,7 +38,12 @@ from quality_results import (
 EXPLAINED = Path(__file__).parents[2] / "docs/experiments.md"
 OVERVIEW = "quality_overview"
 START, END = f"<!-- {OVERVIEW} -->", f"<!-- /{OVERVIEW} -->"
-NAMES = {"test_loss": "test", "test_accuracy": "accuracy", "old_loss": "old domain"}
+NAMES = {
+    "test_loss": "test",
+    "test_accuracy": "accuracy",
+    "old_loss": "old domain",
+    "answers_loss": "own answers",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -142,8 +147,9 @@ def cells(study: dict, result: Result, reference: Result | None) -> dict[str, st
     if reference:
         differences = result.minus(reference, measure) if result is not reference else []
         row[f"- {reference_of(study)}"] = shown(differences, measure, "+")
-    if "old_loss" in run:
-        row["old domain"] = shown(result.values("old_loss"), "old_loss")
+    for key in ("old_loss", "answers_loss"):
+        if key in run:
+            row[NAMES[key]] = shown(result.values(key), key)
     row |= {"seeds": str(len(result.runs)), "CPU min": f"{result.mean('cpu_seconds') / 60:.1f}"}
     if run["blocks_by_type"]:
         row["blocks, first seed"] = ", ".join(f"{name} {n}" for name, n in run["blocks_by_type"].items() if n)

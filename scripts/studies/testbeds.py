@@ -330,9 +330,10 @@ class CompletionTestbed:
             labels = batch.pop("labels")[:, 1:]
             with self.autocast():
                 logits = model(**batch).logits[:, :-1].float()
-            losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-            right = ((logits.argmax(2) == labels) | (labels == -100)).all(1)
-            rows = zip(losses.sum(1).tolist(), (labels != -100).sum(1).tolist(), right.tolist(), strict=True)
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            losses, is_text = losses.view(labels.shape).sum(1), labels != -100
+            right = ((logits.argmax(2) == labels) | ~is_text).all(1)
+            rows = zip(losses.tolist(), is_text.sum(1).tolist(), right.tolist(), strict=True)
             found.update(zip(places, rows, strict=True))
         return [found[place] for place in range(len(encoded))]
 
