@@ -205,6 +205,21 @@ def test_a_testbed_in_bfloat16_trains_and_measures_under_autocast(short, sweep):
     assert line["trained_parameters"] == exact["trained_parameters"]
 
 
+@pytest.mark.parametrize("settings", [SMT | {"arrangement": "sorted", "block_size": 16}, {"type": "lora"}], ids=str)
+def test_completions_are_learnt(tmp_path, settings):
+    rows = [{"text": f"def f{i}(x):", "label": f"number_{i % 3}"} for i in range(600)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(ROOT / "scripts/tiny_llama")
+    source = {"model": model, "train": str(tmp_path / "rows.jsonl"), "kind": "completion", "bfloat16": True}
+    study = study_of(method=settings) | {"own_testbeds": {"mine": source}, "testbeds": ["mine"], "steps": 20}
+    [run] = bench_quality.planned(study | {"budgets": {"qkv": [20_000]}, "tokens": 48, "batch_size": 8})
+    line = bench_quality.train(run, bench_quality.sources(study), Path("/"))
+    assert (
+        line["test_loss"] < 0.5 * line["base"]["test_loss"] and line["test_accuracy"] >= line["base"]["test_accuracy"]
+    )
+    assert "old_loss" not in line and "answers_loss" not in line
+
+
 @pytest.mark.parametrize("settings", [SMT | {"block_size": 16, "optimizer": "muon"}, {"type": "full"}], ids=str)
 def test_a_classifier_is_trained_beside_every_method(intents, settings):
     study = study_of(method=settings) | {"own_testbeds": {"intents": intents}, "testbeds": ["intents"]}
