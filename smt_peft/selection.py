@@ -257,14 +257,44 @@ class Selection:
                 if "rows.0" in tensors
             ]
             scores = [tensors[f"scores.{i}"] for i in positions if "scores.0" in tensors]
-            return cls(
+            read = cls(
                 index=tensors["index"],
                 scores=scores or None,
                 lines=lines or None,
                 **{name: settings[name] for name in _SETTINGS},
             )
+            if fault := read._fault():
+                raise ValueError(fault)
+            return read
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
+
+    def _fault(self) -> str | None:
+        """Why its parts do not fit together, if they do not."""
+        targets, size, index = len(self.names), self.block_size, self.index
+        positions = [*(member for members, _ in self.groups for member in members), *(self.inputs or ())]
+        counts = [size, self.patterns, self.skipped, *(budget for _, budget in self.groups)]
+        if not all(type(name) is str for name in self.names) or not all(type(n) is int and n >= 0 for n in counts):
+            return "its names are no texts, or its counts no numbers"
+        if not all(type(at) is int and 0 <= at < targets for at in positions):
+            return "its groups or inputs name targets that it has not"
+        if index.is_floating_point() or index.ndim != 2 or index.shape[1] != 3 or not 0 <= self.patterns <= targets:
+            return f"its index is {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
+        for lines in self.lines or ():
+            for side in lines:
+                if side.shape[1:] != (size,) or not torch.equal(
+                    side.flatten().sort().values, torch.arange(side.numel())
+                ):
+                    return f"its lines are not every feature once, {size} to a block"
+        grids = [[tuple(score.shape) for score in self.scores or ()]]
+        grids += [[tuple(len(side) for side in lines) for lines in self.lines or ()]]
+        found = next(filter(None, grids), [(2**31, 2**31)] * targets)
+        if any(grid not in ([], found) for grid in grids) or any(len(grid) != 2 for grid in found):
+            return "its scores and its lines are of other matrices"
+        sides = torch.tensor([(targets, *found[at]) for at in index[:, 0].clamp(0, targets - 1).tolist()])
+        if (len(index) and ((index < 0) | (index >= sides)).any()) or len(index.unique(dim=0)) != len(index):
+            return "its index names blocks that are not there, or one twice"
+        return None
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (see `Place`), most first."""

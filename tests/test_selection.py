@@ -1,6 +1,7 @@
 """Which blocks win: the rules, the budgets, the ties."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -206,6 +207,40 @@ def test_a_broken_selection_is_refused_in_words(llama, batches, tmp_path):
     file = tmp_path / "selection.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(ValueError, match="is not a selection, or it is broken"):
+        Selection.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"names": [1, 2]}, "names are no texts"),
+        ({"block_size": -16}, "counts no numbers"),
+        ({"groups": [[[0, 99], 12]]}, "groups or inputs name targets"),
+        ({"inputs": [-1]}, "groups or inputs name targets"),
+        ({"index": torch.tensor([[99, 0, 0]])}, "blocks that are not there"),
+        ({"index": torch.tensor([[0, 99, 0]])}, "blocks that are not there"),
+        ({"index": torch.tensor([[0, 0, -1]])}, "blocks that are not there"),
+        ({"index": torch.tensor([[0, 0, 0], [0, 0, 0]])}, "one twice"),
+        ({"index": torch.zeros(2, 3)}, "index is float32"),
+        ({"index": torch.zeros(2, 2, dtype=torch.int)}, r"index is int32 \[2, 2\]"),
+    ],
+    ids=str,
+)
+def test_a_selection_whose_parts_do_not_fit_is_refused(llama, batches, arrangement, tmp_path, change, fault):
+    replace(selection_of(llama, batches, arrangement=arrangement), **change).save(tmp_path)
+    with pytest.raises(ValueError, match=fault):
+        Selection.load(tmp_path)
+
+
+def test_lines_that_are_not_every_feature_once_are_refused(llama, batches, tmp_path):
+    selection = selection_of(llama, batches, arrangement="sorted")
+    selection.lines[0].rows[0] = selection.lines[0].rows[1]
+    selection.save(tmp_path)
+    with pytest.raises(ValueError, match="every feature once"):
+        Selection.load(tmp_path)
+    selection = replace(selection_of(llama, batches, arrangement="sorted"), lines=selection.lines[1:])
+    selection.save(tmp_path)
+    with pytest.raises(ValueError, match="is not a selection"):
         Selection.load(tmp_path)
 
 
