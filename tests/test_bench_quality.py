@@ -39,6 +39,7 @@ METHODS = {
     "quantile": SMT | {"quantile": [0.5, 0.75]},
     "tiles": SMT | {"block_size": 1, "tile": [8, 4], "scope": "module"},
     "rows": SMT | {"block_size": 1, "tile": [1, 0]},
+    "without its head": SMT | {"arrangement": "sorted", "leave_out": [2, 1]},
     "half LoRA": SMT | {"lora_share": 0.5},
     "restart, kept": SMT | {"restart": {"steps": [1], "keep": True, "warm": True}},
     "restart, dropped": SMT | {"restart": {"steps": [1], "keep": False}},

@@ -114,6 +114,20 @@ def test_tiles_are_selected_whole_the_best_of_each_module(select, tile):
         assert blocks == {block[1:] for block in best([means], -(-count // (rows * cols)))}  # the last one in part
 
 
+def test_the_head_of_a_sorted_arrangement_is_left_out(select):
+    settings = SMT | {"arrangement": "sorted", "scope": "module"}
+    _, _, whole = select(settings)
+    _, bank, rest = select(settings | {"leave_out": [2, 1]})
+    assert (whole.index[:, 1] < 2).any() and (whole.index[:, 2] < 1).any()
+    assert (rest.index[:, 1] >= 2).all() and (rest.index[:, 2] >= 1).all() and len(rest.index) == len(whole.index)
+    for target, lines in enumerate(rest.lines):
+        mine = bank.index[bank.index[:, 0] == target, 1:]
+        assert not set(mine[:, :4].flatten().tolist()) & set(lines.rows[:2].flatten().tolist())
+        assert not set(mine[:, 4:].flatten().tolist()) & set(lines.cols[0].tolist())
+    with pytest.raises(SystemExit, match="needs arrangement: sorted"):
+        Recipe.parse(SMT | {"leave_out": [1, 1]})
+
+
 @pytest.mark.parametrize("own", [{"ranking": "weight"}, {"tile": [4, 1]}, {"quantile": [0.0, 0.5]}])
 def test_a_ranking_of_this_script_does_not_know_who_reads_one_input(own):
     with pytest.raises(SystemExit, match="take model or module"):

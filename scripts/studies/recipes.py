@@ -39,6 +39,7 @@ class Recipe:
             in as many steps of training the target weights whole, which is what a score is to foretell.
         tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
         quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
+        leave_out: [rows, columns] of blocks at the head of a sorted arrangement that are never selected.
         lora_share: share of the budget that becomes LoRA factors on the same modules.
         restart: {steps, keep, warm}: select anew at these steps; what was trained is kept in the weights, or dropped;
             with `warm` the learning rate rises and falls again after each.
@@ -54,6 +55,7 @@ class Recipe:
     ranking: str = "score"
     tile: list[int] | None = None
     quantile: list[float] | None = None
+    leave_out: list[int] | None = None
     lora_share: float = 0.0
     restart: dict | None = None
     optimizer: str = "adamw"
@@ -74,6 +76,8 @@ class Recipe:
                              "is text, 0.5 a number.")  # fmt: skip
         if recipe.restart and {"steps", "keep"} - set(recipe.restart):
             raise SystemExit(f"restart {recipe.restart} needs steps, a list, and keep, true or false.")
+        if recipe.leave_out and recipe.config.get("arrangement") != "sorted":
+            raise SystemExit(f"leave_out {recipe.leave_out} needs arrangement: sorted, whose head it leaves out.")
         if recipe.ranks_itself and recipe.config.get("scope") == "input":
             raise SystemExit("scope input is seen by the package's own warm-up; with a ranking, a tile or a quantile "
                              "of this script take model or module.")  # fmt: skip
@@ -154,6 +158,11 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     bank, config = find_adapter(model, "default")
     data = batches(config.warmup_steps)
     selection = select_blocks(model, data, progress_bar=False)
+    if recipe.leave_out:
+        for score in selection.scores:
+            score[: recipe.leave_out[0]] = score[:, : recipe.leave_out[1]] = -1.0
+        selection = selection.rebudget()
+        apply_selection(model, "default", selection)
     if not recipe.ranks_itself:
         return selection
     scores = [score.double() for score in selection.scores]
