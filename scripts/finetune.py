@@ -14,6 +14,8 @@ import contextlib
 import copy
 import json
 import sys
+import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ import yaml
 from accelerate.utils.memory import clear_device_cache
 from command_line import option, read_options
 from peft import LoraConfig, PeftModel, get_peft_model
-from stdlib_text import documentation, source_code
+from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -42,7 +45,8 @@ from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback
 from smt_peft.plotting import plot_losses, plot_selection, plot_shares
 
 METHODS = ("smt", "lora", "dora", "full")
-STDLIB = {"stdlib-source": source_code, "stdlib-documentation": documentation}
+STDLIB = {"stdlib-source": source_code, "stdlib-documentation": documentation, "stdlib-questions": questions}
+SHOWN = 3  # of the questions that are asked
 
 
 @dataclass
@@ -51,8 +55,8 @@ class Options:
 
     model: str = option("model: a folder or a name on the Hugging Face hub")
     data: str = option(
-        "what to learn: stdlib-source, stdlib-documentation, a .jsonl file or a dataset on the hub. A row has `text`, "
-        "or `instruction`, perhaps `input`, and `output`; then just the output is learnt, not the prompt"
+        "what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl file or a dataset on the hub. "
+        "A row has `text`, or `instruction`, perhaps `input`, and `output`; then just the output is learnt"
     )
     old_data: str | None = option("what not to forget: like data, but only evaluated", default=None)
     methods: str = option(
@@ -70,7 +74,14 @@ class Options:
     quantization: str = option("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
     max_length: int = option("tokens per row", default=512)
     eval_rows: int = option("rows of each domain that are held out, to evaluate on; half of a small one", default=128)
-    prompt: str | None = option("text to continue, before and after; else the start of a held-out row", default=None)
+    prompt: str | None = option(
+        "text to continue, before and after; else the start of a held-out row, or the instructions of some",
+        default=None,
+    )
+    questions: int = option(
+        f"how many held-out instructions; the first {SHOWN} are shown, and of more the right answers counted",
+        default=SHOWN,
+    )
     dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
 
     def __post_init__(self) -> None:
@@ -80,15 +91,23 @@ class Options:
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
         if self.eval_rows < 1:
             raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
+        if self.questions < 1:
+            raise SystemExit(f"questions is {self.questions}; what is saved is checked with the first: 1 or more")
 
 
 def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     """Give a domain's rows to train on, and those that are held out."""
     if name in STDLIB:  # divided by module
-        return tuple(datasets.Dataset.from_dict({"text": list(STDLIB[name](split))}) for split in ("train", "test"))
+        both = [STDLIB[name](split) for split in ("train", "test")]
+        both = [[row if isinstance(row, dict) else {"text": row} for row in rows] for rows in both]
+        return tuple(map(datasets.Dataset.from_list, both))
     where = {"path": "json", "data_files": name} if name.endswith((".jsonl", ".json")) else {"path": name}
     rows = datasets.load_dataset(**where, split="train")
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
+
+
+def question(row: dict) -> str:
+    return "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
 
 
 def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Dataset:
@@ -101,11 +120,11 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
         return {"input_ids": cut, "labels": cut}
 
     def answer(row: dict) -> dict:
-        question = prompt("\n\n".join(filter(None, [row["instruction"], row.get("input")])))
-        start = len(tokenizer(question)["input_ids"])
+        asked = prompt(question(row))
+        start = len(tokenizer(asked)["input_ids"])
         # Outer white space of the answer goes: a line break at its start can fuse with the prompt's last one into a
         # token that the prompt alone, as in a test, does not end with.
-        tokens = [*tokenizer(question + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
+        tokens = [*tokenizer(asked + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": tokens[:length], "labels": ([-100] * start + tokens[start:])[:length]}
 
     if "text" in rows.column_names:
@@ -119,9 +138,16 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
     return rows
 
 
-def start_of(row: dict, tokenizer: Any) -> str:
-    """Give the prompt of an encoded row, or the first tokens of one that is plain text."""
-    return tokenizer.decode(row["input_ids"][: row["labels"].count(-100) or 16], skip_special_tokens=True)
+def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list[dict]:
+    """Give the texts that the model is to continue, before and after: where rows are labelled, with what is right."""
+    if options.prompt:
+        return [{"prompt": options.prompt}]
+    rows = rows.shuffle(0)
+    if "text" in rows.column_names:
+        tokens = tokenizer(rows[0]["text"], verbose=False)["input_ids"][:16]
+        return [{"prompt": tokenizer.decode(tokens, skip_special_tokens=True)}]
+    rows = rows.take(min(options.questions, len(rows)))
+    return [{"prompt": prompt(question(row)), "question": question(row), "right": row["output"]} for row in rows]
 
 
 def load_model(options: Options) -> torch.nn.Module:
@@ -137,6 +163,27 @@ def adapted(method: str, model: torch.nn.Module, options: Options) -> torch.nn.M
         return get_peft_model(model, SMTConfig(task_type="CAUSAL_LM", **options.smt))
     settings = options.lora | ({"use_dora": True} if method == "dora" else {})
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+class Progress(ProgressCallback):
+    """One bar per training, with the last loss, and a line per evaluation on the way."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"Training {Path(args.output_dir).name}")
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        pass
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.training_bar is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        for name, value in logs.items():
+            if name.startswith("eval_") and name.endswith("_loss"):
+                self.training_bar.write(f"Step {state.global_step}: {name[5:-5]} has loss {value:.3f}")
 
 
 class TrainingDataNote(TrainerCallback):
@@ -155,9 +202,15 @@ class TrainingDataNote(TrainerCallback):
 
 
 def fine_tune(
-    method: str, options: Options, args: TrainingArguments, tokenizer: Any, train: Any, test: dict
+    method: str,
+    options: Options,
+    args: TrainingArguments,
+    tokenizer: Any,
+    train: Any,
+    test: dict,
+    prompts: list[dict],
 ) -> tuple[dict, torch.Tensor]:
-    """Train one adapter, or all weights, and save; give the numbers, and the trained model's logits for the prompt."""
+    """Train one adapter, or all weights, and save; give the numbers, and the trained model's logits for a prompt."""
     transformers.set_seed(args.seed)
     warmup, note = SMTWarmupCallback(), TrainingDataNote(options)
     trainer = Trainer(
@@ -169,6 +222,8 @@ def fine_tune(
         processing_class=tokenizer,
         callbacks=[note, warmup, SMTMonitorCallback()] if method == "smt" else [note],
     )
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(Progress())
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     after = trainer.evaluate()
     trainer.save_model()
@@ -185,8 +240,8 @@ def fine_tune(
     before = {key: value for entry in reversed(trainer.state.log_history) for key, value in entry.items()}
     numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    numbers["text_after"] = continued(trained, tokenizer, options.prompt)
-    logits = logits_of(trained, tokenizer, options.prompt)
+    numbers["after"] = continued(trained, tokenizer, prompts)
+    logits = logits_of(trained, tokenizer, prompts[0]["prompt"])
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which else outlives the trainer
     return numbers, logits
 
@@ -198,47 +253,76 @@ def logits_of(model: torch.nn.Module, tokenizer: Any, text: str) -> torch.Tensor
     return model.eval()(**inputs).logits.to("cpu", model.dtype)
 
 
-def continued(model: torch.nn.Module, tokenizer: Any, text: str) -> str:
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    [tokens] = model.eval().generate(**inputs, max_new_tokens=60, do_sample=False, repetition_penalty=1.15)
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+def continued(model: torch.nn.Module, tokenizer: Any, prompts: list[dict]) -> list[str]:
+    """Let the model continue the prompts, each by the likeliest tokens."""
+    texts = [each["prompt"] for each in prompts]
+    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+    penalty = 1.0 if "right" in prompts[0] else 1.15  # an answer may well repeat words of its question
+    tokens = model.eval().generate(
+        **inputs.to(model.device), max_new_tokens=60, do_sample=False, repetition_penalty=penalty
+    )
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def check(logits: torch.Tensor, options: Options, args: TrainingArguments, tokenizer: Any) -> dict:
-    """Compare the trained model's logits with those of what was saved, loaded and then merged; let the base model
-    continue the text, too. One model is in memory at a time."""
+def check(
+    logits: torch.Tensor, options: Options, args: TrainingArguments, tokenizer: Any, prompts: list[dict]
+) -> dict:
+    """Compare the trained model's logits with those of what was saved, loaded and then merged; once, let the base
+    model continue the prompts, too. One model is in memory at a time."""
+    text = prompts[0]["prompt"]
     unset_hf_deepspeed_config()  # else ZeRO-3 would load each model in pieces
     saved = args.output_dir
     model = load_model(options).to(args.device)
-    found = {"text_before": continued(model, tokenizer, options.prompt)}
+    if "before" not in prompts[0]:
+        for each, before in zip(prompts, continued(model, tokenizer, prompts), strict=True):
+            each["before"] = before
     if Path(saved, "adapter_config.json").is_file():
         model = PeftModel.from_pretrained(model, saved)
-        others = {"reloaded": logits_of(model, tokenizer, options.prompt)}
-        others["merged"] = logits_of(model.merge_and_unload(), tokenizer, options.prompt)
+        others = {"reloaded": logits_of(model, tokenizer, text)}
+        others["merged"] = logits_of(model.merge_and_unload(), tokenizer, text)
     else:
         del model
         model = AutoModelForCausalLM.from_pretrained(saved, dtype=logits.dtype).to(args.device)
-        others = {"reloaded": logits_of(model, tokenizer, options.prompt)}
+        others = {"reloaded": logits_of(model, tokenizer, text)}
     errors = {name: (other - logits).abs().max().item() for name, other in others.items()}
     if options.quantization:  # merging rounds to the grid of the quantised weight
         print(f"logits of the merged model differ by {errors.pop('merged', 0.0):.3g}")
     tolerance = torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max().item()
     if not all(error <= tolerance for error in errors.values()):  # NaN is off, too
         raise RuntimeError(f"the logits of {saved} are off those of the trained model by {errors}; do not use it")
-    return found | {"logits_off_by": errors}
+    return {"prompts": prompts, "logits_off_by": errors}
 
 
-def report(results: dict, output_dir: str) -> str:
-    """Lay out the results: the texts, the checks, and a table of the losses."""
-    domains = next(iter(results.values()))["losses"]
-    table = [f"{'':6}{'parameters':>12}{'seconds':>9}" + "".join(f"{f'loss, {Path(d).stem}':>30}" for d in domains)]
+def is_right(question: dict, answer: str) -> bool:
+    return question["right"].strip() in answer  # whatever else it says
+
+
+def report(results: dict, prompts: list[dict], output_dir: str) -> str:
+    """Lay out the results: what was continued before and after, the checks, and a table of the losses."""
+    texts = {"before": [each["before"] for each in prompts]}
+    texts |= {f"after {method}": one["after"] for method, one in results.items()}
     lines = []
+    for number, each in enumerate(prompts[:SHOWN]):
+        if "right" in each:
+            lines.append(textwrap.shorten(each["question"], 110, placeholder=" ..."))
+            answers = {"right": each["right"]} | {name: text[number] for name, text in texts.items()}
+            lines += [f"  {name:12}{textwrap.shorten(text, 96, placeholder=' ...')}" for name, text in answers.items()]
+        else:
+            lines += [f"--- {name}\n{each['prompt']}{text[number]}" for name, text in texts.items()]
+        lines.append("")
+    if prompts[SHOWN:]:
+        counts = [f"{sum(map(is_right, prompts, answers))} {name}" for name, answers in texts.items()]
+        lines += [f"Right, of {len(prompts)} answers: {', '.join(counts)}", ""]
+    for method, one in results.items():
+        errors = ", ".join(f"{name} {error:.1g}" for name, error in one["logits_off_by"].items())
+        lines.append(f"Logits of {method} differ from the trained model's by: {errors}")
+    lines += [f"Adapters, numbers and pictures are in {output_dir}", ""]
+    domains = "".join(f"{f'loss, {Path(domain).stem}':>30}" for domain in next(iter(results.values()))["losses"])
+    lines.append(f"{'':6}{'parameters':>12}{'seconds':>9}{domains}")
     for method, one in results.items():
         losses = "".join(f"{f'{before:.3f} -> {after:.3f}':>30}" for before, after in one["losses"].values())
-        table.append(f"{method:6}{one['parameters']:>12,}{one['seconds']:>9.1f}{losses}")
-        lines += [f"--- before {method}", one["text_before"], f"--- after {method}", one["text_after"]]
-        lines += [f"--- logits differ from the trained model's by {one['logits_off_by']}", ""]
-    return "\n".join([*lines, f"Adapters, numbers and pictures are in {output_dir}", "", *table])
+        lines.append(f"{method:6}{one['parameters']:>12,}{one['seconds']:>9.1f}{losses}")
+    return "\n".join(lines)
 
 
 def write(results: dict, args: TrainingArguments) -> None:
@@ -277,6 +361,8 @@ def main(argv: list[str]) -> None:
     if args.metric_for_best_model == "loss":  # of load_best_model_at_end; losses are logged by domain
         args.metric_for_best_model = f"{options.data}_loss"
     datasets.disable_progress_bars()
+    # PEFT's own question to Transformers; nothing that a user could change.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
     with args.main_process_first():
@@ -284,18 +370,18 @@ def main(argv: list[str]) -> None:
         train = encode(parts[options.data][0], tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
-    options.prompt = options.prompt or start_of(test[options.data][0], tokenizer)
+    prompts = prompts_of(parts[options.data][1], options, tokenizer)
     results = {}
     for method in methods:
         own = arguments_of(method, options, args)
-        results[method], logits = fine_tune(method, options, own, tokenizer, train, test)
+        results[method], logits = fine_tune(method, options, own, tokenizer, train, test, prompts)
         write(results, args)  # at once: the check loads models, and may run out of memory
         clear_device_cache(garbage_collection=True)  # the model and the optimizer, which are in cycles
-        results[method] |= check(logits, options, own, tokenizer)
+        results[method] |= check(logits, options, own, tokenizer, prompts)
         write(results, args)
     if args.process_index == 0:
         draw_losses(args.output_dir, methods)
-        print(report(results, args.output_dir))
+        print(report(results, prompts, args.output_dir))
 
 
 if __name__ == "__main__":

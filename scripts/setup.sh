@@ -1,31 +1,30 @@
 #!/usr/bin/env bash
-# Makes .venv beside this folder, with this package and the versions it was tested with. Does nothing where it stands.
+# Makes .venv beside this folder, with this package, what an extra of pyproject.toml names, and the versions that were
+# tested. What stands there stays; with all of it there, nothing is done.
 #
-#     bash scripts/setup.sh              (PYTHON=python3.12 chooses the interpreter)
+#     bash scripts/setup.sh [scripts|test]        (test has all that scripts has; PYTHON=python3.12 chooses the interpreter)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+extra=${1:-test}
 wanted=$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh; pwd)
-if [[ -f .venv/installed && $(< .venv/installed) == "$wanted" ]]; then
-    exit 0
-fi
+for stamp in .venv/installed-{"$extra",test}; do
+    if [[ -f $stamp && $(< "$stamp") == "$wanted" ]]; then
+        exit 0
+    fi
+done
 
-echo "Setting up .venv (once; some minutes, mostly PyTorch)"
+echo "Setting up .venv for $extra (once; some minutes, mostly PyTorch)"
 "${PYTHON:-python3}" -m venv .venv || {
     echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv" >&2
     exit 1
 }
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint scripts/constraints.txt)
+packages=(--quiet --constraint scripts/constraints.txt --editable ".[$extra]")
+pip=(.venv/bin/python -m pip install --disable-pip-version-check)
 
-# Without an NVIDIA GPU the CPU build of PyTorch will do; PyPI's for Linux brings gigabytes of CUDA libraries.
-cpu_builds=https://download.pytorch.org/whl/cpu
-torch=(torch)
-if ! command -v nvidia-smi > /dev/null &&
-    .venv/bin/python -c "import urllib.request as u; u.urlopen('$cpu_builds/torch/', timeout=10)" 2> /dev/null; then
-    torch+=(--index-url "$cpu_builds" --extra-index-url https://pypi.org/simple)
-fi
-echo "  PyTorch"
-"${pip[@]}" "${torch[@]}"
-echo "  smt-peft, Transformers, PEFT and what the scripts and tests need"
-"${pip[@]}" --editable ".[test]"
-printf '%s\n' "$wanted" > .venv/installed
+# uv finds the build of PyTorch for this machine's GPU, or for none. Where it can't, it has installed nothing, and pip
+# takes PyPI's build, which for Linux brings gigabytes of CUDA libraries.
+{ "${pip[@]}" --quiet --constraint scripts/constraints.txt uv &&
+    .venv/bin/uv pip install --python .venv/bin/python --torch-backend=auto "${packages[@]}"; } 2> /dev/null ||
+    "${pip[@]}" "${packages[@]}"
+printf '%s\n' "$wanted" > ".venv/installed-$extra"

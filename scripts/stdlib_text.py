@@ -24,6 +24,7 @@ SKIPPED = re.compile(
     r"(^|\.)(tests?|idlelib|lib2to3|turtledemo|(site|dist)-packages|encodings|config-.*|_sysconfigdata.*)(\.|$)"
 )
 TOPICS = "pydoc_data.topics"  # a dictionary of strings: the language reference, as `help("for")` shows it
+PACKAGES = ("asyncio", "decimal", "email", "importlib", "logging", "tarfile", "tkinter", "turtle", "unittest", "xml")
 TEST_PERCENT = 12  # of the modules; less of the text, because the topics alone are a fifth of it
 
 
@@ -42,6 +43,22 @@ def source_code(split: str = "train") -> Iterator[str]:
     `split` is "train" or "test"; a module is in the same split here as in `documentation`.
     """
     return _select(split, _code())
+
+
+def questions(split: str = "train") -> Iterator[dict[str, str]]:
+    """Give labelled rows: in which package is this docstring? Each has `instruction` and `output`.
+
+    The packages are some whose docstrings one can tell apart; of these the first paragraph is asked for, if it is
+    short. `split` is "train" or "test", by the text alone.
+    """
+    packages = {}
+    for module, text in _docstrings():
+        package = module.split(".")[0].removeprefix("_py")  # _pydecimal is decimal
+        text = " ".join(text.split("\n\n")[0].split())
+        if package in PACKAGES and 20 <= len(text) <= 80:
+            packages.setdefault(text, package)
+    for text in _select(split, ((text, text) for text in packages)):
+        yield {"instruction": f'Which Python module has the docstring "{text}"?', "output": packages[text]}
 
 
 def _select(split: str, texts: Iterable[tuple[str, str]]) -> Iterator[str]:

