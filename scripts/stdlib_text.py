@@ -1,8 +1,8 @@
 """Text that comes with every Python: the documentation and the source code of the standard library.
 
-Two corpora for small experiments that must run without a download. They differ a little from one build of Python to
-the next, and are always the same for one build. No module written in Python is imported, its file is only parsed, so
-reading the corpora has no side effects.
+Two corpora, and questions, for small experiments that must run without a download. They differ a little from one build
+of Python to the next, and are always the same for one build. No module written in Python is imported, its file is only
+parsed, so reading them has no side effects.
 """
 
 import ast

@@ -442,6 +442,7 @@ def test_what_is_set_up_is_completed_and_then_left_alone(clone):
     [
         ([], "quickstart.yaml", []),
         (["--max_steps", "3"], "quickstart.yaml", ["--max_steps", "3"]),
+        (["--model", "smollm2/other"], "quickstart.yaml", ["--model", "smollm2/other"]),
         (["--model", "smollm2"], "quickstart_smollm2.yaml", ["--model", "smollm2", "--model", "runs/smollm2"]),
         (["--seed", "1", "--model=smollm2"], "quickstart_smollm2.yaml", ["--seed", "1", "--model=smollm2"]),
     ],
