@@ -1,0 +1,42 @@
+"""Tests of scripts/studies/outliers.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/studies")]
+
+import outliers  # noqa: E402
+import testbeds  # noqa: E402
+
+
+def test_an_input_far_above_the_median_is_found(short):
+    testbed = testbeds.TextTestbed(testbeds.TESTBEDS["stories260K-lowercase"], short, 32)
+    norm = testbed.model.model.layers[1].input_layernorm
+    norm.weight.data[7] *= 100.0
+    found = outliers.outliers_of(testbed)
+    assert all(found[f"model.layers.1.self_attn.{part}_proj"]["above 6"] == 1 for part in "qkv")
+    assert not any(layer["above 6"] for name, layer in found.items() if "layers.0." in name)
+    seen = {}
+
+    def look(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen["x"] = output.flatten(0, 1)
+
+    with norm.register_forward_hook(look), torch.no_grad():
+        testbed.model(**testbed.batch(testbed.train[: outliers.ROWS]))
+    rms = seen["x"].square().mean(0).sqrt()
+    layer = found["model.layers.1.self_attn.q_proj"]
+    assert layer["inputs"] == 64 and layer["above 6"] == 1 <= layer["above 3"]
+    assert layer["largest"] == pytest.approx((rms[7] / rms.median()).item(), abs=0.06)
+    assert layer["its std / rms"] == pytest.approx((seen["x"][:, 7].std() / rms[7]).item(), abs=0.006)
+
+
+def test_a_table_is_printed_and_the_layers_are_written(short, tmp_path, capsys):
+    outliers.main(["stories260K-lowercase", "--tokens", "32", "--shared", str(short), "--results", str(tmp_path)])
+    assert "stories260K-lowercase" in capsys.readouterr().out
+    written = json.loads((tmp_path / "outliers.json").read_text())
+    assert len(written["stories260K-lowercase"]) == 35
