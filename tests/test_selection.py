@@ -96,7 +96,8 @@ def test_selecting_among_a_million_blocks_finds_the_best():
     scores = [torch.randperm(250_000).view(500, 500).float() + 1 for _ in range(4)]
     index = select(scores, [(range(4), 1000)], "model").long()
     chosen = torch.stack(scores)[tuple(index.T)]
-    assert chosen.sum() == torch.stack(scores).flatten().topk(1000).values.sum()
+    best = torch.stack(scores).flatten().topk(1000).values
+    assert torch.equal(chosen.sort(descending=True).values, best)  # sums of so many would be rounded
     assert len(index.unique(dim=0)) == 1000
 
 
