@@ -38,5 +38,6 @@ def test_an_input_far_above_the_median_is_found(short):
 def test_a_table_is_printed_and_the_layers_are_written(short, tmp_path, capsys):
     outliers.main(["stories260K-lowercase", "--tokens", "32", "--shared", str(short), "--results", str(tmp_path)])
     assert "stories260K-lowercase" in capsys.readouterr().out
-    written = json.loads((tmp_path / "outliers.json").read_text())
-    assert len(written["stories260K-lowercase"]) == 35
+    lines = [json.loads(line) for line in (tmp_path / "outliers.jsonl").read_text().splitlines()]
+    assert len({line["layer"] for line in lines}) == len(lines) == 35
+    assert {line["testbed"] for line in lines} == {"stories260K-lowercase"}

@@ -2,8 +2,8 @@
 
     python scripts/studies/outliers.py tiny-llama-code smollm2-banking77 --shared ../shared
 
-Prints a table, and writes RESULTS/outliers.json: for each testbed and each linear layer (but the head and what is
-trained anew) how many of its inputs have a norm above 3 and 6 times the median, over 64 rows of training data, the
+Prints a table, and writes RESULTS/outliers.jsonl: for each testbed a line for each linear layer (but the head and what
+is trained anew): how many of its inputs have a norm above 3 and 6 times the median, over 64 rows of training data, the
 largest norm over the median, and how much that input varies: its standard deviation over its root mean square.
 """
 
@@ -58,13 +58,14 @@ def outliers_of(testbed: Testbed) -> dict[str, dict[str, float]]:
 def main(argv: list[str]) -> None:
     command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(["--testbeds", *argv])
     print(f"{'':24}{'layers':>8}{'with outliers above 6':>24}{'most in one':>14}{'largest norm / median':>24}")
-    results = {}
+    lines = []
     for name in command.testbeds:
-        found = results[name] = outliers_of(load_testbed(TESTBEDS[name], Path(options.shared), command.tokens))
+        found = outliers_of(load_testbed(TESTBEDS[name], Path(options.shared), command.tokens))
         counts = [layer["above 6"] for layer in found.values()]
         largest = max(layer["largest"] for layer in found.values())
         print(f"{name:24}{len(found):8}{sum(map(bool, counts)):24}{max(counts):14}{largest:24}")
-    Path(options.results, "outliers.json").write_text(json.dumps(results, indent=1) + "\n")
+        lines += [json.dumps({"testbed": name, "layer": layer, **figures}) for layer, figures in found.items()]
+    Path(options.results, "outliers.jsonl").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
