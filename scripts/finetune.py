@@ -45,7 +45,11 @@ from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback
 from smt_peft.plotting import plot_losses, plot_selection, plot_shares
 
 METHODS = ("smt", "lora", "dora", "full")
-STDLIB = {"stdlib-source": source_code, "stdlib-documentation": documentation, "stdlib-questions": questions}
+STDLIB = {  # rows that any Python has, by split
+    "stdlib-source": lambda split: ({"text": text} for text in source_code(split)),
+    "stdlib-documentation": lambda split: ({"text": text} for text in documentation(split)),
+    "stdlib-questions": questions,
+}
 SHOWN = 3  # of the questions that are asked
 
 
@@ -98,9 +102,7 @@ class Options:
 def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     """Give a domain's rows to train on, and those that are held out."""
     if name in STDLIB:  # divided by module
-        both = [STDLIB[name](split) for split in ("train", "test")]
-        both = [[row if isinstance(row, dict) else {"text": row} for row in rows] for rows in both]
-        return tuple(map(datasets.Dataset.from_list, both))
+        return tuple(datasets.Dataset.from_list(list(STDLIB[name](split))) for split in ("train", "test"))
     where = {"path": "json", "data_files": name} if name.endswith((".jsonl", ".json")) else {"path": name}
     rows = datasets.load_dataset(**where, split="train")
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())

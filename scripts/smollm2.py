@@ -33,10 +33,9 @@ def smollm2_folder() -> Path:
 
 
 def _convert(package: Path) -> None:
-    # Since 5.2x Transformers leaves the weights packed unless told; before, it knows no such setting.
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(
-        transformers, "GgufConfig"
-    ) else {}  # fmt: skip
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):  # a Transformers that leaves the weights packed unless told
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype="float32", **unpack)
     if hasattr(model.config, "quantization_config"):  # the weights are plain now
         del model.config.quantization_config

@@ -193,12 +193,12 @@ class FeatureCollector(Collector):
         return (layer.out_features + layer.in_features,)
 
     def lines(self, block_size: int, outlier_ratio: float | None) -> tuple[list[Lines], list[torch.Tensor]]:
-        """Of each layer its lines, and bool [in] of its outlier features, which come last."""
+        """See `cut_lines`."""
         means = [
             mean.split([layer.out_features, layer.in_features])
             for layer, mean in zip(self.layers, self.means(), strict=True)
         ]
-        return _lines([rows for rows, _ in means], [cols for _, cols in means], block_size, outlier_ratio)
+        return cut_lines([rows for rows, _ in means], [cols for _, cols in means], block_size, outlier_ratio)
 
 
 class ActivationCollector(Collector):
@@ -225,15 +225,17 @@ class ActivationCollector(Collector):
         ]
 
     def lines(self, block_size: int, outlier_ratio: float | None) -> tuple[list[Lines], list[torch.Tensor]]:
-        """As those of `FeatureCollector`; rows stay where they are: activations say nothing about them."""
+        """See `cut_lines`; rows stay where they are: activations say nothing about them."""
         means = self.means()
         rows = [mean.new_zeros(layer.out_features) for layer, mean in zip(self.layers, means, strict=True)]
-        return _lines(rows, means, block_size, outlier_ratio)
+        return cut_lines(rows, means, block_size, outlier_ratio)
 
 
-def _lines(
+def cut_lines(
     rows: list[torch.Tensor], cols: list[torch.Tensor], block_size: int, outlier_ratio: float | None
 ) -> tuple[list[Lines], list[torch.Tensor]]:
+    """Of each layer its lines, from how much its rows and columns matter, and bool [in] of its outlier features: those
+    above the ratio times the median. They come last, so that few blocks hold one."""
     ratio = math.inf if outlier_ratio is None else outlier_ratio
     outliers = [(norms > ratio * norms.median()) & (norms.median() > 0) for norms in cols]
     cols = [norms.masked_fill(is_outlier, -1) for norms, is_outlier in zip(cols, outliers, strict=True)]

@@ -69,7 +69,7 @@ def select_blocks(
             raise ValueError(f"There is nothing to avoid in adapter {name!r}: it has no blocks yet. Select its first.")
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
-    size, steps, lines, outliers = bank.block_size, config.warmup_steps, None, ()
+    size, steps, lines, outliers = bank.block_size, config.warmup_steps, None, None
     batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
     if config.selection == "activation":
@@ -87,10 +87,11 @@ def select_blocks(
         collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
         run(collector, steps)
         scores = collector.scores()
-    lines = lines and [Lines(*(side.cpu() for side in line)) for line in lines]
     scores = [score.float().cpu() for score in scores]
-    for score, line, is_outlier in zip(scores, lines or (), outliers, strict=False):
-        score[:, is_outlier.cpu()[line.cols].any(1)] = -1
+    if is_sorted:
+        lines = [Lines(*(side.cpu() for side in line)) for line in lines]
+        for score, line, is_outlier in zip(scores, lines, outliers, strict=True):
+            score[:, is_outlier.cpu()[line.cols].any(1)] = -1
     for other in avoided.values():
         _rule_out(other, bank, scores, lines)
     selection = Selection(

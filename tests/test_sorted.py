@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
-from smt_peft.scoring import _lines
+from smt_peft.scoring import cut_lines
 from smt_peft.selection import arrange, select, sort_lines
 
 SIZE = 16
@@ -167,7 +167,7 @@ def test_outlier_features_are_left_out(llama, batches, selection):
 
 def test_a_matrix_most_of_whose_inputs_are_zero_has_no_outliers():
     norms = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    [lines], [outliers] = _lines([torch.zeros(4)], [norms], 2, 6.0)
+    [lines], [outliers] = cut_lines([torch.zeros(4)], [norms], 2, 6.0)
     assert not outliers.any() and 3 in lines.cols[0]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/studies")]
@@ -139,6 +140,28 @@ def test_a_choice_is_right_when_its_likelihood_per_token_is_the_highest(make_com
     ]
     assert 0 < sum(right) < len(right)
     assert testbed.measure(testbed.model, testbed.test)["accuracy"] == sum(right) / len(right)
+
+
+def test_a_model_that_chats_should_go_on_giving_its_own_answers(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{i}", "label": "a"}}\n' for i in range(320)))
+    model, tokenizer = (kind.from_pretrained(TINY) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.chat_template = "{% for message in messages %}<{{ message['content'] }}>{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(testbeds, "QUESTIONS", ("def __init__(self", "import os"))
+    source = Source(str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), kind="completion")
+    testbed = testbeds.CompletionTestbed(source, Path("/"), 64)
+    assert [row.prompt for row in testbed.answers] == ["<def __init__(self>", "<import os>"]
+    found = [log_likelihoods(testbed, row, row.text) for row in testbed.answers]
+    assert all(likeliest for _, likeliest in found)
+    mean = torch.cat([losses for losses, _ in found]).mean().item()
+    assert testbed.base["answers_loss"] == pytest.approx(-mean, rel=1e-5) and "old_loss" not in testbed.base
+
+
+def test_a_missing_file_of_completions_is_named(tmp_path):
+    source = Source(TINY, "none-*.jsonl", kind="completion")
+    with pytest.raises(FileNotFoundError, match="none-"):
+        testbeds.CompletionTestbed(source, tmp_path, 64)
 
 
 def test_the_missing_packages_of_smollm2_are_named(monkeypatch, tmp_path):
