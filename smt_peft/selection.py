@@ -1,4 +1,4 @@
-"""From scores and a budget to a selection. Plain tensors: nothing here knows PEFT, transformers or a training loop."""
+"""What was selected, and what it was selected by: a record to save, to select by anew, and to look at."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import pad
 
+from smt_peft.files import Target, check_index
 from smt_peft.ops import tile_features
+from smt_peft.ranking import Lines, select
 
 SELECTION_FILE = "selection.safetensors"
 _SETTINGS = (
@@ -29,136 +30,6 @@ _SETTINGS = (
     "scope",
     "base_parameters",
 )
-
-
-def select(
-    scores: Sequence[torch.Tensor],
-    groups: Sequence[tuple[Sequence[int], int]],
-    scope: str,
-    inputs: Sequence[int] | None = None,
-) -> torch.Tensor:
-    """The best blocks of every group.
-
-    Args:
-        scores: one float tensor [block rows, block columns] per target matrix; a block below zero is never selected.
-        groups: (positions of the targets that share a budget, that budget in blocks).
-        scope: who competes within a group, see `SMTConfig`.
-        inputs: for scope 'input', a number per target, equal where targets read the same input. Default: all differ.
-
-    Returns:
-        int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
-
-    Raises:
-        ValueError: where a score is not finite, where all scores of a group are equal to zero, or where a budget is
-            above the number of blocks.
-    """
-    chosen = [torch.zeros(score.shape, dtype=torch.bool, device="cpu") for score in scores]
-    for members, budget in groups:
-        _check_scores([scores[member] for member in members])
-        rankings = _rankings(members, scope, inputs)
-        sizes = [sum(int((scores[member] >= 0).sum()) for member in ranking) for ranking in rankings]
-        if sum(sizes) < budget:
-            raise ValueError(f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected; lower it.")
-        shares = apportion(budget, sizes)
-        for ranking, share in zip(rankings, shares, strict=True):
-            _mark_best([scores[member] for member in ranking], share, [chosen[member] for member in ranking])
-    return torch.cat([pad(blocks.nonzero(), (1, 0), value=target) for target, blocks in enumerate(chosen)]).int()
-
-
-def _check_scores(scores: list[torch.Tensor]) -> None:
-    everything = torch.cat([score.flatten().cpu() for score in scores])
-    if not everything.isfinite().all():
-        raise ValueError(
-            f"{int((~everything.isfinite()).sum())} of {len(everything)} block scores are not finite; "
-            "train in bfloat16 or float32, or look for NaN in the weights and the data."
-        )
-    if not (everything > 0).any():
-        raise ValueError(
-            "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
-            "not all -100 and that target_modules are used by this model's forward."
-        )
-
-
-def _rankings(members: Sequence[int], scope: str, inputs: Sequence[int] | None) -> list[list[int]]:
-    """The sets of targets whose blocks are ranked together."""
-    rankings: dict[int, list[int]] = {}
-    for member in members:
-        key = {"model": 0, "input": inputs[member] if inputs else member, "module": member}[scope]
-        rankings.setdefault(key, []).append(member)
-    return list(rankings.values())
-
-
-def _mark_best(scores: list[torch.Tensor], count: int, chosen: list[torch.Tensor]) -> None:
-    """Set the `count` best blocks of these targets; a stable sort, because topk breaks ties as each device likes."""
-    flat = torch.cat([score.flatten().cpu().double() for score in scores])
-    best = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
-    best[flat.sort(descending=True, stable=True).indices[:count]] = True
-    for blocks, part in zip(chosen, best.split([blocks.numel() for blocks in chosen]), strict=True):
-        blocks.copy_(part.view_as(blocks))
-
-
-def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Whole shares of `total` in proportion to `sizes` (largest remainder; ties to the earlier)."""
-    exact = [total * size / sum(sizes) for size in sizes]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def random_scores(grids: Sequence[tuple[int, int]], seed: int) -> list[torch.Tensor]:
-    """Uniform scores, the same for the same seed on every machine."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return [torch.rand(grid, generator=generator, dtype=torch.float64, device="cpu") + 1e-9 for grid in grids]
-
-
-def diagonal_scores(grids: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """1 on the block diagonal (stretched where the grid is not square), less with each step to its right, wrapped."""
-    scores = []
-    for rows, cols in grids:
-        first = torch.arange(rows, device="cpu") * cols // rows
-        steps = (torch.arange(cols, device="cpu")[None, :] - first[:, None]) % cols
-        scores.append(1 - steps.double() / cols)
-    return scores
-
-
-class Lines(NamedTuple):
-    """What the blocks of a matrix are cut from in a sorted arrangement: its features, the most important first.
-
-    Attributes:
-        rows: int64 [block rows, b], the output features of each block row, ascending.
-        cols: int64 [block columns, b], the input features of each block column, ascending.
-    """
-
-    rows: torch.Tensor
-    cols: torch.Tensor
-
-    def in_order(self, matrix: torch.Tensor) -> torch.Tensor:
-        """A matrix [out, in] with its features in this order: its tiles are the blocks."""
-        return matrix[self.rows.flatten()[:, None], self.cols.flatten()]
-
-    def index(self, target: int, blocks: torch.Tensor) -> torch.Tensor:
-        """int32 [n, 1 + 2 b] of (target, rows, columns), from the blocks' places in this order, int [n, 2]."""
-        rows, cols = blocks.long().unbind(1)
-        return pad(torch.cat([self.rows[rows], self.cols[cols]], 1), (1, 0), value=target).int()
-
-
-def sort_lines(rows: torch.Tensor, cols: torch.Tensor, block_size: int) -> Lines:
-    """Lines from how much each row [out] and each column [in] matters. Ties go to the earlier."""
-    orders = (side.sort(descending=True, stable=True).indices for side in (rows, cols))
-    return Lines(*(order.view(-1, block_size).sort(1).values for order in orders))
-
-
-def random_lines(grids: Sequence[tuple[int, int]], block_size: int, seed: int) -> list[Lines]:
-    """Lines in a random order, the same for the same seed on every machine."""
-    scores = iter(random_scores([(1, side * block_size) for grid in grids for side in grid], seed))
-    return [sort_lines(next(scores)[0], next(scores)[0], block_size) for _ in grids]
-
-
-def arrange(index: torch.Tensor, lines: Sequence[Lines]) -> torch.Tensor:
-    """A selection [num_blocks, 3] of places in the order of `lines`, as int32 [num_blocks, 1 + 2 b] of features."""
-    return torch.cat([lines[i].index(i, index[index[:, 0] == i, 1:]) for i in index[:, 0].unique().tolist()])
 
 
 @dataclass
@@ -263,38 +134,34 @@ class Selection:
                 lines=lines or None,
                 **{name: settings[name] for name in _SETTINGS},
             )
-            if fault := read._fault():
-                raise ValueError(fault)
+            read._check()
             return read
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
 
-    def _fault(self) -> str | None:
-        """Why its parts do not fit together, if they do not."""
-        targets, size, index = len(self.names), self.block_size, self.index
-        positions = [*(member for members, _ in self.groups for member in members), *(self.inputs or ())]
+    def _check(self) -> None:
+        """Raise ValueError, or the TypeError of what is of another type, unless its parts fit together."""
+        names, size, targets = self.names, self.block_size, range(len(self.names))
         counts = [size, self.patterns, self.skipped, *(budget for _, budget in self.groups)]
-        if not all(type(name) is str for name in self.names) or not all(type(n) is int and n >= 0 for n in counts):
-            return "its names are no texts, or its counts no numbers"
-        if not all(type(at) is int and 0 <= at < targets for at in positions):
-            return "its groups or inputs name targets that it has not"
-        if index.is_floating_point() or index.ndim != 2 or index.shape[1] != 3 or not 0 <= self.patterns <= targets:
-            return f"its index is {str(index.dtype).removeprefix('torch.')} {list(index.shape)}"
-        for lines in self.lines or ():
-            for side in lines:
-                if side.shape[1:] != (size,) or not torch.equal(
-                    side.flatten().sort().values, torch.arange(side.numel())
-                ):
-                    return f"its lines are not every feature once, {size} to a block"
-        grids = [[tuple(score.shape) for score in self.scores or ()]]
-        grids += [[tuple(len(side) for side in lines) for lines in self.lines or ()]]
-        found = next(filter(None, grids), [(2**31, 2**31)] * targets)
-        if any(grid not in ([], found) for grid in grids) or any(len(grid) != 2 for grid in found):
-            return "its scores and its lines are of other matrices"
-        sides = torch.tensor([(targets, *found[at]) for at in index[:, 0].clamp(0, targets - 1).tolist()])
-        if (len(index) and ((index < 0) | (index >= sides)).any()) or len(index.unique(dim=0)) != len(index):
-            return "its index names blocks that are not there, or one twice"
-        return None
+        if not isinstance(names, list) or any(type(name) is not str for name in names):
+            raise ValueError("its names are no list of texts")
+        if size == 0 or any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError("its counts are no numbers")
+        named = [member for members, _ in self.groups for member in members] + [*(self.inputs or ())]
+        if any(member not in targets for member in named):
+            raise ValueError("its groups or inputs name targets that it has not")
+        for side in [side for lines in self.lines or () for side in lines]:
+            if side.shape[1:] != (size,) or not torch.equal(side.flatten().sort().values, torch.arange(side.numel())):
+                raise ValueError(f"its lines are not every feature once, {size} to a block")
+        scored = [tuple(score.shape) for score in self.scores or ()]
+        cut = [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()]
+        if scored and cut and scored != cut:
+            raise ValueError("its scores and its lines are of other matrices")
+        grids = scored or cut or [(2**31 // size, 2**31 // size)] * len(names)
+        found = [Target(name, *grid) for name, grid in zip(names, grids, strict=True)]
+        check_index(self.index, len(self.index), 3, size, found)
+        if (self.index < 0).any():
+            raise ValueError("its index is -1 throughout: nothing is selected")
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (see `Place`), most first."""

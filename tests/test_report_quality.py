@@ -77,6 +77,15 @@ def test_a_table_has_the_numbers_that_a_hand_computes(report):
     assert full["learning rate"] == "0.001* of 0.001 0.01" and full["- LoRA"] == "-0.600 ± 0.100"
 
 
+def test_what_a_model_forgets_of_its_own_answers_has_a_column(report):
+    lines = [
+        line | {"answers_loss": 2.0 + line["seed"], "base": line["base"] | {"answers_loss": 0.5}}
+        for line in lines_of(STUDY)
+    ]
+    page = report(STUDY, lines)
+    assert rows_of(page)[0]["own answers"] == "3.000 ± 1.000" and "own answers 0.500)" in page
+
+
 def test_a_classifier_is_judged_by_its_accuracy(report):
     page = report(STUDY, lines_of(STUDY, "classification"))
     lora, smt, _ = rows_of(page)
