@@ -242,9 +242,12 @@ def test_lines_that_are_not_every_feature_once_are_refused(llama, batches, tmp_p
     selection.save(tmp_path)
     with pytest.raises(ValueError, match="every feature once"):
         Selection.load(tmp_path)
-    selection = replace(selection_of(llama, batches, arrangement="sorted"), lines=selection.lines[1:])
-    selection.save(tmp_path)
+    sound = selection_of(llama, batches, arrangement="sorted")
+    replace(sound, lines=sound.lines[1:]).save(tmp_path)
     with pytest.raises(ValueError, match="is not a selection"):
+        Selection.load(tmp_path)
+    replace(sound, scores=[score[:1] for score in sound.scores]).save(tmp_path)
+    with pytest.raises(ValueError, match="scores and its lines are of other matrices"):
         Selection.load(tmp_path)
 
 

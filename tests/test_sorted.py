@@ -171,6 +171,11 @@ def test_a_matrix_most_of_whose_inputs_are_zero_has_no_outliers():
     assert not outliers.any() and 3 in lines.cols[0]
 
 
+def test_outliers_come_last_so_that_other_features_keep_their_blocks():
+    [lines], [outliers] = cut_lines([torch.zeros(6)], [torch.tensor([1.0, 99, 5, 1, 4, 2])], 2, 6.0)
+    assert outliers.nonzero().flatten().tolist() == [1] and lines.cols.tolist() == [[2, 4], [0, 5], [1, 3]]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
