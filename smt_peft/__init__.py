@@ -9,7 +9,7 @@ from smt_peft.config import SMTConfig  # noqa: E402
 from smt_peft.folders import wrap_methods  # noqa: E402
 from smt_peft.model import SMTModel  # noqa: E402
 from smt_peft.optimizers import BlockMuon  # noqa: E402
-from smt_peft.selection import Selection  # noqa: E402
+from smt_peft.selected import Selection  # noqa: E402
 from smt_peft.warmup import select_blocks  # noqa: E402
 
 register(SMTConfig, SMTModel)

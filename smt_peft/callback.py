@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from smt_peft.diagnostics import warn
-from smt_peft.selection import Selection
+from smt_peft.selected import Selection
 from smt_peft.warmup import apply_selection, find_adapter, select_blocks
 
 # Gradient norms that are a sign of divergence:

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from smt_peft import files
 from smt_peft.places import Tiles, parse_sorted
-from smt_peft.selection import Selection
+from smt_peft.selected import Selection
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
 Scope = Literal["model", "input", "module"]

@@ -25,7 +25,7 @@ from smt_peft.files import BANK, PREFIX, Blocks, read_adapter, sample
 from smt_peft.layer import Linear
 from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.ops import reduce_blocks
-from smt_peft.ranking import Lines, arrange, select, sort_lines
+from smt_peft.selection import Lines, arrange, select, sort_lines
 
 # --- to LoRA ---------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from smt_peft.bank import Group
-from smt_peft.selection import Selection, places_of
+from smt_peft.selected import Selection, places_of
 
 CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
 FEWEST_BLOCKS = 20  # fewer say nothing about where a ranking leads

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from smt_peft.files import PREFIX, Blocks, read_adapter
-from smt_peft.selection import layers_of, places_of
+from smt_peft.selected import layers_of, places_of
 
 OPTIONS = {  # that a rule of selection has, beside the scope
     "gradient": ["score", "accumulation", "warmup_steps"],

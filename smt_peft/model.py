@@ -29,7 +29,7 @@ from smt_peft.files import BANK
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
 from smt_peft.places import places_in, short
-from smt_peft.ranking import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
+from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d, pad
 
 from smt_peft.files import StoredAdapter
-from smt_peft.selection import Place, Selection, layers_of, places_of
+from smt_peft.selected import Place, Selection, layers_of, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from torch import nn
 
 from smt_peft import ops
 from smt_peft.experts import ParamWrapper
-from smt_peft.ranking import Lines, sort_lines
+from smt_peft.selection import Lines, sort_lines
 
 
 class Watch(torch.autograd.Function):

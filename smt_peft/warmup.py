@@ -19,9 +19,9 @@ from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
-from smt_peft.ranking import Lines, arrange, select
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, sum_over_ranks
-from smt_peft.selection import Selection
+from smt_peft.selected import Selection
+from smt_peft.selection import Lines, arrange, select
 
 
 def select_blocks(

@@ -8,7 +8,7 @@ import torch
 
 from smt_peft import Selection
 from smt_peft.plotting import plot_losses, plot_overlap, plot_quality, plot_selection, plot_shares
-from smt_peft.ranking import select
+from smt_peft.selection import select
 
 matplotlib = pytest.importorskip("matplotlib")
 

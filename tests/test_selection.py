@@ -8,8 +8,8 @@ import torch
 from peft import get_peft_model
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.ranking import Lines, apportion, select
-from smt_peft.selection import places_of
+from smt_peft.selected import places_of
+from smt_peft.selection import Lines, apportion, select
 from smt_peft.warmup import apply_selection
 
 

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
-from smt_peft.ranking import arrange, select, sort_lines
 from smt_peft.scoring import cut_lines
+from smt_peft.selection import arrange, select, sort_lines
 
 SIZE = 16
 

@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 
 from smt_peft import ops
 from smt_peft.ops import reference
-from smt_peft.ranking import select
+from smt_peft.selection import select
 
 SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], the most important first
     # A layer of the CPU benchmark's model: few blocks, many, small ones; sorted.

@@ -32,8 +32,8 @@ from transformers import HfArgumentParser
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
-from smt_peft.ranking import random_scores, select
-from smt_peft.selection import Selection, places_of
+from smt_peft.selected import Selection, places_of
+from smt_peft.selection import random_scores, select
 
 RATIO = 0.022  # the budget: what LoRA has with rank 1 on all linear layers of stories260K
 REFERENCE = "abs_mean"  # the paper's criterion

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import BLUE, COLOURS, GREY, VERMILION
-from smt_peft.ranking import sort_lines
+from smt_peft.selection import sort_lines
 
 SHARES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]  # of the weights
 

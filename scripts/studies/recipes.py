@@ -17,8 +17,8 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.optimizers import BlockMuon
-from smt_peft.ranking import select
-from smt_peft.selection import Selection
+from smt_peft.selected import Selection
+from smt_peft.selection import select
 from smt_peft.warmup import apply_selection, find_adapter
 
 RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}

@@ -1,0 +1,259 @@
+"""What was selected, and what it was selected by: a record to save, to select by anew, and to look at."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from smt_peft.files import Target, check_index
+from smt_peft.ops import tile_features
+from smt_peft.selection import Lines, select
+
+SELECTION_FILE = "selection.safetensors"
+_SETTINGS = (
+    "names",
+    "block_size",
+    "batch_scores",
+    "skipped",
+    "groups",
+    "patterns",
+    "inputs",
+    "scope",
+    "base_parameters",
+)
+
+
+@dataclass
+class Selection:
+    """The blocks that won, and what they won by.
+
+    Attributes:
+        names: the target modules.
+        block_size: b.
+        index: int32 [num_blocks, 3] of (position in `names`, block row, block column); of a sorted arrangement, in the
+            order of `lines`.
+        scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
+        batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
+        skipped: how many batches had a non-finite loss or gradient.
+        lines: of a sorted arrangement, the rows and columns of each target's blocks.
+        groups: (positions in `names`, budget) of those that shared a budget; that of `num_blocks` is the last.
+        patterns: how many of them are of `num_blocks_pattern`.
+        inputs: a number per target, equal where targets read one input.
+        scope: who competed within a group.
+        base_parameters: of the model, for `trainable_ratio`.
+    """
+
+    names: list[str]
+    block_size: int
+    index: torch.Tensor
+    scores: list[torch.Tensor] | None = None
+    batch_scores: Sequence[float] = ()
+    skipped: int = 0
+    lines: list[Lines] | None = None
+    groups: Sequence[tuple[Sequence[int], int]] = ()
+    patterns: int = 0
+    inputs: Sequence[int] | None = None
+    scope: str = "model"
+    base_parameters: int | None = None
+
+    @property
+    def batches(self) -> int:
+        return len(self.batch_scores)
+
+    def blocks(self) -> dict[str, list[list]]:
+        """Module name -> its blocks, as `SMTConfig.selected_blocks`."""
+        chosen: dict[str, list[list]] = {}
+        for target, row, col in self.index.tolist():
+            lines = self.lines and self.lines[target]
+            block = [lines.rows[row].tolist(), lines.cols[col].tolist()] if lines else [row, col]
+            chosen.setdefault(self.names[target], []).append(block)
+        return chosen
+
+    def rebudget(
+        self, num_blocks: int | None = None, trainable_ratio: float | None = None, scope: str | None = None
+    ) -> Selection:
+        """What the same warm-up selects with another budget or scope; the budgets of `num_blocks_pattern` stay.
+
+        Raises:
+            ValueError: for a budget that is impossible, or where there are no scores to select by.
+        """
+        if self.scores is None or not self.groups:
+            raise ValueError(
+                "This selection has no scores to select by anew; select_blocks() gives one that has them."
+            )
+        if num_blocks is not None and trainable_ratio is not None:
+            raise ValueError(f"num_blocks={num_blocks} and trainable_ratio={trainable_ratio} both set the budget.")
+        if trainable_ratio is not None:
+            num_blocks = max(1, round(trainable_ratio * self.base_parameters / self.block_size**2))
+        groups, scope = [*self.groups], scope or self.scope
+        if num_blocks is not None:
+            if len(groups) == self.patterns:
+                raise ValueError("num_blocks_pattern covers every target, so there is no other budget to change.")
+            if num_blocks < 1:
+                raise ValueError(f"num_blocks={num_blocks} is not a positive integer.")
+            groups[-1] = groups[-1][0], num_blocks
+        index = select(self.scores, groups, scope, self.inputs)
+        return replace(self, index=index, groups=groups, scope=scope)
+
+    def save(self, folder: str | Path) -> None:
+        """Write selection.safetensors into a folder, beside an adapter; `load` reads it."""
+        tensors = {"index": self.index}
+        tensors |= {f"scores.{i}": scores.contiguous() for i, scores in enumerate(self.scores or ())}
+        for i, lines in enumerate(self.lines or ()):
+            tensors |= {f"{side}.{i}": features.int() for side, features in lines._asdict().items()}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        save_file(tensors, Path(folder, SELECTION_FILE), {"format": "pt", "selection": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Selection:
+        """Read what `save` wrote. Raises ValueError where that is broken."""
+        path = Path(folder, SELECTION_FILE)
+        try:
+            with safe_open(path, "pt") as file:
+                settings = json.loads(file.metadata()["selection"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            positions = range(len(settings["names"]))
+            lines = [
+                Lines(tensors[f"rows.{i}"].long(), tensors[f"cols.{i}"].long())
+                for i in positions
+                if "rows.0" in tensors
+            ]
+            scores = [tensors[f"scores.{i}"] for i in positions if "scores.0" in tensors]
+            read = cls(
+                index=tensors["index"],
+                scores=scores or None,
+                lines=lines or None,
+                **{name: settings[name] for name in _SETTINGS},
+            )
+            read._check()
+            return read
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
+
+    def _check(self) -> None:
+        """Raise ValueError, or the TypeError of what is of another type, unless its parts fit together."""
+        names, size, targets = self.names, self.block_size, range(len(self.names))
+        counts = [size, self.patterns, self.skipped, *(budget for _, budget in self.groups)]
+        if not isinstance(names, list) or any(type(name) is not str for name in names):
+            raise ValueError("its names are no list of texts")
+        if size == 0 or any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError("its counts are no numbers")
+        named = [member for members, _ in self.groups for member in members] + [*(self.inputs or ())]
+        if any(member not in targets for member in named):
+            raise ValueError("its groups or inputs name targets that it has not")
+        for side in [side for lines in self.lines or () for side in lines]:
+            if side.shape[1:] != (size,) or not torch.equal(side.flatten().sort().values, torch.arange(side.numel())):
+                raise ValueError(f"its lines are not every feature once, {size} to a block")
+        scored = [tuple(score.shape) for score in self.scores or ()]
+        cut = [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()]
+        if scored and cut and scored != cut:
+            raise ValueError("its scores and its lines are of other matrices")
+        grids = scored or cut or [(2**31 // size, 2**31 // size)] * len(names)
+        found = [Target(name, *grid) for name, grid in zip(names, grids, strict=True)]
+        check_index(self.index, len(self.index), 3, size, found)
+        if (self.index < 0).any():
+            raise ValueError("its index is -1 throughout: nothing is selected")
+
+    def counts_by_type(self) -> dict[str, int]:
+        """Blocks per module type (see `Place`), most first."""
+        kinds = [place.kind for place in places_of(self.names)]
+        counts = Counter(dict.fromkeys(kinds, 0))
+        counts.update(kinds[target] for target in self.index[:, 0].tolist())
+        return dict(counts.most_common())
+
+    def counts_by_layer(self) -> dict[str, int]:
+        """Blocks per layer that has any: "3", or "decoder.3" where layers are counted more than once; "-" outside."""
+        places = places_of(self.names)
+        counts = Counter(places[target].layer_name for target in self.index[:, 0].tolist())
+        return {layer: counts[layer] for layer in layers_of(places) if layer in counts}
+
+    def overlap(self, other: Selection) -> float:
+        """Share of the weights that both have in blocks, by module name: |A and B| / max(|A|, |B|)."""
+        ours, theirs = self._entries(), other._entries()
+        common = sum(int(torch.isin(ours[name], theirs[name]).sum()) for name in ours.keys() & theirs.keys())
+        return common / max(sum(map(len, of.values())) for of in (ours, theirs))
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        """Module name -> a number for each weight that is in a block, int64."""
+        found, size = {}, self.block_size
+        for target in self.index[:, 0].unique().tolist():
+            rows, cols = self.index[self.index[:, 0] == target, 1:].long().unbind(1)
+            if self.lines is None:
+                rows, cols = (tile_features(side, size) for side in (rows, cols))
+            else:
+                rows, cols = self.lines[target].rows[rows], self.lines[target].cols[cols]
+            found[self.names[target]] = (rows[:, :, None] * 2**32 + cols[:, None, :]).flatten()
+        return found
+
+    def summary(self) -> str:
+        """A few lines to print: where the blocks are."""
+        total, size = len(self.index), self.block_size
+        types = ", ".join(f"{name} {n} ({100 * n / total:.0f} %)" for name, n in self.counts_by_type().items())
+        layers = ", ".join(f"{layer}: {n}" for layer, n in self.counts_by_layer().items())
+        skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
+        source = f"\n  from {self.batches} batches{skipped}" if self.batches else ""
+        return (
+            f"SMT selected {total} blocks of {size} x {size} ({total * size**2:,} parameters) in "
+            f"{len(self.blocks())} of {len(self.names)} modules.\n  by type:  {types}\n  by layer: {layers}{source}"
+        )
+
+
+class Place(NamedTuple):
+    """Where a module is in its model."""
+
+    stack: str  # "encoder", "decoder" where a model counts layers more than once; otherwise ""
+    layer: int | None  # the first number in the module's name
+    kind: str  # as much of the end of the name as tells it from others of its layer: "q_proj", or "SelfAttention.q"
+
+    @property
+    def layer_name(self) -> str:
+        return "-" if self.layer is None else f"{self.stack}.{self.layer}".lstrip(".")
+
+
+def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
+    """The place of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
+    modules are in one place."""
+    parts = [_split(name) for name in names]
+    if not numbered:
+        parts = [(stack, layer, re.sub(r"\b\d+\b", "*", inside)) for stack, layer, inside in parts]
+    stacks = {stack: stack.split(".") for stack, layer, _ in parts if layer is not None}
+    common = set.intersection(*map(set, stacks.values())) if stacks else set()
+    kinds = {inside: _kind(inside, {of for _, _, of in parts}) for _, _, inside in parts}
+    return [
+        Place("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
+        for stack, layer, inside in parts
+    ]
+
+
+def _kind(name: str, names: set[str]) -> str:
+    """The shortest end of a name that no other has, and that does not begin with a number."""
+    words = name.split(".")
+    ends = (
+        ".".join(words[start:]) for start in range(len(words) - 1, 0, -1) if not re.fullmatch(r"\d+|\*", words[start])
+    )
+    return next((end for end in ends if sum(f".{of}".endswith(f".{end}") for of in names) == 1), name)
+
+
+def layers_of(places: Sequence[Place]) -> list[str]:
+    """The names of all layers in their order, after what is outside of layers."""
+    stacks = list(dict.fromkeys(place.stack for place in places))
+    in_order = sorted(places, key=lambda at: (at.layer is not None, stacks.index(at.stack), at.layer))
+    return list(dict.fromkeys(place.layer_name for place in in_order))
+
+
+def _split(name: str) -> tuple[str, int | None, str]:
+    """What stands before a module's layer, the layer, and the module's path inside of it."""
+    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.+))?", name)
+    if not found:
+        return "", None, name
+    before, layer, inside = found.groups(default="")
+    return before, int(layer), inside or before or "module"
