@@ -79,9 +79,6 @@ class SMTConfig(PeftConfig):
     # What a block is. 'tiles': neighbouring rows by neighbouring columns (the paper). 'sorted': rows and columns are
     # put into the order of their importance first, so that a block is important rows by important columns.
     arrangement: Arrangement = "tiles"
-    # Sorted blocks leave out input features whose norm is more than this many times the median of their matrix:
-    # outlier features, whose weights change much of what the model knows. Default: none are left out.
-    outlier_ratio: float | None = None
     score: Score = "abs_mean"  # of a block with gradient g: mean |g| (in the paper), |mean g|, sum |g| or the l2 norm
     accumulation: Accumulation = "absolute"  # mean of every iteration's score; 'signed': score of the mean gradient
     warmup_steps: int = 100  # batches that the warm-up looks at
@@ -195,14 +192,6 @@ class SMTConfig(PeftConfig):
             yield f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; use 'absolute'."
         if self.arrangement == "sorted" and self.selection == "diagonal":
             yield "selection='diagonal' is of tiles: sorted blocks have no diagonal. Use arrangement='tiles'."
-        if self.outlier_ratio is not None:
-            if not (isinstance(self.outlier_ratio, (int, float)) and self.outlier_ratio > 1):
-                yield f"outlier_ratio={self.outlier_ratio!r} is not above 1: it is a multiple of the median norm."
-            if self.arrangement != "sorted" or self.selection not in ("gradient", "activation"):
-                yield (
-                    f"outlier_ratio={self.outlier_ratio} needs the norms that the warm-up of sorted blocks sees; use "
-                    "arrangement='sorted' with selection='gradient' or 'activation', or leave it out."
-                )
         if self.selection == "activation" and self.target_parameters:
             yield "selection='activation' looks at the inputs of modules; target_parameters have none. Use 'gradient'."
         if self.layers_pattern and self.layers_to_transform is None:

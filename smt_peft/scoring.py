@@ -192,13 +192,11 @@ class FeatureCollector(Collector):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return (layer.out_features + layer.in_features,)
 
-    def lines(self, block_size: int, outlier_ratio: float | None) -> tuple[list[Lines], list[torch.Tensor]]:
-        """See `cut_lines`."""
-        means = [
-            mean.split([layer.out_features, layer.in_features])
+    def lines(self, block_size: int) -> list[Lines]:
+        return [
+            sort_lines(*mean.split([layer.out_features, layer.in_features]), block_size)
             for layer, mean in zip(self.layers, self.means(), strict=True)
         ]
-        return cut_lines([rows for rows, _ in means], [cols for _, cols in means], block_size, outlier_ratio)
 
 
 class ActivationCollector(Collector):
@@ -224,22 +222,12 @@ class ActivationCollector(Collector):
             for layer, mean in zip(self.layers, means, strict=True)
         ]
 
-    def lines(self, block_size: int, outlier_ratio: float | None) -> tuple[list[Lines], list[torch.Tensor]]:
-        """See `cut_lines`; rows stay where they are: activations say nothing about them."""
-        means = self.means()
-        rows = [mean.new_zeros(layer.out_features) for layer, mean in zip(self.layers, means, strict=True)]
-        return cut_lines(rows, means, block_size, outlier_ratio)
-
-
-def cut_lines(
-    rows: list[torch.Tensor], cols: list[torch.Tensor], block_size: int, outlier_ratio: float | None
-) -> tuple[list[Lines], list[torch.Tensor]]:
-    """Of each layer its lines, from how much its rows and columns matter, and bool [in] of its outlier features: those
-    above the ratio times the median. They come last, so that few blocks hold one."""
-    ratio = math.inf if outlier_ratio is None else outlier_ratio
-    outliers = [(norms > ratio * norms.median()) & (norms.median() > 0) for norms in cols]
-    cols = [norms.masked_fill(is_outlier, -1) for norms, is_outlier in zip(cols, outliers, strict=True)]
-    return [sort_lines(*sides, block_size) for sides in zip(rows, cols, strict=True)], outliers
+    def lines(self, block_size: int) -> list[Lines]:
+        """Rows stay where they are: activations say nothing about them."""
+        return [
+            sort_lines(mean.new_zeros(layer.out_features), mean, block_size)
+            for layer, mean in zip(self.layers, self.means(), strict=True)
+        ]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -70,29 +70,25 @@ def select_blocks(
             raise ValueError(f"There is nothing to avoid in adapter {name!r}: it has no blocks yet. Select its first.")
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
-    size, steps, lines, outliers = bank.block_size, config.warmup_steps, None, None
+    size, steps, lines = bank.block_size, config.warmup_steps, None
     batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
     if config.selection == "activation":
         collector = ActivationCollector(layers, loss_scale)
         run(collector, steps)
-        if is_sorted:
-            lines, outliers = collector.lines(size, config.outlier_ratio)
+        lines = collector.lines(size) if is_sorted else None
         scores = collector.scores(size, lines)
     else:
         if is_sorted:
             ranking = FeatureCollector(layers, loss_scale)
             run(ranking, max(1, steps // 2))
-            lines, outliers = ranking.lines(size, config.outlier_ratio)
-            steps, loss_scale = max(1, steps - steps // 2), ranking.scale
+            lines, steps, loss_scale = ranking.lines(size), max(1, steps - steps // 2), ranking.scale
         collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
         run(collector, steps)
         scores = collector.scores()
     scores = [score.float().cpu() for score in scores]
     if is_sorted:
         lines = [Lines(*(side.cpu() for side in line)) for line in lines]
-        for score, line, is_outlier in zip(scores, lines, outliers, strict=True):
-            score[:, is_outlier.cpu()[line.cols].any(1)] = -1
     for other in avoided.values():
         _rule_out(other, bank, scores, lines)
     selection = Selection(

@@ -12,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
-from smt_peft.scoring import cut_lines
 from smt_peft.selection import arrange, select, sort_lines
 
 SIZE = 16
@@ -135,60 +134,6 @@ def test_activation_takes_the_columns_with_the_largest_inputs(llama, batches):
     model, _ = warmed_up(llama, batches, selection="activation", target_modules=["q_proj"], num_blocks=4)
     (blocks,) = bank_of(model).selected_blocks().values()
     assert blocks == [[list(range(row, row + SIZE)), large.tolist()] for row in range(0, 64, SIZE)]
-
-
-@pytest.mark.parametrize("selection", ["gradient", "activation"])
-def test_outlier_features_are_left_out(llama, batches, selection):
-    """Norms of x tell them: more than the ratio times the median. No block that is selected reads one."""
-    outlier = 5
-    for layer in llama.model.layers:
-        layer.input_layernorm.weight.data[outlier] = 50.0
-    seen = {}
-
-    def look(layer: nn.Module, args: tuple) -> None:
-        seen["norms"] = args[0].detach().flatten(0, 1).norm(dim=0)
-
-    with llama.model.layers[0].self_attn.q_proj.register_forward_pre_hook(look):
-        llama(**batches[0])
-    assert (seen["norms"] > 6 * seen["norms"].median()).nonzero().flatten().tolist() == [outlier]
-    options = {"arrangement": "sorted", "selection": selection, "block_size": 8, "num_blocks": 12, "warmup_steps": 4}
-    reads = {}
-    for ratio in (None, 6.0):
-        model = get_peft_model(deepcopy(llama), SMTConfig(**options, outlier_ratio=ratio))
-        chosen = select_blocks(model, batches, progress_bar=False)
-        assert all(line.cols.flatten().sort().values.equal(torch.arange(64)) for line in chosen.lines)
-        reads[ratio] = {col for blocks in chosen.blocks().values() for _, cols in blocks for col in cols}
-        assert chosen.rebudget(20).index.shape == (20, 3)
-    assert outlier in reads[None] and outlier not in reads[6.0]
-    assert outlier not in {
-        col for blocks in chosen.rebudget(100).blocks().values() for _, cols in blocks for col in cols
-    }
-
-
-def test_a_matrix_most_of_whose_inputs_are_zero_has_no_outliers():
-    norms = torch.tensor([0.0, 0.0, 0.0, 5.0])
-    [lines], [outliers] = cut_lines([torch.zeros(4)], [norms], 2, 6.0)
-    assert not outliers.any() and 3 in lines.cols[0]
-
-
-def test_outliers_come_last_so_that_other_features_keep_their_blocks():
-    [lines], [outliers] = cut_lines([torch.zeros(6)], [torch.tensor([1.0, 99, 5, 1, 4, 2])], 2, 6.0)
-    assert outliers.nonzero().flatten().tolist() == [1] and lines.cols.tolist() == [[2, 4], [0, 5], [1, 3]]
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"outlier_ratio": 1.0}, "is not above 1"),
-        ({"outlier_ratio": "6"}, "is not above 1"),
-        ({"outlier_ratio": 6.0, "arrangement": "tiles"}, "arrangement='sorted' with selection="),
-        ({"outlier_ratio": 6.0, "selection": "random"}, "arrangement='sorted' with selection="),
-    ],
-    ids=str,
-)
-def test_outliers_that_no_norms_tell_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
-        SMTConfig(**{"arrangement": "sorted"} | options)
 
 
 def test_ties_go_to_the_earlier_feature():
