@@ -332,7 +332,8 @@ def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]
     size, lines = bank.block_size, None
     grids = [(target.rows, target.cols) for target in bank.targets]
     if config.selection == "random":
-        scores, lines = random_scores(grids, config.seed), random_lines(grids, size, config.seed)
+        scores = random_scores(grids, config.seed)
+        lines = random_lines(grids, size, config.seed) if config.arrangement == "sorted" else None
     elif config.selection == "diagonal":
         scores = diagonal_scores(grids)
     elif config.selection == "magnitude":
@@ -348,7 +349,7 @@ def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]
         return None
     # All diagonals tie: each module has the same share of its own.
     index = select(scores, bank.groups, "module" if config.selection == "diagonal" else config.scope)
-    return arrange(index, lines) if config.arrangement == "sorted" else index
+    return arrange(index, lines) if lines else index
 
 
 def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:

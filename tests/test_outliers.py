@@ -2,10 +2,14 @@
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
+
+from smt_peft import SMTConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/studies")]
@@ -35,9 +39,37 @@ def test_an_input_far_above_the_median_is_found(short):
     assert layer["its std / rms"] == pytest.approx((seen["x"][:, 7].std() / rms[7]).item(), abs=0.006)
 
 
+def test_chosen_blocks_read_the_input_far_above_the_median_and_random_ones_any(short, monkeypatch):
+    testbed = testbeds.TextTestbed(testbeds.TESTBEDS["stories260K-lowercase"], short, 32)
+    testbed.model.model.layers[1].input_layernorm.weight.data[7] *= 100.0
+    monkeypatch.setattr(outliers, "BATCHES", 2)
+    chosen, drawn = (outliers.inputs_read(testbed, rule) for rule in outliers.RULES)
+    name = "model.layers.1.self_attn.q_proj"
+    assert chosen[name] == 4 < drawn[name]  # its neighbours in one column of blocks
+    model = get_peft_model(
+        deepcopy(testbed.model),
+        SMTConfig(
+            target_modules=list(drawn),
+            selection="random",
+            scope="module",
+            block_size=4,
+            trainable_ratio=outliers.SHARE,
+            init_weights=False,
+        ),
+    )
+    for layer, count in drawn.items():
+        delta = model.get_submodule(f"base_model.model.{layer}").get_delta_weight("default")
+        assert count == delta.any(0).sum()
+
+
 def test_a_table_is_printed_and_the_layers_are_written(short, tmp_path, capsys):
     outliers.main(["stories260K-lowercase", "--tokens", "32", "--shared", str(short), "--results", str(tmp_path)])
-    assert "stories260K-lowercase" in capsys.readouterr().out
+    printed = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "outliers.jsonl").read_text().splitlines()]
     assert len({line["layer"] for line in lines}) == len(lines) == 35
     assert {line["testbed"] for line in lines} == {"stories260K-lowercase"}
+    shares = [
+        sum(line[f"read, {rule}"] for line in lines) / sum(line["inputs"] for line in lines) for rule in outliers.RULES
+    ]
+    assert printed.splitlines()[-1].split() == ["stories260K-lowercase", "35", "0", "0", *printed.split()[-3:]]
+    assert printed.split()[-2:] == [f"{share:.1%}" for share in shares]

@@ -1,25 +1,35 @@
-"""Which inputs of the linear layers of the testbeds' models are outlier features: norms far above the median's.
+"""Which inputs of the linear layers of the testbeds' models are outlier features, with norms far above the median's,
+and how many inputs the blocks read that the gradient chooses, beside random ones.
 
     python scripts/studies/outliers.py tiny-llama-code smollm2-banking77 --shared ../shared
 
 Prints a table, and writes RESULTS/outliers.jsonl: for each testbed a line for each linear layer (but the head and what
 is trained anew): how many of its inputs have a norm above 3 and 6 times the median, over 64 rows of training data, the
 largest norm over the median, and how much that input varies: its standard deviation over its root mean square.
+Then how many inputs are read by blocks of 16 (or what divides all sides), 0.9 % of the model with the same share in
+each matrix, chosen by the gradient of 20 batches of 8, and at random.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import get_peft_model
 from recipes import target_names
 from testbeds import TESTBEDS, Options, Testbed, load_testbed
 from transformers import HfArgumentParser
 
+from smt_peft import SMTConfig, select_blocks
+
 ROWS, RATIOS = 64, (3, 6)
+RULES = ("gradient", "random")  # by which blocks are selected
+BLOCK_SIZE, SHARE, BATCHES, BATCH_SIZE = 16, 0.009, 20, 8
 
 
 @dataclass
@@ -47,23 +57,63 @@ def outliers_of(testbed: Testbed) -> dict[str, dict[str, float]]:
 
         return hook
 
-    names = target_names(testbed.model, "all-linear", testbed.modules_to_save or [])
-    hooks = [testbed.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in names]
+    hooks = [
+        testbed.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in linear_layers(testbed)
+    ]
     testbed.model.eval()(**testbed.batch(testbed.train[:ROWS]))
     for hook in hooks:
         hook.remove()
     return found
 
 
+def linear_layers(testbed: Testbed) -> list[str]:
+    return target_names(testbed.model, "all-linear", testbed.modules_to_save or [])
+
+
+def inputs_read(testbed: Testbed, selection: str) -> dict[str, int]:
+    """By layer, how many of its inputs are read by blocks of this rule."""
+    names = linear_layers(testbed)
+    size = math.gcd(BLOCK_SIZE, *(side for name in names for side in testbed.model.get_submodule(name).weight.shape))
+    options = {"scope": "module", "block_size": size, "trainable_ratio": SHARE, "warmup_steps": BATCHES}
+    model = get_peft_model(deepcopy(testbed.model), SMTConfig(target_modules=names, selection=selection, **options))
+    if selection == "gradient":
+        rows = [testbed.train[at : at + BATCH_SIZE] for at in range(0, BATCHES * BATCH_SIZE, BATCH_SIZE)]
+        with testbed.autocast():
+            select_blocks(model, [testbed.batch(part) for part in rows], progress_bar=False)
+    chosen = model.peft_config["default"].selected_blocks
+    return {name: size * len({column for _, column in chosen.get(name, ())}) for name in names}
+
+
 def main(argv: list[str]) -> None:
     command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(["--testbeds", *argv])
-    print(f"{'':24}{'layers':>8}{'with outliers above 6':>24}{'most in one':>14}{'largest norm / median':>24}")
+    head = [
+        "",
+        "layers",
+        "with outliers above 6",
+        "most in one",
+        "largest norm / median",
+        *(f"read, {rule}" for rule in RULES),
+    ]
+    print("".join(f"{title:24}" for title in head))
     lines = []
     for name in command.testbeds:
-        found = outliers_of(load_testbed(TESTBEDS[name], Path(options.shared), command.tokens))
-        counts = [layer["above 6"] for layer in found.values()]
-        largest = max(layer["largest"] for layer in found.values())
-        print(f"{name:24}{len(found):8}{sum(map(bool, counts)):24}{max(counts):14}{largest:24}")
+        testbed = load_testbed(TESTBEDS[name], Path(options.shared), command.tokens)
+        found = outliers_of(testbed)
+        for rule in RULES:
+            for layer, count in inputs_read(testbed, rule).items():
+                found[layer][f"read, {rule}"] = count
+        counts, largest = ([layer[key] for layer in found.values()] for key in ("above 6", "largest"))
+        inputs = sum(layer["inputs"] for layer in found.values())
+        shares = [sum(layer[f"read, {rule}"] for layer in found.values()) / inputs for rule in RULES]
+        row = [
+            name,
+            len(found),
+            sum(map(bool, counts)),
+            max(counts),
+            max(largest),
+            *(f"{share:.1%}" for share in shares),
+        ]
+        print("".join(f"{cell!s:24}" for cell in row))
         lines += [json.dumps({"testbed": name, "layer": layer, **figures}) for layer, figures in found.items()]
     Path(options.results, "outliers.jsonl").write_text("\n".join(lines) + "\n")
 
