@@ -7,7 +7,7 @@ Options are those of `Options` below and of TrainingArguments, in the YAML file 
 
 `output_dir` gets the numbers (results.json), the losses of training (losses.png), and a folder per method with its
 adapter or weights, the name of their training data (for scripts/evaluate.py) and, for SMT, pictures of where the
-selected blocks are (selection.png, shares.png). `smt-peft merge` makes a plain model of an adapter.
+selected blocks are (selection.png; after a warm-up shares.png, too). `smt-peft merge` makes a plain model of an adapter.
 """
 
 import contextlib
@@ -41,8 +41,9 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback
-from smt_peft.plotting import plot_losses, plot_selection, plot_shares
+from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback
+from smt_peft.files import read_adapter
+from smt_peft.plotting import plot_adapter, plot_losses, plot_selection, plot_shares
 
 METHODS = ("smt", "lora", "dora", "full")
 STDLIB = {  # rows that any Python has, by split
@@ -232,10 +233,8 @@ def fine_tune(
     trainer.save_state()
     if trainer.is_world_process_zero():
         note.write(args.output_dir)
-        if warmup.selection:
-            with contextlib.suppress(ImportError):  # without matplotlib, no picture
-                plot_selection(warmup.selection, Path(args.output_dir, "selection.png"))
-                plot_shares(warmup.selection, Path(args.output_dir, "shares.png"))
+        if method == "smt":
+            draw_blocks(args.output_dir, warmup.selection)
     trainer.accelerator.wait_for_everyone()
     parameters = (getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     numbers = {"parameters": sum(parameters), "seconds": run["train_runtime"]}
@@ -330,6 +329,16 @@ def report(results: dict, prompts: list[dict], output_dir: str) -> str:
 def write(results: dict, args: TrainingArguments) -> None:
     if args.process_index == 0:
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+
+
+def draw_blocks(adapter: str, selection: Selection | None) -> None:
+    """Draw where the selected blocks are, with their scores; with their deltas if no warm-up of this run gave any."""
+    with contextlib.suppress(ImportError):  # without matplotlib, no picture
+        if selection is None:
+            plot_adapter(read_adapter(adapter), Path(adapter, "selection.png"))
+        else:
+            plot_selection(selection, Path(adapter, "selection.png"))
+            plot_shares(selection, Path(adapter, "shares.png"))
 
 
 def draw_losses(output_dir: str, methods: list[str]) -> None:

@@ -153,6 +153,12 @@ def test_a_picture_is_written(run, files, picture):
     assert (files / f"out/{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_warm_up_the_picture_is_of_the_trained_blocks(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter", ignore=shutil.ignore_patterns("*.png", "checkpoint-*"))
+    finetune.draw_blocks(str(folder), None)
+    assert (folder / "selection.png").read_bytes().startswith(b"\x89PNG") and not (folder / "shares.png").exists()
+
+
 def test_three_held_out_questions_are_shown_with_their_answers(run):
     blocks = re.findall(r"^(Say .*)\n  right +(.*)\n  before .*\n  after smt .*\n  after lora ", run["printed"], re.M)
     prompts = run["smt"]["prompts"]
