@@ -7,7 +7,8 @@ Options are those of `Options` below and of TrainingArguments, in the YAML file 
 
 `output_dir` gets the numbers (results.json), the losses of training (losses.png), and a folder per method with its
 adapter or weights, the name of their training data (for scripts/evaluate.py) and, for SMT, pictures of where the
-selected blocks are (selection.png; after a warm-up shares.png, too). `smt-peft merge` makes a plain model of an adapter.
+selected blocks are (selection.png, and after a warm-up shares.png). `smt-peft merge` makes a plain model of an
+adapter.
 """
 
 import contextlib

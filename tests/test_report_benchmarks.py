@@ -19,7 +19,8 @@ def test_the_report_puts_a_table_and_a_picture_beside_the_figures(tmp_path, monk
     report_benchmarks.main(tmp_path)
     text, more = page.read_text(), (tmp_path / "results/benchmarks.md").read_text()
     assert "| smt |" in text and "old" not in text and text.startswith("before") and text.endswith("after\n")
-    assert "## training_blocks" in more and "## training_cpu-small" not in more, "the file without a place"
+    assert "## training_blocks" in more and "## training_cpu-small" in more
+    assert "| launches |" in more and "| launches |" not in text, "the page has what one decides by"
     for setting in ("cpu-small", "blocks"):
         assert (tmp_path / f"results/training_{setting}.png").stat().st_size > 0
 

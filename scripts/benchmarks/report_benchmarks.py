@@ -3,19 +3,21 @@
     python scripts/benchmarks/report_benchmarks.py [folder with benchmarks.md and results/; default: docs]
     python scripts/benchmarks/report_benchmarks.py --summary [folder with JSON files; default: docs/results]
 
-The first puts a table between the markers `<!-- NAME -->` and `<!-- /NAME -->` of benchmarks.md, NAME being that of
-the JSON file; files without markers there get theirs in results/benchmarks.md. The second prints one short table.
+The first puts every file's table into results/benchmarks.md, and, without some columns, into benchmarks.md where that
+has the markers `<!-- NAME -->` and `<!-- /NAME -->` of the file's name. The second prints one short table.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
 
 DOCS = Path(__file__).parents[2] / "docs"
 LONG = ("trained", "waited for, ms", "saved, MiB", "GFLOP", "optimizer, MiB", "tokens/s", "first step, s")
+WHOLE_ONLY = ("waited for, ms", "device, ms", "launches", "GFLOP", "optimizer, MiB", "first step, s")
 GOALS = [  # setting, what is compared, with which method's, at most
     ("peft", "device_s", "floor", 1.03),
     ("peft", "step_s", "floor", 1.05),
@@ -29,22 +31,19 @@ GOALS = [  # setting, what is compared, with which method's, at most
 
 
 def main(docs: Path) -> None:
-    page, rest = (docs / "benchmarks.md").read_text(), []
+    page, whole = (docs / "benchmarks.md").read_text(), []
     for path, result in read(docs / "results"):
         start, end = f"<!-- {path.stem} -->", f"<!-- /{path.stem} -->"
-        text = f"{provenance(result)}{table(result)}\n"
+        whole.append(f"## {path.stem}\n\n{provenance(result)}{table(result)}\n")
         if start in page and end in page:
             before, after = page.partition(start)[0], page.partition(end)[2]
-            page = f"{before}{start}\n{text}{end}{after}"
-        else:
-            rest.append(f"## {path.stem}\n\n{text}")
+            page = f"{before}{start}\n{provenance(result)}{table(result, WHOLE_ONLY)}\n{end}{after}"
         if "runs" in result:
             (draw_sweep if result["sweep"] else draw_methods)(result, path.with_suffix(".png"))
         print(path.stem)
     (docs / "benchmarks.md").write_text(page)
-    if rest:
-        made_by = "Made by `scripts/benchmarks/report_benchmarks.py`; [what they mean](../benchmarks.md)."
-        (docs / "results/benchmarks.md").write_text(f"# More measurements\n\n{made_by}\n\n" + "\n".join(rest))
+    made_by = "Made by `scripts/benchmarks/report_benchmarks.py`; [what they mean](../benchmarks.md)."
+    (docs / "results/benchmarks.md").write_text(f"# All measurements\n\n{made_by}\n\n" + "\n".join(whole))
 
 
 def read(folder: Path) -> list[tuple[Path, dict]]:
@@ -52,13 +51,13 @@ def read(folder: Path) -> list[tuple[Path, dict]]:
     return [(path, json.loads(path.read_text())) for path in paths]
 
 
-def table(result: dict) -> str:
+def table(result: dict, leave_out: Sequence[str] = ()) -> str:
     if "ops" in result:
         return ops_table(result)
     if "speeds" in result:
         return inference_table(result)
     more = f"\n\n{host_table(result)}" if result["sweep"] == "target_modules" else ""
-    return training_table(result) + more
+    return training_table(result, leave_out) + more
 
 
 def provenance(result: dict) -> str:
@@ -71,14 +70,14 @@ def provenance(result: dict) -> str:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def training_table(result: dict) -> str:
+def training_table(result: dict, leave_out: Sequence[str] = ()) -> str:
     """One row per method, and per value of what is swept; times also in terms of the floor's and of LoRA's."""
     sweep = result["sweep"]
     rows = []
     for run in result["runs"]:
         first = {sweep: _value(run["options"][sweep])} if sweep else {}
         rows += [{**first, **_row(run, method)} for method in run["methods"]]
-    return markdown(rows)
+    return markdown([{name: cell for name, cell in row.items() if name not in leave_out} for row in rows])
 
 
 def markdown(rows: list[dict]) -> str:
