@@ -95,11 +95,7 @@ def probe() -> torch.Tensor:
 
 
 def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 300) -> list[dict]:
-    """Run the cells of a backend as a user would start them; returns each rank's outcomes, empty where it died.
-
-    DeepSpeed compiles its communication into a folder of this run's own: in the user's, whoever was killed while
-    compiling leaves a lock that all others wait for, for ever.
-    """
+    """Run the cells of a backend as a user would start them; returns each rank's outcomes, empty where it died."""
     results.mkdir(parents=True, exist_ok=True)
     if not (results / "base").exists():
         make_base(results / "base")
@@ -117,7 +113,6 @@ def launch(backend: str, cells: dict[str, dict], results: Path, timeout: int = 3
         command += ["--num_processes", "2", "--main_process_port", str(_free_port())]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment["TORCH_EXTENSIONS_DIR"] = str(results.parent / "torch_extensions")
     with open(results / "log.txt", "w") as log:
         running = subprocess.Popen(
             [*command, __file__, backend, str(results)], env=environment, stdout=log, stderr=log
@@ -170,6 +165,14 @@ def keep_fsdp_on_cpu() -> None:
             accelerate_state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     accelerate_state.AcceleratorState.__init__ = init
+
+
+def keep_deepspeed_from_compiling() -> None:
+    """It would compile a communication of its own, for a minute; who is killed then leaves a lock that all later runs
+    wait for. gloo does the same."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torch.dtype = torch.float32) -> Trainer:
@@ -288,6 +291,8 @@ def main() -> None:
     gc.freeze()  # a Trainer collects garbage at its start; what was imported need not be looked at
     if backend == "fsdp2":
         keep_fsdp_on_cpu()
+    if backend.startswith("zero"):
+        keep_deepspeed_from_compiling()
     rank, outcomes = int(os.environ.get("RANK", 0)), {}
     for name, fields in json.loads(cells.read_text()).items():
         try:
