@@ -282,6 +282,8 @@ class Banks(nn.ModuleDict):
     def _begin_forward(self, model: nn.Module, args: tuple) -> None:
         if not torch.compiler.is_compiling():
             _refuse_reentrant_checkpointing(model)
+            for bank in self.values():
+                bank.config.stop_waiting()
         for adapter, bank in self.items():
             bank.begin_forward(model, adapter)
 

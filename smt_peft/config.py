@@ -71,7 +71,9 @@ class SMTConfig(PeftConfig):
     )
     num_blocks: int | None = None  # the budget: how many blocks are trained ...
     trainable_ratio: float | None = None  # ... or as a share of the base model's parameters; default: 0.0086
-    num_blocks_pattern: dict[str, int] = field(default_factory=dict)  # regex of module names -> a budget of their own
+    # Regex of module names -> a budget of their own; the first that matches counts. In a file [[regex, budget], ...]:
+    # JSON is written with sorted keys.
+    num_blocks_pattern: dict[str, int] = field(default_factory=dict)
     selection: SelectionRule = "gradient"  # the rule that scores blocks
     # Which blocks are ranked together. 'model': all (the paper). 'input': those of modules that read one input (q, k,
     # v), 'module': those of one matrix; each such set gets the same share of its blocks.
@@ -116,6 +118,7 @@ class SMTConfig(PeftConfig):
         self.peft_type = PeftType.SMT
         for refusal in self._refusals_of_types():
             raise ValueError(_shortened(refusal))
+        self.num_blocks_pattern = dict(self.num_blocks_pattern)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -139,6 +142,8 @@ class SMTConfig(PeftConfig):
     def to_dict(self) -> dict:
         """As a file holds it: the tiles of a module on one line, and no sorted blocks, which are long lists."""
         values = super().to_dict()
+        if self.num_blocks_pattern:
+            values["num_blocks_pattern"] = [list(item) for item in self.num_blocks_pattern.items()]
         if self.arrangement == "sorted":
             values["selected_blocks"] = None
         elif self.selected_blocks is not None:
@@ -148,10 +153,14 @@ class SMTConfig(PeftConfig):
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As PEFT's, with the selection of the warm-up beside it."""
+        """As PEFT's, with the selection of the warm-up beside it, as long as its blocks are the adapter's."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.made_by is not None:
+        if self.made_by is not None and self.made_by.blocks() == self.selected_blocks:
             self.made_by.save(save_directory)
+
+    def stop_waiting(self) -> None:
+        """What it was read for is here: its weights were loaded, or the adapter is used without them."""
+        self.awaits_weights, self.stored_blocks, self.trained_before = False, None, ()
 
     def _refusals_of_types(self) -> Iterator[str]:
         """What a file of JSON may hold and no option can be."""
@@ -161,14 +170,16 @@ class SMTConfig(PeftConfig):
                 continue
             if isinstance(value, (str, Mapping)) or not _all(value, str):
                 yield f"{name}={value!r} is not a list of names."
-        for name, kind in (("num_blocks_pattern", Mapping), ("selected_blocks", (Mapping, Selection, type(None)))):
-            if not isinstance(getattr(self, name), kind):
-                yield f"{name}={getattr(self, name)!r} is not a mapping by name."
+        pairs = self.num_blocks_pattern
+        if not isinstance(pairs, Mapping) and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
+            yield f"num_blocks_pattern={pairs!r} is not a mapping by name."
+        if not isinstance(self.selected_blocks, (Mapping, Selection, type(None))):
+            yield f"selected_blocks={self.selected_blocks!r} is not a mapping by name."
         layers = self.layers_to_transform
         if layers is not None and not isinstance(layers, int) and (isinstance(layers, str) or not _all(layers, int)):
             yield f"layers_to_transform={layers!r} is neither a number nor a list of numbers."
-        if not isinstance(self.seed, int):
-            yield f"seed={self.seed!r} is not an integer."
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            yield f"seed={self.seed!r} is not an integer of 64 bits."
 
     def _refusals(self) -> Iterator[str]:
         for name, allowed in CHOICES.items():
@@ -205,12 +216,22 @@ class SMTConfig(PeftConfig):
             given, wanted = sum(map(len, self.selected_blocks.values())), (blocks or 0) + sum(patterns.values())
             if given == 0:
                 yield "selected_blocks is empty; leave it out to let the warm-up select."
-            if blocks is not None and given != wanted:
-                yield f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks or the list."
+            if (blocks is not None or patterns) and given != wanted:
+                yield (
+                    f"selected_blocks names {given} blocks but the budget is {wanted}; drop num_blocks and "
+                    "num_blocks_pattern, or the list."
+                )
+            if ratio is not None:
+                yield f"selected_blocks is the selection, so trainable_ratio={ratio} has no effect; drop one of them."
 
 
 def _is_int(value: object, at_least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_pair(value: object) -> bool:
+    """Whether a value is [name, anything], as JSON keeps an entry of a mapping in its order."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
 
 
 def _all(values: object, kind: type) -> bool:

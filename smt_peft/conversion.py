@@ -6,7 +6,8 @@ A block has full rank, so LoRA holds it only as nearly as its rank allows. PEFT'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,8 +96,7 @@ def convert_to_lora_files(
         state |= {f"{PREFIX}{name}.lora_{side}.weight": factor for side, factor in factors.items()}
         _add_loss(loss, name, _dense(blocks, adapter.shapes[name]), factors["A"], factors["B"])
     highest = max(loss.rank.values())
-    # The longest first: PEFT takes the first that matches the end of a module's name.
-    pattern = {name: loss.rank[name] for name in sorted(loss.rank, key=len, reverse=True) if loss.rank[name] < highest}
+    pattern = {_only(name, loss.rank): rank for name, rank in loss.rank.items() if rank < highest}
     lora = LoraConfig(
         r=highest,
         lora_alpha=highest,
@@ -111,6 +111,12 @@ def convert_to_lora_files(
     lora.save_pretrained(str(out))
     save_file(state, Path(out, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
     return loss
+
+
+def _only(name: str, names: Iterable[str]) -> str:
+    """A target's key in LoRA's patterns: PEFT compares it with the ends of names, which may be other targets', too."""
+    is_end = any(other.endswith(f".{name}") for other in names)
+    return rf"(?<![\s\S]){re.escape(name)}" if is_end else name
 
 
 def lora_errors(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str = "default") -> Loss:

@@ -30,9 +30,11 @@ from transformers.integrations import PeftAdapterMixin
 from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from smt_peft import files
 from smt_peft.config import DOWNLOAD, SMTConfig
 from smt_peft.files import PREFIX
 from smt_peft.model import forget_unloaded
+from smt_peft.selected import SELECTION_FILE, Selection
 
 CARD = "README.md"
 HOW_TO_LOAD = """
@@ -99,13 +101,24 @@ def _whole(folder: Path) -> Iterator[Path]:
         yield new
         if card is not None and (new / CARD).read_bytes() == card:
             (new / CARD).unlink()  # so that no process but the one that writes a card replaces it
-        files = sorted((file for file in new.rglob("*") if file.is_file()), key=_order)
-        for file in files:
+        written = sorted((file for file in new.rglob("*") if file.is_file()), key=_order)
+        for file in written:
             _flush(file)
-        for file in files:
+        for file in written:
             place = folder / file.relative_to(new)
             place.parent.mkdir(exist_ok=True)
             file.replace(place)
+            if file.name == SAFETENSORS_WEIGHTS_NAME and not (file.parent / SELECTION_FILE).is_file():
+                _remove_selection_of_another(place.parent)
+
+
+def _remove_selection_of_another(folder: Path) -> None:
+    """Remove the record of a warm-up that did not choose the blocks of the adapter in a folder."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a broken one
+        chosen = Selection.load(folder).features().long()
+        if torch.equal(chosen, files.take_apart(files.load(folder / SAFETENSORS_WEIGHTS_NAME)).index.long()):
+            return
+    (folder / SELECTION_FILE).unlink(missing_ok=True)
 
 
 def _order(file: Path) -> tuple[bool, bool]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from accelerate.utils import align_module_device
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import (
@@ -29,6 +30,7 @@ from smt_peft.files import BANK
 from smt_peft.layer import Linear, SMTLayer
 from smt_peft.ops import reduce_blocks
 from smt_peft.places import places_in, short
+from smt_peft.selected import kinds_of
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
@@ -338,17 +340,28 @@ def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]
         scores = diagonal_scores(grids)
     elif config.selection == "magnitude":
         scores, lines = [], []
-        for layer in layers:  # one dequantised matrix at a time
-            matrix = layer.matrix()
-            if config.arrangement == "sorted":
-                sums = (matrix.abs().sum(side, dtype=torch.float32).cpu() for side in (1, 0))
-                lines.append(sort_lines(*sums, size))
-                matrix = lines[-1].in_order(matrix)
-            scores.append(reduce_blocks(matrix, size, "abs_mean"))
+        for layer, target in zip(layers, bank.targets, strict=True):  # one dequantised matrix at a time
+            with align_module_device(layer.get_base_layer()):  # an offloaded weight comes in for this
+                if layer.weight.device.type == "meta":
+                    if config.awaits_weights:  # and its index with them
+                        return None
+                    raise ValueError(
+                        f"selection='magnitude' looks at the weights, and {target.name}'s is on the meta device: load "
+                        "them first, or give the blocks (selected_blocks)."
+                    )
+                matrix = layer.matrix()
+                if config.arrangement == "sorted":
+                    sums = (matrix.abs().sum(side, dtype=torch.float32).cpu() for side in (1, 0))
+                    lines.append(sort_lines(*sums, size))
+                    matrix = lines[-1].in_order(matrix)
+                scores.append(reduce_blocks(matrix, size, "abs_mean"))
+        if not any(score.any() for score in scores):
+            raise ValueError("selection='magnitude' ranks blocks by their weights, and all of them are zero.")
     else:
         return None
     # All diagonals tie: each module has the same share of its own.
-    index = select(scores, bank.groups, "module" if config.selection == "diagonal" else config.scope)
+    scope = "module" if config.selection == "diagonal" else config.scope
+    index = select(scores, bank.groups, scope, kinds=kinds_of([target.name for target in bank.targets]))
     return arrange(index, lines) if lines else index
 
 
@@ -370,8 +383,24 @@ def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
         places = places_in(given[name]).long()
         if config.arrangement == "tiles":
             places = places[(places[:, 0] * 2**31 + places[:, 1]).argsort()]
+            _check_tiles(places, bank.targets[position[name]], size)
         index.append(pad(places, (1, 0), value=position[name]))
     return torch.cat(index)
+
+
+def _check_tiles(places: torch.Tensor, target: Target, size: int) -> None:
+    """Raise ValueError where sorted places, [n, 2], are not all different blocks of a target."""
+    outside = ((places < 0) | (places >= torch.tensor([target.rows, target.cols]))).any(1)
+    if outside.any():
+        raise ValueError(
+            f"selected_blocks names block {places[outside][0].tolist()} of {short(target.name)}, which has "
+            f"{target.rows} x {target.cols} blocks of {size} x {size}; fix it, or block_size."
+        )
+    twice = (places[1:] == places[:-1]).all(1)
+    if twice.any():
+        raise ValueError(
+            f"selected_blocks names block {places[1:][twice][0].tolist()} of {short(target.name)} twice; fix it."
+        )
 
 
 def _remove_banks(model: nn.Module) -> None:

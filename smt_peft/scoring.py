@@ -207,7 +207,8 @@ class ActivationCollector(Collector):
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
             self._read(position, args[0])
-            self._batch[position] = args[0].detach().abs().flatten(0, -2).float().mean(0)
+            mean, old = self.scale * args[0].detach().abs().flatten(0, -2).float().mean(0), self._batch.get(position)
+            self._batch[position] = mean if old is None else old + mean
 
         return layer.register_forward_pre_hook(observe).remove
 

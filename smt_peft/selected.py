@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from smt_peft.files import Target, check_index
 from smt_peft.ops import tile_features
-from smt_peft.selection import Lines, select
+from smt_peft.selection import Lines, arrange, select
 
 SELECTION_FILE = "selection.safetensors"
 _SETTINGS = (
@@ -69,6 +69,10 @@ class Selection:
     def batches(self) -> int:
         return len(self.batch_scores)
 
+    def features(self) -> torch.Tensor:
+        """The index as a bank holds it: of a sorted arrangement int32 [num_blocks, 1 + 2 b], see `arrange`."""
+        return self.index if self.lines is None else arrange(self.index, self.lines)
+
     def blocks(self) -> dict[str, list[list]]:
         """Module name -> its blocks, as `SMTConfig.selected_blocks`."""
         chosen: dict[str, list[list]] = {}
@@ -101,7 +105,7 @@ class Selection:
             if num_blocks < 1:
                 raise ValueError(f"num_blocks={num_blocks} is not a positive integer.")
             groups[-1] = groups[-1][0], num_blocks
-        index = select(self.scores, groups, scope, self.inputs)
+        index = select(self.scores, groups, scope, self.inputs, kinds_of(self.names))
         return replace(self, index=index, groups=groups, scope=scope)
 
     def save(self, folder: str | Path) -> None:
@@ -165,7 +169,7 @@ class Selection:
 
     def counts_by_type(self) -> dict[str, int]:
         """Blocks per module type (see `Place`), most first."""
-        kinds = [place.kind for place in places_of(self.names)]
+        kinds = kinds_of(self.names)
         counts = Counter(dict.fromkeys(kinds, 0))
         counts.update(kinds[target] for target in self.index[:, 0].tolist())
         return dict(counts.most_common())
@@ -232,6 +236,11 @@ def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
         Place("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
         for stack, layer, inside in parts
     ]
+
+
+def kinds_of(names: Sequence[str]) -> list[str]:
+    """The kind of every module, see `Place`."""
+    return [place.kind for place in places_of(names)]
 
 
 def _kind(name: str, names: set[str]) -> str:

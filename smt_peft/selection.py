@@ -15,6 +15,7 @@ def select(
     groups: Sequence[tuple[Sequence[int], int]],
     scope: str,
     inputs: Sequence[int] | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> torch.Tensor:
     """The best blocks of every group.
 
@@ -23,6 +24,8 @@ def select(
         groups: (positions of the targets that share a budget, that budget in blocks).
         scope: who competes within a group, see `SMTConfig`.
         inputs: for scope 'input', a number per target, equal where targets read the same input. Default: all differ.
+        kinds: of each target, such as 'q_proj'; where there are fewer blocks than targets, no kind is passed over.
+            Default: all are of one.
 
     Returns:
         int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
@@ -38,7 +41,7 @@ def select(
         sizes = [sum(int((scores[member] >= 0).sum()) for member in ranking) for ranking in rankings]
         if sum(sizes) < budget:
             raise ValueError(f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected; lower it.")
-        shares = apportion(budget, sizes)
+        shares = apportion(budget, sizes, kinds and [kinds[ranking[0]] for ranking in rankings])
         for ranking, share in zip(rankings, shares, strict=True):
             _mark_best([scores[member] for member in ranking], share, [chosen[member] for member in ranking])
     return torch.cat([pad(blocks.nonzero(), (1, 0), value=target) for target, blocks in enumerate(chosen)]).int()
@@ -76,13 +79,19 @@ def _mark_best(scores: list[torch.Tensor], count: int, chosen: list[torch.Tensor
         blocks.copy_(part.view_as(blocks))
 
 
-def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Whole shares of `total` in proportion to `sizes` (largest remainder; ties to the earlier)."""
-    exact = [total * size / sum(sizes) for size in sizes]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
+def apportion(total: int, sizes: Sequence[int], kinds: Sequence[str] | None = None) -> list[int]:
+    """Whole shares of `total` in proportion to `sizes`, each less than 1 from its exact share.
+
+    What is rounded is the sum of the shares so far, one kind after another, so that what is left over is spread evenly
+    over the layers of each kind: the largest remainders would all be of one kind, or of the first layers.
+    """
+    first = {kind: position for position, kind in reversed(list(enumerate(kinds or ())))}
+    order = sorted(range(len(sizes)), key=lambda i: first[kinds[i]]) if kinds else range(len(sizes))
+    shares, passed, given = [0] * len(sizes), 0, 0
+    for i in order:
+        passed += sizes[i]
+        shares[i] = (2 * total * passed // sum(sizes) + 1) // 2 - given  # rounded half up, in whole numbers
+        given += shares[i]
     return shares
 
 

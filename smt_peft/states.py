@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from smt_peft import files
@@ -54,8 +55,8 @@ def to_load(
     bank.check(parts.weight, parts.index, parts.fingerprint)
     if config.awaits_weights and config.stored_blocks is not None:
         files.names_of(parts.index, config.stored_blocks, bank.targets)
-    others = _own_weights(model, config, adapter, parts)
-    config.awaits_weights, config.stored_blocks, config.trained_before = False, None, ()
+    others = _own_weights(model, config, adapter, parts, [target.name for target in bank.targets])
+    config.stop_waiting()
     values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
     if not all(value.isfinite().all() for value in values):
         warn(f"Adapter {adapter!r} holds values that are NaN or infinite, and so will what it computes.")
@@ -66,7 +67,9 @@ def to_load(
     return {**dict(zip(keys, parts[:3], strict=False)), **others}  # the manifest is no part of the model
 
 
-def _own_weights(model: nn.Module, config: SMTConfig, adapter: str, parts: files.Parts) -> dict[str, torch.Tensor]:
+def _own_weights(
+    model: nn.Module, config: SMTConfig, adapter: str, parts: files.Parts, targets: list[str]
+) -> dict[str, torch.Tensor]:
     """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
     saved whole."""
     others = parts.others
@@ -75,7 +78,11 @@ def _own_weights(model: nn.Module, config: SMTConfig, adapter: str, parts: files
     for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
         own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
     found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
-    foreign = [key for name, key in found.items() if name not in own and ".modules_to_save." not in key]
+    # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
+    embeddings = [target for target in targets if target.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    own_base = tuple(f"{target}.base_layer." for target in embeddings)
+    foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
+    foreign = [key for key in foreign if ".modules_to_save." not in key]
     if foreign:
         warn(
             f"The file of adapter {adapter!r} holds {short(foreign[0])}, which is not the adapter's "

@@ -101,6 +101,29 @@ def _matches(pattern: str, name: str) -> bool:
 
 def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
     """Who competes for how many blocks; writes the resolved `num_blocks` into the config."""
+    patterns = [f"num_blocks_pattern[{pattern!r}]" for pattern in config.num_blocks_pattern]
+    if config.selected_blocks is not None:  # nobody competes
+        patterns, given = [], sum(map(len, config.selected_blocks.values()))
+        groups = [Group(list(range(len(targets))), given)]
+        config.num_blocks = given - sum(config.num_blocks_pattern.values())
+    else:
+        groups = _groups(config, targets, base_parameters)
+    config.trainable_ratio = None  # from here on the number of blocks says it
+    size = config.block_size
+    for (members, budget), pattern in zip(groups, [*patterns, ""], strict=False):
+        candidates = sum(targets[i].rows * targets[i].cols for i in members)
+        if budget > candidates:
+            most = math.floor(1e4 * candidates * size**2 / base_parameters) / 1e4
+            way_out = f"num_blocks or trainable_ratio (at most {most:.4f} here), or add target_modules"
+            raise ValueError(
+                f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
+                f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower {pattern or way_out}."
+            )
+    return groups
+
+
+def _groups(config: SMTConfig, targets: list[Target], base_parameters: int) -> list[Group]:
+    """By `num_blocks_pattern`, then the rest; resolves `num_blocks`."""
     groups, rest = [], list(range(len(targets)))
     for pattern, budget in config.num_blocks_pattern.items():
         members = [i for i in rest if _matches(pattern, targets[i].name)]
@@ -111,25 +134,11 @@ def share_budget(config: SMTConfig, targets: list[Target], base_parameters: int)
             )
         groups.append(Group(members, budget))
         rest = [i for i in rest if i not in set(members)]
-    if config.selected_blocks is not None:
-        config.num_blocks = sum(map(len, config.selected_blocks.values())) - sum(group.budget for group in groups)
-    elif not rest:
+    if not rest:
         if config.num_blocks or config.trainable_ratio:
             raise ValueError("num_blocks_pattern covers every target, so the main budget would be unused; drop it.")
         config.num_blocks = 0
     elif config.num_blocks is None:
         ratio = config.trainable_ratio or DEFAULT_TRAINABLE_RATIO
         config.num_blocks = max(1, round(ratio * base_parameters / config.block_size**2))
-    config.trainable_ratio = None  # from here on the number of blocks says it
-    if config.num_blocks:
-        groups.append(Group(rest, config.num_blocks))
-    size = config.block_size
-    for members, budget in groups:
-        candidates = sum(targets[i].rows * targets[i].cols for i in members)
-        if budget > candidates:
-            raise ValueError(
-                f"A budget of {budget} blocks is above the {candidates} blocks of {size} x {size} that "
-                f"{len(members)} target modules ({targets[members[0]].name}, ...) have; lower num_blocks or "
-                f"trainable_ratio (at most {candidates * size**2 / base_parameters:.4f} here), or add target_modules."
-            )
-    return groups
+    return groups + ([Group(rest, config.num_blocks)] if config.num_blocks else [])

@@ -20,8 +20,8 @@ from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, sum_over_ranks
-from smt_peft.selected import Selection
-from smt_peft.selection import Lines, arrange, select
+from smt_peft.selected import Selection, kinds_of
+from smt_peft.selection import Lines, select
 
 
 def select_blocks(
@@ -58,6 +58,11 @@ def select_blocks(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
+    if not config.init_weights:
+        raise ValueError(
+            f"Adapter {adapter_name!r} has random deltas (init_weights=False), but a warm-up finds blocks for deltas "
+            "that are zero; drop init_weights=False, or take selection='random'."
+        )
     if sum_over_ranks(bank.local().count_nonzero().to(bank.index.device)):
         raise ValueError(
             f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would get "
@@ -91,10 +96,11 @@ def select_blocks(
         lines = [Lines(*(side.cpu() for side in line)) for line in lines]
     for other in avoided.values():
         _rule_out(other, bank, scores, lines)
+    names = [target.name for target in bank.targets]
     selection = Selection(
-        names=[target.name for target in bank.targets],
+        names=names,
         block_size=size,
-        index=select(scores, bank.groups, config.scope, collector.inputs),
+        index=select(scores, bank.groups, config.scope, collector.inputs, kinds_of(names)),
         scores=scores,
         batch_scores=collector.batch_scores(),
         skipped=collector.skipped,
@@ -151,8 +157,7 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
                 f"The selection's {what}, {theirs}, are not those of adapter {adapter_name!r}, {ours}. Configure the "
                 "adapter as the one that the selection was made for; selection.rebudget() gives it another budget."
             )
-    index = selection.index if selection.lines is None else arrange(selection.index, selection.lines)
-    index = index.to(bank.index)
+    index = selection.features().to(bank.index)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(index, src=0)
     bank.set_index(index)

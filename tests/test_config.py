@@ -59,6 +59,11 @@ def test_the_ratio_is_a_share_of_the_base_models_parameters(llama):
         ({"selected_blocks": {Q0: [[0]]}}, r"selected_blocks\['model.*'\]=\[\[0\]\] is not a list of \[block row"),
         ({"selected_blocks": {Q0: "0,1 2"}}, r"selected_blocks\['model.*'\]='0,1 2' is not a list of \[block row"),
         ({"selected_blocks": {Q0: [[0, 0]]}, "num_blocks": 2}, "names 1 blocks but the budget is 2; drop num_blocks"),
+        ({"selected_blocks": {Q0: [[0, 0]]}, "num_blocks_pattern": {"q": 4}}, "names 1 blocks but the budget is 4"),
+        ({"selected_blocks": {Q0: [[0, 0]]}, "trainable_ratio": 0.5}, "trainable_ratio=0.5 has no effect; drop one"),
+        ({"num_blocks_pattern": [["q", 4, 5]]}, r"num_blocks_pattern=\[\['q', 4, 5\]\] is not a mapping"),
+        ({"seed": True}, "seed=True is not an integer of 64 bits"),
+        ({"seed": 2**64}, "seed=18446744073709551616 is not an integer of 64 bits"),
     ],
 )
 def test_impossible_values_and_combinations_are_refused(options, message):
@@ -77,16 +82,19 @@ MODEL_REFUSALS = [
     ({"block_size": 64}, r"block_size=64 does not divide .*k_proj's weight of shape \(32, 64\); use 32 or"),
     ({"num_blocks": 65}, "A budget of 65 blocks is above the 64 blocks of 16 x 16 .* lower num_blocks"),
     ({"trainable_ratio": 0.9}, "above the 64 blocks of 16 x 16 .* trainable_ratio .*at most 0"),
-    ({"num_blocks_pattern": {"v_proj": 17}}, "A budget of 17 blocks is above the 16 blocks"),
+    (
+        {"num_blocks_pattern": {"v_proj": 17}},
+        r"A budget of 17 blocks is above the 16 .*lower num_blocks_pattern\['v_proj'\]\.",
+    ),
     ({"num_blocks_pattern": {"mlp": 3}}, r"num_blocks_pattern 'mlp' matches none of the targets \(.*fix the pattern"),
     ({"num_blocks_pattern": {"proj": 3}, "num_blocks": 2}, "covers every target, .* main budget would be unused"),
     (
         {"selected_blocks": {"q": [[0, 0]]}},
         "selected_blocks names 'q', which is not among the 6 target .* fix the name",
     ),
-    ({"selected_blocks": {Q0: [[0, 4]]}}, r"Block \[0, 0, 4\] .*does not exist"),
-    ({"selected_blocks": {Q0: [[-1, 0]]}}, r"Block \[0, -1, 0\] .*does not exist"),
-    ({"selected_blocks": {Q0: [[0, 0], [0, 0]]}}, "a block twice"),
+    ({"selected_blocks": {Q0: [[0, 4]]}}, r"block \[0, 4\] of .*q_proj', which has 4 x 4 blocks of 16 x 16"),
+    ({"selected_blocks": {Q0: [[-1, 0]]}}, r"block \[-1, 0\] of .*q_proj', which has 4 x 4"),
+    ({"selected_blocks": {Q0: [[0, 0], [0, 0]]}}, r"names block \[0, 0\] of .*q_proj' twice; fix it"),
     ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; SMT trains blocks of torch.nn.Linear"),
     ({"target_modules": ["q_proj", "input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm; SMT trains"),
     ({"target_modules": ["no_such"]}, "no_such"),
@@ -160,11 +168,13 @@ def test_the_users_config_is_not_changed(llama):
 
 def test_a_saved_config_loads_equal(tmp_path, llama):
     options = {"block_size": 16, "num_blocks": 9, "selection": "random", "bias": "all", "score": "l2", "seed": 5}
-    config = get_peft_model(llama, SMTConfig(**options, num_blocks_pattern={"v_proj": 2})).peft_config["default"]
+    patterns = {"v_proj": 2, "": 9}  # in this order, which JSON with sorted keys would turn
+    config = get_peft_model(llama, SMTConfig(**{**options, "num_blocks": None}, num_blocks_pattern=patterns))
+    config = config.peft_config["default"]
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert type(loaded) is SMTConfig and loaded.peft_type == PeftType.SMT
-    assert loaded.selected_blocks == config.selected_blocks
+    assert loaded.selected_blocks == config.selected_blocks and [*loaded.num_blocks_pattern] == ["v_proj", ""]
     assert {**asdict(loaded), "inference_mode": False} == {**asdict(config), "inference_mode": False}
 
 

@@ -112,6 +112,17 @@ def test_a_rank_that_holds_everything_loses_nothing(adapted, batches, tmp_path, 
         assert found[name].scaling["default"] == 1
 
 
+def test_a_target_whose_name_ends_with_anothers_keeps_its_own_rank(tmp_path):
+    base = nn.ModuleDict({"q": nn.Linear(64, 64), "z": nn.ModuleDict({"q": nn.Linear(64, 64)})})
+    chosen = {"q": [[0, 0]], "z.q": [[0, 0], [1, 1], [2, 2]]}
+    config = SMTConfig(target_modules=["q"], block_size=16, selected_blocks=chosen, init_weights=False)
+    get_peft_model(deepcopy(base), config).save_pretrained(tmp_path)
+    loss = convert_to_lora_files(tmp_path, tmp_path / "lora", rank=64)
+    assert loss.rank == {"q": 16, "z.q": 48} and loss.error < 1e-6
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora")
+    assert lora.base_model.model["q"].r["default"] == 16 and lora.base_model.model["z"]["q"].r["default"] == 48
+
+
 def test_the_lora_adapter_knows_nothing_of_smt(llama, tmp_path):
     wrap(llama).save_pretrained(tmp_path)
     convert_to_lora_files(tmp_path, tmp_path / "lora", rank=2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from dense_truth import assert_base_untouched, assert_same_state, bank_of, deltas_of, outputs, state_of, wrap
+from dense_truth import assert_base_untouched, assert_same_state, bank_of, deltas_of, outputs, state_of, train, wrap
 from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -220,8 +220,11 @@ REFUSED = {
     "a list of numbers": (with_config(exclude_modules=[5]), r"exclude_modules=\[5\] is not a list of names"),
     "letters for layers": (with_config(layers_to_transform="01"), "layers_to_transform='01' is neither"),
     "a mapping for a rule": (with_config(selection={"a": 1}), "selection=.* is not one of gradient"),
-    "no regex": (with_config(num_blocks_pattern={"(": 3}, num_blocks=5), "is no regex"),
-    "an endless regex": (with_config(num_blocks_pattern={r"^(.|..|...)*[A-Z]\d$": 3}, num_blocks=5), "takes forever"),
+    "no regex": (with_config(num_blocks_pattern={"(": 3}, num_blocks=5, selected_blocks=None), "is no regex"),
+    "an endless regex": (
+        with_config(num_blocks_pattern={r"^(.|..|...)*[A-Z]\d$": 3}, num_blocks=5, selected_blocks=None),
+        "takes forever",
+    ),
 }
 
 
@@ -242,6 +245,24 @@ def test_a_reader_without_the_model_refuses_as_much(folder, damage, words):
     damage(folder)
     with pytest.raises(ValueError, match=words):
         read_adapter(folder)
+
+
+@pytest.mark.parametrize("used", ["forward", "load"])
+def test_a_refused_file_leaves_an_adapter_in_use_what_it_is(llama, folder, batches, tmp_path, used):
+    """Also one that was made from the config of a file."""
+    config = SMTConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = get_peft_model(deepcopy(llama), config)
+    if used == "forward":
+        train(model, batches)
+    else:
+        model.load_adapter(folder, "default", is_trainable=True)
+    before, expected = state_of(model), outputs(model, batches[0])
+    with_part("index", with_another_block)(folder)
+    with pytest.raises(ValueError, match="checksum"):
+        model.load_adapter(folder, "default")
+    assert_same_state(state_of(model), before)
+    assert torch.equal(outputs(model, batches[0]), expected)
 
 
 @doors
@@ -347,6 +368,17 @@ def test_the_same_base_model_in_another_form_is_the_same(llama, folder, load, ch
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Adapter")
         load(base, folder)
+
+
+def test_the_base_weight_of_a_target_that_peft_saves_is_left_out_without_a_word(llama, batches, tmp_path):
+    model = wrap(llama, target_modules=["q_proj", "lm_head"]).eval()
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The file of adapter")
+        loaded = by_peft(llama, tmp_path)
+    assert torch.equal(outputs(loaded, batches[0]), outputs(model, batches[0]))
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------

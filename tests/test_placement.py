@@ -110,6 +110,26 @@ def test_an_offloaded_model_selects_the_blocks_of_a_plain_one(placed, plain):
     assert torch.equal(bank_of(placed).index, bank_of(plain).index)
 
 
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+def test_the_largest_weights_of_an_offloaded_model_are_those_of_a_plain_one(place, arrangement):
+    options = {"selection": "magnitude", "arrangement": arrangement}
+    placed, plain = (get_peft_model(base, config(**options)) for base in (place(tiny_model()), tiny_model()))
+    assert torch.equal(bank_of(placed).index, bank_of(plain).index)
+
+
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+def test_weights_that_are_not_there_yet_are_not_looked_at(arrangement, tmp_path):
+    options = {"selection": "magnitude", "arrangement": arrangement}
+    made = get_peft_model(tiny_model(), config(**options))
+    made.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = [tiny_model(), tiny_model()]
+    loaded = PeftModel.from_pretrained(empty[0], tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(bank_of(loaded).index, bank_of(made).index)
+    with pytest.raises(ValueError, match="is on the meta device: load them first"):
+        get_peft_model(empty[1], config(**options))
+
+
 def test_an_offloaded_model_trains_the_deltas_of_a_plain_one(placed, plain):
     assert_same(bank_of(placed).weight, bank_of(plain).weight)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from torch import nn
 
 from smt_peft import Selection, SMTConfig, select_blocks
 from smt_peft.selected import places_of
@@ -49,6 +50,22 @@ def test_activation_selects_the_columns_with_the_largest_inputs(llama, batches):
     assert blocks == {"model.layers.0.self_attn.q_proj": [[row, 1] for row in range(4)]}
 
 
+def test_activation_counts_every_use_of_a_module(batches):
+    """One that runs twice in a batch, as in models that share layers: the order of the calls does not matter."""
+    chosen = []
+    for order in ([0, 1], [1, 0]):
+        base = nn.ModuleDict({"a": nn.Linear(32, 32)})
+        inputs = torch.zeros(2, 1, 32)
+        inputs[0, :, :16], inputs[1, :, 16:] = 3, 2
+        base.forward = lambda order=order, base=base, inputs=inputs: [base["a"](inputs[i]) for i in order]
+        model = get_peft_model(base, SMTConfig(**{"target_modules": ["a"], "block_size": 16, "num_blocks": 2,
+                                                  "selection": "activation", "warmup_steps": 1}))  # fmt: skip
+        selection = select_blocks(model, [None], loss_function=lambda model, _: model(), progress_bar=False)
+        assert selection.scores[0].tolist() == [[3, 2], [3, 2]]
+        chosen.append(selection.blocks())
+    assert chosen[0] == chosen[1] == {"a": [[0, 0], [1, 0]]}
+
+
 def test_scope_module_gives_each_matrix_its_share(llama, batches):
     blocks = selected(llama, batches, scope="module", num_blocks=16)
     assert [len(b) for b in blocks.values()] == [4, 2, 2, 4, 2, 2]
@@ -76,7 +93,8 @@ def test_modules_that_read_the_same_input_compete(llama, batches, rule):
         of = sets.setdefault(f"{parent}.{readers.get(kind, kind)}", [])
         of += [(score.item(), name, *divmod(i, scores.shape[1])) for i, score in enumerate(scores.flatten())]
     assert len(sets) == 8  # of two layers: q, k, v; o; gate, up; down
-    shares = apportion(20, [len(of) for of in sets.values()])
+    kinds = ["qkv", "o_proj", "gate and up", "down_proj"] * 2
+    shares = apportion(20, [len(of) for of in sets.values()], kinds)
     expected = {block[1:] for of, share in zip(sets.values(), shares, strict=True)
                 for block in sorted(of, key=lambda block: -block[0])[:share]}  # fmt: skip
     assert {(name, *block) for name, blocks in selection.blocks().items() for block in blocks} == expected
@@ -109,10 +127,36 @@ def test_scores_that_are_not_finite_cannot_be_ranked():
 
 @pytest.mark.parametrize(
     "total, sizes, shares",
-    [(10, [5, 5], [5, 5]), (3, [1, 1], [2, 1]), (7, [16, 8, 8], [3, 2, 2]), (5, [1, 1, 8], [1, 0, 4])],
+    [(10, [5, 5], [5, 5]), (3, [1, 1], [2, 1]), (7, [16, 8, 8], [4, 1, 2]), (2, [1, 1, 1, 1], [1, 0, 1, 0])],
 )
 def test_apportion_gives_whole_shares_in_proportion(total, sizes, shares):
     assert apportion(total, sizes) == shares
+
+
+@pytest.mark.parametrize("total", [1, 7, 38, 162, 1000, 14848])
+def test_no_kind_and_no_part_of_a_model_is_passed_over(total):
+    """Llama-3.2-1B in blocks of 256: whatever the budget, kinds and halves of the model have what is theirs."""
+    grids = {"q": 64, "k": 16, "v": 16, "o": 64, "gate": 256, "up": 256, "down": 256}
+    kinds, sizes = [*grids] * 16, [*grids.values()] * 16
+    shares = apportion(total, sizes, kinds)
+    exact = [total * size / sum(sizes) for size in sizes]
+    assert sum(shares) == total and all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
+    assert all(abs(share - wanted) < 1 for share, wanted in zip(shares, exact, strict=True))
+    for kind in grids:
+        for half in (slice(0, 56), slice(56, None)):
+            of_kind = [position for position in range(112)[half] if kinds[position] == kind]
+            assert abs(sum(shares[i] - exact[i] for i in of_kind)) < 1
+
+
+@pytest.mark.parametrize("rule", ["random", "magnitude", "diagonal"])
+def test_fewer_blocks_than_modules_are_spread_over_kinds_and_layers(make_llama, rule):
+    blocks = selected(make_llama(num_hidden_layers=8), selection=rule, scope="module", num_blocks=12)
+    places = places_of([*blocks])
+    assert {kind: sum(place.kind == kind for place in places) for kind in ("q_proj", "k_proj", "v_proj")} == {
+        "q_proj": 6, "k_proj": 3, "v_proj": 3
+    }  # fmt: skip
+    assert {place.layer for place in places if place.kind == "k_proj"} & {0, 1, 2, 3}
+    assert {place.layer for place in places if place.kind == "k_proj"} & {4, 5, 6, 7}
 
 
 def test_overlap_is_the_share_of_common_blocks_by_name():
@@ -256,6 +300,20 @@ def test_the_selection_is_saved_beside_its_adapter(llama, batches, tmp_path):
     selection = select_blocks(model, batches, progress_bar=False)
     model.save_pretrained(tmp_path)
     assert Selection.load(tmp_path).blocks() == selection.blocks()
+
+
+def test_the_selection_of_another_adapter_is_not_left_beside_one(llama, batches, tmp_path):
+    options = {"block_size": 16, "num_blocks": 12}
+    model = get_peft_model(deepcopy(llama), SMTConfig(**options, warmup_steps=4))
+    select_blocks(model, batches, progress_bar=False)
+    model.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(deepcopy(llama), tmp_path / "first")
+    again.save_pretrained(tmp_path / "first")
+    assert Selection.load(tmp_path / "first").blocks() == again.peft_config["default"].selected_blocks
+    get_peft_model(llama, SMTConfig(**options, selection="random")).save_pretrained(tmp_path / "second")
+    model.load_adapter(tmp_path / "second", "default")
+    model.save_pretrained(tmp_path / "first")
+    assert not (tmp_path / "first/selection.safetensors").exists()
 
 
 def test_an_adapter_can_be_made_from_a_selection(llama, batches, arrangement):
