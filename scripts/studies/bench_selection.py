@@ -32,7 +32,7 @@ from transformers import HfArgumentParser
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
-from smt_peft.selected import Selection, places_of
+from smt_peft.selected import Selection, kinds_of, places_of
 from smt_peft.selection import random_scores, select
 
 RATIO = 0.022  # the budget: what LoRA has with rank 1 on all linear layers of stories260K
@@ -179,8 +179,9 @@ class Subject:
             yield self.testbed.batch(train[part] if torch.is_tensor(train) else [train[row] for row in part])
 
     def select(self, scores: list[Tensor], scope: str) -> Selection:
-        index = select(scores, [(range(len(scores)), self.budget)], scope)
-        return Selection(list(self.modules), self.setting.block_size, index, scores)
+        names = list(self.modules)
+        index = select(scores, [(range(len(scores)), self.budget)], scope, kinds=kinds_of(names))
+        return Selection(names, self.setting.block_size, index, scores)
 
     def best(self, half: int, scope: str) -> Selection:
         """From all batches of a half, by the reference score."""

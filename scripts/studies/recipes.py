@@ -17,7 +17,7 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.optimizers import BlockMuon
-from smt_peft.selected import Selection
+from smt_peft.selected import Selection, kinds_of
 from smt_peft.selection import select
 from smt_peft.warmup import apply_selection, find_adapter
 
@@ -184,7 +184,8 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     if recipe.quantile:
         low, high = (torch.cat([score.flatten() for score in scores]).quantile(q) for q in recipe.quantile)
         scores = [torch.where((score >= low) & (score <= high), score, 0) for score in scores]
-    selection = Selection(selection.names, bank.block_size, select(scores, bank.groups, config.scope))
+    index = select(scores, bank.groups, config.scope, kinds=kinds_of(selection.names))
+    selection = Selection(selection.names, bank.block_size, index)
     apply_selection(model, "default", selection)
     return selection
 
