@@ -85,8 +85,7 @@ def apportion(total: int, sizes: Sequence[int], kinds: Sequence[str] | None = No
     What is rounded is the sum of the shares so far, one kind after another, so that what is left over is spread evenly
     over the layers of each kind: the largest remainders would all be of one kind, or of the first layers.
     """
-    first = {kind: position for position, kind in reversed(list(enumerate(kinds or ())))}
-    order = sorted(range(len(sizes)), key=lambda i: first[kinds[i]]) if kinds else range(len(sizes))
+    order = sorted(range(len(sizes)), key=lambda i: kinds.index(kinds[i]) if kinds else 0)
     shares, passed, given = [0] * len(sizes), 0, 0
     for i in order:
         passed += sizes[i]
