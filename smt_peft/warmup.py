@@ -58,15 +58,11 @@ def select_blocks(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
-    if not config.init_weights:
-        raise ValueError(
-            f"Adapter {adapter_name!r} has random deltas (init_weights=False), but a warm-up finds blocks for deltas "
-            "that are zero; drop init_weights=False, or take selection='random'."
-        )
     if sum_over_ranks(bank.local().count_nonzero().to(bank.index.device)):
+        why = "it has been trained" if config.init_weights else "it was made with init_weights=False"
         raise ValueError(
-            f"The deltas of adapter {adapter_name!r} are not zero: it has been trained, and other blocks would get "
-            "what these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
+            f"The deltas of adapter {adapter_name!r} are not zero: {why}, and other blocks would get what "
+            "these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
             "model.add_adapter(name, SMTConfig(...))."
         )
     avoided = {name: find_adapter(model, name)[0] for name in avoid}

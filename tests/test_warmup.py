@@ -67,9 +67,15 @@ def test_the_selection_is_the_best_blocks_of_the_whole_model(llama, batches):
     assert {(name, row, col) for name, blocks in selected.items() for row, col in blocks} == best
 
 
-def test_the_loss_scale_leaves_the_scores_alone(llama, batches):
-    plain = warm_up(wrap(deepcopy(llama)), batches)
-    scaled = warm_up(wrap(llama), batches, loss_scale=1024.0)
+def test_random_deltas_find_no_blocks(llama, batches):
+    with pytest.raises(ValueError, match="not zero: it was made with init_weights=False"):
+        warm_up(wrap(llama, init_weights=False), batches)
+
+
+@pytest.mark.parametrize("rule", ["gradient", "activation"])
+def test_the_loss_scale_leaves_the_scores_alone(llama, batches, rule):
+    plain = warm_up(wrap(deepcopy(llama), selection=rule), batches)
+    scaled = warm_up(wrap(llama, selection=rule), batches, loss_scale=1024.0)
     for one, other in zip(plain.scores, scaled.scores, strict=True):
         torch.testing.assert_close(one, other)
 
