@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from accelerate.utils import align_module_device
 from peft import PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import (
@@ -19,7 +18,6 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import nn
-from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import combining, files, states
@@ -27,11 +25,8 @@ from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.files import BANK
+from smt_peft.given import given_index
 from smt_peft.layer import Linear, SMTLayer
-from smt_peft.ops import reduce_blocks
-from smt_peft.places import places_in, short
-from smt_peft.selected import kinds_of
-from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
@@ -149,7 +144,7 @@ class SMTModel(BaseTuner):
             layer.smt_blocks[adapter].target = position
         if not config.init_weights and not on_meta:
             nn.init.normal_(bank.weight, std=0.02)
-        index = _index_without_data(config, bank, list(layers.values()))
+        index = given_index(config, bank, list(layers.values()))
         if index is not None:
             bank.set_index(index)
             config.selected_blocks = bank.selected_blocks()
@@ -325,82 +320,6 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
         for name in configs[adapter].trained_before:
             root.get_parameter(name).requires_grad_()
         del configs[adapter]
-
-
-def _index_without_data(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
-    """The selection where none needs to be learnt: given, or by a rule that needs no data."""
-    if config.selected_blocks is not None:
-        return _given_index(config, bank)
-    size, lines = bank.block_size, None
-    grids = [(target.rows, target.cols) for target in bank.targets]
-    if config.selection == "random":
-        scores = random_scores(grids, config.seed)
-        lines = random_lines(grids, size, config.seed) if config.arrangement == "sorted" else None
-    elif config.selection == "diagonal":
-        scores = diagonal_scores(grids)
-    elif config.selection == "magnitude":
-        scores, lines = [], []
-        for layer, target in zip(layers, bank.targets, strict=True):  # one dequantised matrix at a time
-            with align_module_device(layer.get_base_layer()):  # an offloaded weight comes in for this
-                if layer.weight.device.type == "meta":
-                    if config.awaits_weights:  # and its index with them
-                        return None
-                    raise ValueError(
-                        f"selection='magnitude' looks at the weights, and {target.name}'s is on the meta device: load "
-                        "them first, or give the blocks (selected_blocks)."
-                    )
-                matrix = layer.matrix()
-                if config.arrangement == "sorted":
-                    sums = (matrix.abs().sum(side, dtype=torch.float32).cpu() for side in (1, 0))
-                    lines.append(sort_lines(*sums, size))
-                    matrix = lines[-1].in_order(matrix)
-                scores.append(reduce_blocks(matrix, size, "abs_mean"))
-        if not any(score.any() for score in scores):
-            raise ValueError("selection='magnitude' ranks blocks by their weights, and all of them are zero.")
-    else:
-        return None
-    # All diagonals tie: each module has the same share of its own.
-    scope = "module" if config.selection == "diagonal" else config.scope
-    index = select(scores, bank.groups, scope, kinds=kinds_of([target.name for target in bank.targets]))
-    return arrange(index, lines) if lines else index
-
-
-def _given_index(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
-    position, size = {target.name: i for i, target in enumerate(bank.targets)}, bank.block_size
-    unknown = sorted(set(config.selected_blocks) - set(position))
-    if unknown:
-        raise ValueError(
-            f"selected_blocks names {short(unknown[0])}, which is not among the {len(bank.targets)} target "
-            f"modules ({bank.targets[0].name}, ...); fix the name or target_modules."
-        )
-    names = sorted(config.selected_blocks, key=position.get)
-    given, index = config.selected_blocks, []
-    if config.arrangement == "sorted" and any(
-        len(side) != size for blocks in given.values() for sides in blocks for side in sides
-    ):
-        raise ValueError(f"selected_blocks has a block that is not {size} rows by {size} columns (block_size).")
-    for name in names:
-        places = places_in(given[name]).long()
-        if config.arrangement == "tiles":
-            places = places[(places[:, 0] * 2**31 + places[:, 1]).argsort()]
-            _check_tiles(places, bank.targets[position[name]], size)
-        index.append(pad(places, (1, 0), value=position[name]))
-    return torch.cat(index)
-
-
-def _check_tiles(places: torch.Tensor, target: Target, size: int) -> None:
-    """Raise ValueError where sorted places, [n, 2], are not all different blocks of a target."""
-    outside = ((places < 0) | (places >= torch.tensor([target.rows, target.cols]))).any(1)
-    if outside.any():
-        raise ValueError(
-            f"selected_blocks names block {places[outside][0].tolist()} of {short(target.name)}, which has "
-            f"{target.rows} x {target.cols} blocks of {size} x {size}; fix it, or block_size."
-        )
-    twice = (places[1:] == places[:-1]).all(1)
-    if twice.any():
-        raise ValueError(
-            f"selected_blocks names block {places[1:][twice][0].tolist()} of {short(target.name)} twice; fix it."
-        )
 
 
 def _remove_banks(model: nn.Module) -> None:

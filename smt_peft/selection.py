@@ -86,10 +86,10 @@ def apportion(total: int, sizes: Sequence[int], kinds: Sequence[str] | None = No
     over the layers of each kind: the largest remainders would all be of one kind, or of the first layers.
     """
     order = sorted(range(len(sizes)), key=lambda i: kinds.index(kinds[i]) if kinds else 0)
-    shares, passed, given = [0] * len(sizes), 0, 0
+    shares, whole, passed, given = [0] * len(sizes), sum(sizes), 0, 0
     for i in order:
         passed += sizes[i]
-        shares[i] = (2 * total * passed // sum(sizes) + 1) // 2 - given  # rounded half up, in whole numbers
+        shares[i] = (2 * total * passed // whole + 1) // 2 - given  # rounded half up, in whole numbers
         given += shares[i]
     return shares
 
