@@ -1,6 +1,7 @@
 """SMTConfig: what may be chosen, and what is refused, with the value and the way out."""
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import asdict
 
@@ -99,6 +100,13 @@ MODEL_REFUSALS = [
     ({"target_modules": ["q_proj", "input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm; SMT trains"),
     ({"target_modules": ["no_such"]}, "no_such"),
 ]
+
+
+def test_the_largest_ratio_that_an_error_names_is_possible(llama):
+    with pytest.raises(ValueError, match="trainable_ratio") as refusal:
+        get_peft_model(deepcopy(llama), SMTConfig(block_size=1, trainable_ratio=0.9))
+    largest = float(re.search(r"at most (0\.\d+)", str(refusal.value))[1])
+    get_peft_model(llama, SMTConfig(block_size=1, trainable_ratio=largest))
 
 
 @pytest.mark.parametrize("options, message", MODEL_REFUSALS)

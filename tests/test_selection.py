@@ -39,6 +39,13 @@ def test_magnitude_selects_the_largest_weights(llama):
     assert selected(llama, selection="magnitude", num_blocks=1) == {"model.layers.1.self_attn.k_proj": [[1, 2]]}
 
 
+def test_weights_of_zero_have_no_largest(llama):
+    for layer in llama.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+    with pytest.raises(ValueError, match="by their weights, and all of them are zero"):
+        selected(llama, selection="magnitude", target_modules=["q_proj"])
+
+
 def test_diagonal_selects_the_block_diagonals(llama):
     blocks = selected(llama, selection="diagonal", target_modules=["q_proj"], num_blocks=8)
     assert list(blocks.values()) == [[[i, i] for i in range(4)]] * 2
