@@ -88,7 +88,7 @@ class DeltaBank(nn.Module):
             self.register_buffer("index", torch.full((num_blocks, width), -1, dtype=torch.int32, device=index_device))
             fingerprint = torch.tensor([files.fingerprint(block_size, self.targets)], device=index_device)
             self.register_buffer("fingerprint", fingerprint)
-        self.base: dict[str, list[float]] = {}  # a sample of the base model, see `files.sample`
+        self.base: dict[str, list[float]] = {}  # a sample of the base model, see `bases.sample`
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
         self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed

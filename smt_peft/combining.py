@@ -22,8 +22,9 @@ from torch.nn.functional import pad
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank, Group
+from smt_peft.bases import other_base
 from smt_peft.config import SMTConfig
-from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, other_base, read_adapter
+from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, read_adapter
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel

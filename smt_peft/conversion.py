@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
+from smt_peft.bases import sample
 from smt_peft.config import SMTConfig
-from smt_peft.files import BANK, PREFIX, Blocks, read_adapter, sample
+from smt_peft.files import BANK, PREFIX, Blocks, read_adapter
 from smt_peft.layer import Linear
 from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.ops import reduce_blocks

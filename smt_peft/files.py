@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from smt_peft.ops import tile_features
 from smt_peft.places import Tiles, parse_sorted, places_in, short
@@ -30,8 +29,6 @@ PARTS = ("weight", "index", "fingerprint", "manifest")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats
-SAMPLED_WEIGHTS, SAMPLED_VALUES, SAMPLED_ROWS = 4, 8, 64
-ROUNDING = 2**-7  # how far a value may move when its model is loaded in another dtype, bfloat16 being the coarsest
 
 
 class Target(NamedTuple):
@@ -64,7 +61,7 @@ class StoredAdapter(NamedTuple):
             1 hold none; looking one up raises ValueError then.
         blocks: of each target that has any, its blocks.
         others: further tensors, of biases and modules_to_save, by their keys.
-        base: a sample of the base model, see `sample`.
+        base: a sample of the base model, see `bases.sample`.
     """
 
     config: dict
@@ -99,7 +96,7 @@ def manifest(
         config: the adapter's SMTConfig, resolved.
         index: as `DeltaBank.index`.
         others: the keys of all other tensors of the file, without `PREFIX`.
-        base: a sample of the base model, see `sample`.
+        base: a sample of the base model, see `bases.sample`.
     """
     content = {
         "version": VERSION,
@@ -165,52 +162,6 @@ def _is_sound(content: dict) -> bool:
 
 def _is_list(value: object, of: type) -> bool:
     return isinstance(value, list) and all(type(item) is of for item in value)
-
-
-# --- the base model -------------------------------------------------------------------------------------------------
-
-
-def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> dict[str, list[float]]:
-    """Eight values of each of four weights, by which another base model of the same shapes is known.
-
-    They lie in the first rows, which resizing an embedding leaves where they are. What is quantised, sharded, or not
-    in memory is left out.
-
-    Args:
-        weights: of the base model, by name.
-        names: which to take. Default: four of them, from the first to the last.
-    """
-    usable = {
-        name: weight
-        for name, weight in weights
-        if weight.ndim >= 2
-        and weight.dtype in FLOATS
-        and type(weight.data) is Tensor
-        and not (isinstance(weight, DTensor) or hasattr(weight, "ds_id"))
-        and weight.numel()
-        and weight.device.type != "meta"
-    }
-    if names is None:
-        every = max(1, -(-(len(usable) - 1) // (SAMPLED_WEIGHTS - 1)))
-        names = list(usable)[::every]
-    return {name: _values(usable[name]) for name in names if name in usable}
-
-
-@torch.no_grad()
-def _values(weight: Tensor) -> list[float]:
-    steps = torch.arange(SAMPLED_VALUES, device="cpu")
-    places = [steps * min(side, SAMPLED_ROWS) // SAMPLED_VALUES for side in weight.shape]
-    values = weight.detach()[tuple(place.to(weight.device) for place in places)]
-    return [float(f"{value:.4g}") for value in values.nan_to_num().tolist()]
-
-
-def other_base(stored: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> str | None:
-    """The first sampled weight that is another one in this model, if any."""
-    for name, values in found.items():
-        pairs = zip(stored[name], values, strict=False)
-        if any(abs(one - other) > ROUNDING * abs(one) + 1e-6 for one, other in pairs):
-            return name
-    return None
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

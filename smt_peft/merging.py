@@ -32,7 +32,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from smt_peft.files import PREFIX, Blocks, StoredAdapter, other_base, read_adapter, sample
+from smt_peft.bases import other_base, sample
+from smt_peft.files import PREFIX, Blocks, StoredAdapter, read_adapter
 
 TRAINING_DATA = "training_data.json"  # scripts/ name there what a model was trained on
 TOKENIZER = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"]

@@ -20,7 +20,7 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_peft import combining, files, states
+from smt_peft import bases, combining, states
 from smt_peft.bank import Banks, DeltaBank, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
@@ -136,7 +136,7 @@ class SMTModel(BaseTuner):
         device = "meta" if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
         bank.config, bank.base_parameters = config, base_parameters
-        bank.base = files.sample(states.base_weights(model))
+        bank.base = bases.sample(bases.base_weights(model))
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -13,9 +13,10 @@ from torch import nn
 
 from smt_peft import files
 from smt_peft.bank import Banks, DeltaBank
+from smt_peft.bases import base_weights, other_base, sample
 from smt_peft.config import SMTConfig
 from smt_peft.diagnostics import warn
-from smt_peft.files import BANK, PREFIX
+from smt_peft.files import PREFIX
 from smt_peft.places import short
 
 
@@ -108,13 +109,6 @@ def mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
             config.selected_blocks = banks[adapter].selected_blocks()
 
 
-def base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The base model's own parameters, by the names they had before anything was wrapped."""
-    for name, parameter in model.named_parameters():
-        if f"{BANK}." not in name and ".modules_to_save." not in name:
-            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
-
-
 def _find_banks(model: nn.Module) -> tuple[str, Banks]:
     for name, module in model.named_modules():
         if isinstance(module, Banks):
@@ -141,7 +135,7 @@ def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
 
 def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
     root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
-    different = files.other_base(stored, files.sample(base_weights(root), list(stored)))
+    different = other_base(stored, sample(base_weights(root), list(stored)))
     if different:
         here = getattr(root, "name_or_path", "")
         warn(

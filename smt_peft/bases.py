@@ -1,0 +1,64 @@
+"""How a base model is known again, when another has the same shapes: by a sample of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from smt_peft.files import BANK, FLOATS
+
+WEIGHTS, VALUES, ROWS = 4, 8, 64  # how many are looked at, of each how many values, in how many of the first rows
+ROUNDING = 2**-7  # how far a value may move when its model is loaded in another dtype, bfloat16 being the coarsest
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base model's own parameters, by the names they had before anything was wrapped."""
+    for name, parameter in model.named_parameters():
+        if f"{BANK}." not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
+
+
+def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> dict[str, list[float]]:
+    """Eight values of each of four weights, by which another base model of the same shapes is known.
+
+    They lie in the first rows, which resizing an embedding leaves where they are. What is quantised, sharded, or not
+    in memory is left out.
+
+    Args:
+        weights: of the base model, by name.
+        names: which to take. Default: four of them, from the first to the last.
+    """
+    usable = {
+        name: weight
+        for name, weight in weights
+        if weight.ndim >= 2
+        and weight.dtype in FLOATS
+        and type(weight.data) is Tensor
+        and not (isinstance(weight, DTensor) or hasattr(weight, "ds_id"))
+        and weight.numel()
+        and weight.device.type != "meta"
+    }
+    if names is None:
+        every = max(1, -(-(len(usable) - 1) // (WEIGHTS - 1)))
+        names = list(usable)[::every]
+    return {name: _values(usable[name]) for name in names if name in usable}
+
+
+@torch.no_grad()
+def _values(weight: Tensor) -> list[float]:
+    steps = torch.arange(VALUES, device="cpu")
+    places = [steps * min(side, ROWS) // VALUES for side in weight.shape]
+    values = weight.detach()[tuple(place.to(weight.device) for place in places)]
+    return [float(f"{value:.4g}") for value in values.nan_to_num().tolist()]
+
+
+def other_base(stored: Mapping[str, list[float]], found: Mapping[str, list[float]]) -> str | None:
+    """The first sampled weight that is another one in this model, if any."""
+    for name, values in found.items():
+        pairs = zip(stored[name], values, strict=False)
+        if any(abs(one - other) > ROUNDING * abs(one) + 1e-6 for one, other in pairs):
+            return name
+    return None
