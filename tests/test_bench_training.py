@@ -18,7 +18,7 @@ import bench_training  # noqa: E402
 import report_benchmarks  # noqa: E402
 
 ON_A_GPU = (ROOT / "scripts/benchmarks/bench_gpu.sh").read_text()
-GPU_SETTINGS = " ".join(re.findall(r"^training \d+ (.*)$", ON_A_GPU, re.M)).split()
+GPU_SETTINGS = " ".join(re.findall(r"^ +training \d+ (.*)$", ON_A_GPU, re.M)).split()
 THREE = ["--methods", "floor", "smt", "lora"]
 
 
@@ -73,6 +73,45 @@ def test_flops_that_cannot_be_counted_cost_nothing_else(measure, monkeypatch):
     status, result = measure("cpu-small", "--rehearse", *THREE)
     assert status == 0 and all(figure["flops"] is None for figure in result["runs"][0]["methods"].values())
     assert "GFLOP" not in report_benchmarks.training_table(result)
+
+
+def test_a_method_that_failed_is_tried_again(measure, monkeypatch):
+    attach, failing = bench_training.attach, ["smt"]
+
+    def fails(base, method, options):
+        if method in failing:
+            raise RuntimeError("a passing fault")
+        return attach(base, method, options)
+
+    monkeypatch.setattr(bench_training, "attach", fails)
+    status, result = measure("cpu-small", "--rehearse", *THREE)
+    assert status == 3 and result["runs"][0]["methods"]["smt"]["note"] == "a passing fault"
+    failing.clear()
+    status, result = measure("cpu-small", "--rehearse", *THREE)
+    assert status == 0 and "note" not in result["runs"][0]["methods"]["smt"]
+
+
+@pytest.mark.parametrize("other", ["machine", "commit", "options"])
+def test_what_another_machine_commit_or_command_made_is_not_kept(measure, monkeypatch, other):
+    measure("cpu-small", "--rehearse", *THREE)
+    if other == "machine":
+        monkeypatch.setattr(bench_training.results.platform, "machine", lambda: "another")
+    elif other == "commit":
+        monkeypatch.setenv("COMMIT", "another")
+    monkeypatch.setattr(bench_training, "measure_run", lambda run, *_: run.update(complete=True, anew=True))
+    monkeypatch.setattr(bench_training, "training_table", lambda _: "")
+    more = ["--rank", "8"] if other == "options" else []
+    assert measure("cpu-small", *(["--rehearse"] if not more else []), *THREE, *more)[1]["runs"][0]["anew"]
+
+
+def test_a_base_model_that_is_too_large_costs_its_own_point(measure, monkeypatch):
+    def too_large(shape, *_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_training, "random_llama", too_large)
+    status, result = measure("sizes", "--rehearse")
+    assert status == 0
+    assert all(figure == {"note": "out of memory"} for figure in result["runs"][0]["methods"].values())
 
 
 def test_a_method_that_runs_out_of_memory_is_left_out_with_a_note(measure, monkeypatch):

@@ -1,78 +1,88 @@
 #!/usr/bin/env bash
 # Correctness and all GPU figures of docs/benchmarks.md, in order of importance, on one GPU of 80 GB or more:
 #
-#     bash scripts/benchmarks/bench_gpu.sh [seconds]     default 570
+#     bash scripts/benchmarks/bench_gpu.sh [seconds]     default 580
 #     bash scripts/benchmarks/bench_gpu.sh rehearse      the same at toy size on a CPU, into a temporary folder: does it work?
 #
-# It stops in time and exits 3 while something is missing or has failed: run it again (some 12 minutes in all). What
-# stands in docs/results (or the folder RESULTS) is kept; delete a file to measure it anew. ARCHIVE=FILE.tgz puts all
-# of them into one file, too, after every part. PYTHON names the interpreter (default python3); it needs torch with
-# triton, transformers and peft. `scripts/benchmarks/report_benchmarks.py` turns the files into the tables of the page.
+# The parts take 12 minutes at most, in all. No part starts that may not end in time; exit status 3 says that some are
+# missing or have failed: run it again, and what failed has its turn after what did not run yet. Results go to the
+# folder RESULTS (default runs/bench_gpu), which is kept for one GPU and commit; move the JSON files to docs/results and
+# `scripts/benchmarks/report_benchmarks.py` turns them into the tables of the page. ARCHIVE=FILE.tgz puts the folder into
+# one file after every part. PYTHON names the interpreter (default python3); it needs torch with triton, transformers,
+# peft and, for the first part, pytest. COMMIT says what is measured where a copy has no history.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 python=${PYTHON:-python3}
-limit=${1:-570}
-results=${RESULTS:-docs/results}
-tests=(-m gpu) toy=() toy_ops=()
+limit=${1:-580}
+results=${RESULTS:-runs/bench_gpu}
+tests=(-m gpu -n 8 --dist worksteal) toy=() toy_ops=() gpu=none
 if [[ $limit == rehearse ]]; then
     limit=100000
     results=$(mktemp -d)
     trap 'rm -r "$results"' EXIT
     tests=(-k cpu) toy=(--rehearse) toy_ops=(--device cpu --seconds 0.01)
 else
-    "$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else exit("No GPU here."))' || exit 1
+    name='import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else exit("No GPU here."))'
+    gpu=$("$python" -c "$name") || exit 1
+    "$python" -c 'import xdist' 2>/dev/null || tests=(-m gpu)
 fi
 mkdir -p "$results"
-missing=0
+progress=$results/progress.txt # what it is of, and which parts have begun and ended well
+[[ -f $progress && $(head -1 "$progress") == "$gpu, $COMMIT" ]] || echo "$gpu, $COMMIT" >"$progress"
+earlier=$(cat "$progress")
+parts=() missing=()
 
-# part LEAST MOST COMMAND...: runs it for at most MOST seconds, unless fewer than LEAST are left.
+ended() { grep -qx "ended $1" "$progress"; }
+
+# part NAME SECONDS COMMAND...: runs it, unless it has ended well before, or its seconds are not left.
 part() {
-    local left=$((limit - SECONDS)) least=$1 most=$2
+    local name=$1 most=$2 has_its=new
     shift 2
-    if ((left < least)); then
-        echo "--- no time is left: $*"
-        missing=1
-        return
-    fi
-    echo "--- $* (at $SECONDS s)"
-    timeout --kill-after 10 $((left < most ? left : most)) "$python" "$@" || missing=1
-    if [[ -n ${ARCHIVE:-} ]]; then
-        (cd "$results" && tar cz $(ls gpu_tests.txt {training,ops,inference}*.json 2>/dev/null)) >"$ARCHIVE"
-    fi
+    [[ $turn == old ]] || parts+=("$name")
+    ! grep -qx "begun $name" <<<"$earlier" || has_its=old
+    if ended "$name" || [[ $turn != "$has_its" ]] || ((limit - SECONDS < most)); then return; fi
+    echo "begun $name" >>"$progress"
+    echo "--- $name (at $SECONDS s, $most s at most)"
+    timeout --kill-after 5 "$most" "$python" "$@" && echo "ended $name" >>"$progress"
+    [[ -z ${ARCHIVE:-} ]] || tar cz -C "$results" . >"$ARCHIVE"
 }
 
-# training RESERVE SETTING...: leaves RESERVE seconds to what comes later.
+# training SECONDS SETTING: ends itself some seconds before it would be ended.
 training() {
-    local reserve=$1
-    shift
-    part $((reserve + 45)) 100000 scripts/benchmarks/bench_training.py --setting "$@" --results "$results" \
-        --seconds 100 --total_seconds $((limit - SECONDS - reserve - 25)) "${toy[@]}"
+    part "$2" "$1" scripts/benchmarks/bench_training.py --setting "$2" --results "$results" --seconds $(($1 - 15)) "${toy[@]}"
 }
 
 correctness() {
-    local log=$results/gpu_tests.txt parallel=()
-    "$python" -c 'import pytest' 2>/dev/null || { echo "--- no pytest here: correctness is not checked"; return; }
-    if [[ ${#toy[@]} == 0 ]] && "$python" -c 'import xdist' 2>/dev/null; then parallel=(-n 8 --dist worksteal); fi
-    grep -qsE '[0-9]+ passed' "$log" ||
-        OMP_NUM_THREADS=1 part 30 120 -m pytest tests/test_gpu.py "${tests[@]}" "${parallel[@]}" \
-            -v --durations 5 -p no:cacheprovider -W ignore >"$log" 2>&1
-    grep -E '^(FAILED|ERROR|E  )|passed|failed|no time|s (call|setup)' "$log"
+    local log=$results/gpu_tests.txt
+    OMP_NUM_THREADS=1 part correctness 90 -m pytest tests/test_gpu.py "${tests[@]}" -v --durations 5 \
+        -p no:cacheprovider -W ignore >"$log.part" 2>&1
+    [[ ! -s $log.part ]] || { mv "$log.part" "$log" && grep -E '^(---|FAILED|ERROR|E  )|passed|failed|No module|s (call|setup)' "$log"; }
+    rm -f "$log.part"
 }
 
-ops() {
-    local file=$results/ops_cuda.json
-    grep -qs selection_of_a_million "$file" || part 20 75 scripts/benchmarks/bench_ops.py --output "$file" "${toy_ops[@]}"
-}
-
-correctness
-training 0 peft linear 7b-paper
-ops
-training 50 compile context budgets blocks checkpointing sizes
-part 25 90 scripts/benchmarks/bench_inference.py --output "$results/inference.json" --seconds 50 "${toy[@]}" >/dev/null
+for turn in new old; do # what an earlier start has begun in vain comes last
+    correctness
+    training 90 peft
+    training 65 linear
+    training 75 7b-paper
+    part ops 65 scripts/benchmarks/bench_ops.py --output "$results/ops_cuda.json" --limit_s 45 "${toy_ops[@]}"
+    training 60 compile
+    training 40 context
+    training 35 budgets
+    training 35 blocks
+    training 35 checkpointing
+    training 50 sizes
+    part inference 50 scripts/benchmarks/bench_inference.py --output "$results/inference.json" --seconds 35 "${toy[@]}"
+    training 30 host-gpu
+done
 echo
 "$python" scripts/benchmarks/report_benchmarks.py --summary "$results"
-if ((missing)); then
-    echo "Something is missing or failed: run this again."
+for name in "${parts[@]}"; do
+    ended "$name" || missing+=("$name")
+done
+if ((${#missing[@]})); then
+    echo "Missing or failed: ${missing[*]}. Run this again."
     exit 3
 fi

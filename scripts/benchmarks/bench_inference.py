@@ -3,23 +3,25 @@
     python scripts/benchmarks/bench_inference.py --output docs/results/inference.json
 
 Random weights in a real shape, SMT and LoRA at equal parameters, on one base model in one process, in turns. A run is
-a prompt and then greedy tokens one by one, each with the cache of those before. It writes what it has after each row.
+a prompt and then greedy tokens one by one, each with the cache of those before. What this machine
+and commit have written before is kept; it writes after each batch size.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import results
 import torch
-from bench_training import Options, attach, header, random_llama
+from bench_training import Options, attach, random_llama
 from peft import PeftModel
 from report_benchmarks import inference_table
 from transformers import HfArgumentParser
@@ -52,18 +54,10 @@ def main() -> int:
         toy = {"shape": "tiny", "dtype": "float32", "rank": 16, "block_size": 16, "device": "cpu"}
         vars(command).update(toy, batch_sizes=[1, 2], prompt=8, new_tokens=4)
     path = Path(command.output) if command.output else None
-    result = {**header(command.device), "verbs": VERBS, "complete": False, "speeds": [], "adapters": {}}
-    if path and path.exists():
-        result = json.loads(path.read_text())
-
-    def write() -> None:
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1))
-
+    result = results.kept(path, command.device, verbs=VERBS, complete=False, speeds=[], adapters={})
     try:
         if not result["complete"]:
-            measure(result, command, write)
+            measure(result, command, partial(results.write, result, path))
     except KeyboardInterrupt:
         print("Stopped.")
     print(inference_table(result))
@@ -96,7 +90,7 @@ def measure(result: dict, command: Command, write: Callable[[], None]) -> None:
             if time.monotonic() > deadline:
                 break
         for method, (_, *rounds) in seconds.items():  # the first one tunes kernels
-            if rounds:
+            if len(rounds) > 1:
                 prefill, decode = (median(times) for times in zip(*rounds, strict=True))
                 result["speeds"].append({
                     "batch": batch,

@@ -6,22 +6,23 @@ The machine's rates are measured first: bytes/s of a large copy, FLOP/s of a lar
 each op runs on operands of real shapes; its result is compared with float64 before it is timed. No implementation can
 take less than the larger of bytes / rate (every operand read, every result written once) and FLOPs / rate. What the
 first call takes longer, because kernels are compiled and tuned once per shape, stands apart.
-Each row is printed and in the file as soon as it is made. Exit status 3 says that rows are missing.
+Each row is printed and in the file as soon as it is made; rows that this machine and commit have written there before
+are kept. Exit status 3 says that rows are missing or wrong.
 `scripts/benchmarks/report_benchmarks.py` turns the JSON file into a table.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
+import results
 import torch
-from bench_training import header
 from torch import Tensor
 from transformers import HfArgumentParser
 
@@ -41,6 +42,7 @@ SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], t
              (4096, 4096, 2048, 32, 1792, "tiles")],
 }  # fmt: skip
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+SELECTION = "selection_of_a_million_blocks_s"
 KINDS = {"tiles": "blocks", "sorted": "sorted blocks"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
@@ -68,30 +70,44 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     begin = time.monotonic()
     (command,) = HfArgumentParser(Command).parse_args_into_dataclasses()
+    path = Path(command.output) if command.output else None
     dtypes, sizes = DTYPES[command.device], SIZES[command.device]
     # One size is enough to see how float32 does on a GPU.
     settings = [(size, dtype) for dtype in dtypes for size in (sizes if dtype == dtypes[0] else sizes[:1])]
-    result = {**header(command.device), "bytes_per_s": copy_rate(command), "flops_per_s": {}, "ops": []}
+    result = results.kept(path, command.device, ops=[])
+    result["ops"] = [row for row in result["ops"] if "seconds" in row]
+    done = [identity(row) for row in result["ops"]]
     try:
-        for dtype in dtypes:
-            result["flops_per_s"][name_of(dtype)] = matmul_rate(dtype, command)
+        if "bytes_per_s" not in result:
+            rates = {name_of(dtype): matmul_rate(dtype, command) for dtype in dtypes}
+            seconds = selection_seconds(command)
+            result |= {"bytes_per_s": copy_rate(command), "flops_per_s": rates, SELECTION: seconds}
         rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["flops_per_s"].items())
         print(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {rates}")
         print(f"{'op':16} {'dtype':8} {'size':56} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
         for size, dtype in settings:
             for op in cases(*size, dtype, command.device):
+                row = {"op": op.name, "dtype": name_of(dtype), "size": described(*size)}
+                if identity(row) in done:
+                    continue
                 if time.monotonic() - begin > command.limit_s:
                     raise TimeoutError
-                row = measure(op, size, dtype, result, command)
+                row |= measure(op, dtype, result, command)
                 result["ops"].append(row)
                 print(line(row), flush=True)
-                write(result, command)
-        result["selection_of_a_million_blocks_s"] = selection_seconds(command)
-        write(result, command)
+                results.write(result, path)
     except (TimeoutError, KeyboardInterrupt) as stop:
         print(f"Rows are missing: {'no time is left' if isinstance(stop, TimeoutError) else 'stopped'}.")
         return 3
-    return 0
+    return 0 if all("seconds" in row for row in result["ops"]) else 3
+
+
+def identity(row: dict) -> tuple[str, str, str]:
+    return row["op"], row["dtype"], row["size"]
+
+
+def described(out: int, in_: int, tokens: int, block: int, count: int, arrangement: str) -> str:
+    return f"[{out}, {in_}], {tokens} tokens, {count} {KINDS[arrangement]} of {block}"
 
 
 def cases(
@@ -115,10 +131,10 @@ def cases(
 
     sparse = torch.zeros(out, in_, dtype=torch.float64, device=device)
     sparse[entries] = delta.to(dtype).double()
-    # Nothing to do where all lines are read.
     at = plan.inner.at if plan.inner.at.ndim == 2 else orders[1].to(device)[plan.inner.at]
-    yield Op("gather", lambda: reference.gather(x, plan.inner.at, block), x.double()[:, at.flatten()],
-             2 * read, 0)  # fmt: skip
+    gather = kernels(device).gather
+    if gather(x, plan.inner.at, block) is not x:  # else all lines are read, and nothing is to do
+        yield Op("gather", lambda: gather(x, plan.inner.at, block), x.double()[:, at.flatten()], 2 * read, 0)
 
     kept, y, dx = reference.gather(x, plan.inner.at, block), dy.clone(), torch.zeros_like(x)
     yield Op("block_add_", lambda: added(y, kept, delta, plan.out, plan.kept), dy.double() + x.double() @ sparse.T,
@@ -140,7 +156,8 @@ def added(y: Tensor, *args) -> Tensor:
     return y
 
 
-def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, command: Command) -> dict:
+def measure(op: Op, dtype: torch.dtype, rates: dict, command: Command) -> dict:
+    """How far a call is from the truth and, unless that is too far, how long it takes and may take."""
     synchronize(command)
     start = time.perf_counter()
     result = op.call()
@@ -148,33 +165,36 @@ def measure(op: Op, size: tuple[int, ...], dtype: torch.dtype, rates: dict, comm
     first = time.perf_counter() - start
     error = float((result.double() - op.truth).abs().max() / op.truth.abs().max())
     if not error <= TOLERANCE[dtype]:
-        raise SystemExit(f"{op.name} is wrong by {error:.1e} of the largest entry at {size} in {dtype}: not timed.")
-    out, in_, tokens, block, count, arrangement = size
+        return {"error": error}
     return {
-        "op": op.name,
-        "dtype": name_of(dtype),
-        "size": f"[{out}, {in_}], {tokens} tokens, {count} {KINDS[arrangement]} of {block}",
         "error": error,
         "first_call_s": first,
         "seconds": median_seconds(op.call, command),
         "bytes_s": op.bytes / rates["bytes_per_s"],
         "flops_s": op.flops / rates["flops_per_s"][name_of(dtype)],
+        "tuned": tuned(op.name) if command.device == "cuda" else None,
     }
 
 
+def kernels(device: str) -> ModuleType:
+    if device == "cpu":
+        return reference
+    from smt_peft.ops import triton_kernels  # needs triton
+
+    return triton_kernels
+
+
+def tuned(op: str) -> str:
+    """What the op's kernel was tuned to at last."""
+    return str(getattr(kernels("cuda"), f"_{op.split()[0].rstrip('_')}_kernel").best_config)
+
+
 def line(row: dict) -> str:
+    start = f"{row['op']:16} {row['dtype']:8} {row['size']:56}"
+    if "seconds" not in row:
+        return f"{start} wrong by {row['error']:.1e} of the largest entry: not timed"
     ratio = row["seconds"] / max(row["bytes_s"], row["flops_s"])
-    times = f"{1e6 * row['seconds']:8.1f} {ratio:6.2f} {row['error']:7.0e}  {row['first_call_s']:.2f}"
-    return f"{row['op']:16} {row['dtype']:8} {row['size']:56} {times}"
-
-
-def write(result: dict, command: Command) -> None:
-    if command.output:
-        path = Path(command.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")  # whenever this is interrupted, one whole file stands
-        part.write_text(json.dumps(result, indent=1))
-        part.replace(path)
+    return f"{start} {1e6 * row['seconds']:8.1f} {ratio:6.2f} {row['error']:7.0e}  {row['first_call_s']:.2f}"
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -194,7 +214,7 @@ def median_seconds(call: Callable[[], object], command: Command) -> float:
     while len(seconds) < 10 or time.perf_counter() < end:
         if command.device == "cuda":
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            torch.cuda._sleep(200_000)  # let the host queue the call before the device comes to it
+            torch.cuda._sleep(2_000_000)  # a millisecond: let the host queue the call before the device comes to it
             marks[0].record()
             call()
             marks[1].record()

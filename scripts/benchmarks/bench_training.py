@@ -8,8 +8,9 @@ Weights are random in real shapes: cost does not depend on values. The floor is 
 flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
 All methods stand on the same base weights within one process and take turns (rounds), so that a slow moment of the
 machine hits all of them; compare ratios. In every forward transformers waits for the device once, to see if sequences
-are packed, for all methods alike. Each setting writes `training_SETTING.json` as it goes, keeps what such a file holds
-already, and stops at a limit in seconds; exit status 3 says that something is missing.
+are packed, for all methods alike. Each setting writes `training_SETTING.json` as it goes, keeps what this machine and
+commit have written there before, and stops at a limit in seconds; exit status 3 says that something is missing or has
+failed.
 `scripts/benchmarks/report_benchmarks.py` turns these files into tables and pictures.
 """
 
@@ -17,10 +18,7 @@ from __future__ import annotations
 
 import cProfile
 import gc
-import json
 import math
-import os
-import platform
 import pstats
 import signal
 import sys
@@ -35,9 +33,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-import peft
+import results
 import torch
-import transformers
 from peft import LoraConfig, MissConfig, ShiraConfig, get_peft_model
 from report_benchmarks import host_table, training_table
 from torch import nn
@@ -60,7 +57,8 @@ SHAPES = {  # in the order of SIZES
 }
 METHODS = ["floor", "smt", "lora", "dora", "miss", "shira", "full", "smt-warmup"]
 QV, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
-NO_TIME = "no time was left"
+NO_TIME, NO_MEMORY, NOT_COMPARABLE = "no time was left", "out of memory", "not comparable"
+ENOUGH_ROUNDS = 3  # fewer, where more are asked for, are no figure yet
 LEAST = 20  # seconds that a setting needs to get anywhere
 LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -111,6 +109,8 @@ SETTINGS = {
     "cpu-context": {**CPU_SWEEP, "sweep": "tokens", "values": ["64", "256", "1024"], "batch_size": 1},
     "host": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
              "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
+    "host-gpu": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
+                 "rounds": 40, "dtype": "bfloat16", "sweep": "target_modules", "values": ["q,v", "all linear"]},
     "peft": {**PEFT, "methods": ["floor", "smt", "lora", "lora-bf16", "dora", "miss", "full", "smt-warmup", "shira"]},
     "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", "lora-bf16"], "rounds": 6},
     "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
@@ -137,7 +137,7 @@ def main() -> int:
     unknown = [name for name in command.setting if name not in SETTINGS]
     if unknown:
         raise SystemExit(f"--setting {unknown[0]} is not one of {', '.join(SETTINGS)}.")
-    results = []
+    found = []
     for name in command.setting:
         parser = HfArgumentParser((Command, Options))
         parser.set_defaults(**SETTINGS[name])
@@ -145,8 +145,10 @@ def main() -> int:
         if command.rehearse:
             options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, options.values))
         path = Path(command.results, f"training_{name}.json") if command.results else None
-        result = kept(path, name, options)
-        results.append(result)
+        result = opened(path, name, options)
+        found.append(result)
+        if result["complete"]:
+            continue
         deadline = min(time.monotonic() + command.seconds, begin + command.total_seconds)
         if time.monotonic() + LEAST > deadline:
             print(f"{name}: no time is left.")
@@ -156,65 +158,52 @@ def main() -> int:
         except KeyboardInterrupt:
             print("Stopped.")
             break
-    for result in results:
+    for result in found:
         if result["runs"]:
             print(f"\n{result['setting']}: {result['machine']}\n\n{training_table(result)}", flush=True)
-            if result["setting"] == "host":
+            if result["sweep"] == "target_modules":
                 print(f"\n{host_table(result)}")
-    return 0 if len(results) == len(command.setting) and all(result["complete"] for result in results) else 3
+    return 0 if len(found) == len(command.setting) and all(result["complete"] for result in found) else 3
 
 
-def header(device: str) -> dict:
-    """What stands beside a number: command, machine, versions, and how busy the machine was with other things."""
-    on_gpu, threads = device == "cuda", torch.get_num_threads()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    return {
-        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
-        "machine": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()}), threads: {threads}",
-        "load_average": None if on_gpu else round(os.getloadavg()[0], 1),
-        "versions": {"python": platform.python_version(), **versions},
-    }
+def points_of(options: Options) -> list[Options]:
+    """One for each value of what is swept."""
+    kind = KINDS.get(options.sweep, str)
+    return [replace(options, **{options.sweep: kind(value)}) for value in options.values] or [options]
 
 
-def kept(path: Path | None, setting: str, options: Options) -> dict:
-    """What is to be filled: the file's result if it was made on this machine, else a new one."""
-    head = header(options.device)
-    if path and path.exists():
-        result = json.loads(path.read_text())
-        if result.get("complete"):
-            return result
-        if "complete" in result and result["machine"] == head["machine"]:
-            return {**result, "runs": [run for run in result["runs"] if run["complete"]]}
-    return {**head, "setting": setting, "sweep": options.sweep, "complete": False, "runs": []}
+def opened(path: Path | None, setting: str, options: Options) -> dict:
+    """What is to be filled, with the finished runs of its file."""
+    result = results.kept(path, options.device, setting=setting, sweep=options.sweep, complete=False, runs=[])
+    wanted = [asdict(point) for point in points_of(options)]
+    result["runs"] = [run for run in result["runs"] if run["complete"] and run["options"] in wanted]
+    result["complete"] = len(result["runs"]) == len(wanted)
+    return result
 
 
 def measure(result: dict, options: Options, path: Path | None, deadline: float) -> None:
     """Fill a setting's result, run by run, until the deadline; written whenever there is something new."""
-
-    def write() -> None:
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(".new").write_text(json.dumps(result, indent=1))
-            path.with_suffix(".new").replace(path)
-
-    kind = KINDS.get(options.sweep, str)
-    points = [replace(options, **{options.sweep: kind(value)}) for value in options.values] or [options]
     done, longest = [run["options"] for run in result["runs"]], 0.0
-    for point in points:
+    for point in points_of(options):
         begin = time.monotonic()
-        if result["complete"] or asdict(point) in done:
+        if asdict(point) in done:
             continue
         if begin + longest > deadline:
             print(f"{result['setting']}: no time is left for the rest.", flush=True)
             return
         run = {"options": asdict(point), "complete": False, "methods": {}}
         result["runs"].append(run)
-        measure_run(run, point, deadline, write)
+        try:
+            measure_run(run, point, deadline, partial(results.write, result, path))
+        except torch.OutOfMemoryError:  # of the base model alone
+            run |= {"complete": True, "methods": {method: {"note": NO_MEMORY} for method in point.methods}}
+        finally:
+            results.write(result, path)
         longest = max(longest, time.monotonic() - begin)
         if options.sweep:
             print(training_table({**result, "runs": [run]}), flush=True)
     result["complete"] = all(run["complete"] for run in result["runs"])
-    write()
+    results.write(result, path)
 
 
 def measure_run(run: dict, options: Options, deadline: float, write: Callable[[], None]) -> None:
@@ -222,7 +211,8 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
     begin = time.monotonic()
     base = random_llama(options.shape, options.layers, options.dtype, options.device)
     batch = torch.randint(0, base.config.vocab_size, (options.batch_size, options.tokens), device=options.device)
-    run["base_parameters"], figures, trials = base.num_parameters(), run["methods"], []
+    run["base_parameters"], run["adapted_layers"] = base.num_parameters(), len(targets(base, options))
+    figures, trials = run["methods"], []
     for method in options.methods:
         left = deadline - time.monotonic()
         if trials and left < 0.4 * (deadline - begin):
@@ -243,13 +233,18 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
             break
     if options.sweep == "target_modules":
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
-    run["complete"] = not any(figure.get("note") == NO_TIME for figure in figures.values())
+    run["complete"] = turn + 1 >= min(ENOUGH_ROUNDS, options.rounds) and all(map(is_final, figures.values()))
     trials.clear()
     gc.unfreeze()
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
     write()
+
+
+def is_final(figure: dict) -> bool:
+    """Whether another run could not say more: only what is too large, or cannot be compared, fails for good."""
+    return figure.get("note", NO_MEMORY).startswith((NO_MEMORY, NOT_COMPARABLE))
 
 
 def guarded(figure: dict, action: Callable[[], object], seconds: float) -> None:
@@ -263,12 +258,12 @@ def guarded(figure: dict, action: Callable[[], object], seconds: float) -> None:
     try:
         action()
     except torch.OutOfMemoryError:
-        figure["note"] = "out of memory"
+        figure["note"] = NO_MEMORY
     except Exception as error:
+        figure["note"] = str(error).strip().partition("\n")[0] or type(error).__name__
         if "CUDA error" in str(error):  # nothing works afterwards in this process
             raise
         traceback.print_exc()
-        figure["note"] = str(error).strip().partition("\n")[0] or type(error).__name__
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -344,7 +339,7 @@ def attach(base: LlamaForCausalLM, method: str, options: Options) -> tuple[nn.Mo
         model = get_peft_model(llama, configs[method], autocast_adapter_dtype=method != "lora-bf16")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if abs(trained / budget - 1) > 0.06:  # DoRA's magnitudes are some 5 %
-            raise ValueError(f"not comparable: {trained:,} parameters, the budget is {budget:,}")
+            raise ValueError(f"{NOT_COMPARABLE}: {trained:,} parameters, the budget is {budget:,}")
     elif not train and not options.compile:
         for module in targets(llama.model.layers[0], options):
             module.register_forward_hook(require_gradient)
@@ -467,6 +462,8 @@ class Trial:
             with FlopCounterMode(display=False) as counter:
                 self.backward()
             return counter.get_total_flops()
+        except TimeoutError:
+            raise
         except Exception as error:
             print(f"{self.method}: FLOPs not counted: {error!r}")
             return None
@@ -544,6 +541,7 @@ def profile_host(trial: Trial, steps: int = 20) -> dict[str, float]:
     """
     seconds: dict[str, list[float]] = defaultdict(lambda: [0.0] * steps)
     for step in range(steps):
+        trial.clock()  # nothing of the step before is waited for in this one
         with cProfile.Profile() as profile:
             trial.step()
         for (file, _, name), (_, _, own, *_) in pstats.Stats(profile).stats.items():

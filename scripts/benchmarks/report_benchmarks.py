@@ -27,6 +27,7 @@ GOALS = [  # setting, what is compared, with which method's, at most
     ("linear", "step_s", "lora", 0.85),
     ("compile", "step_s", "floor", 1.03),
     ("host", "host", "lora", 1.0),
+    ("host-gpu", "host", "lora", 1.0),
 ]
 
 
@@ -64,7 +65,8 @@ def provenance(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     load = result["load_average"]
     load = "" if load is None else f", load average before the run {load}"
-    return f"`{result['command']}`\n\n{result['machine']}{load}; {versions}\n\n"
+    commit = f"; commit {result['commit']}" if result.get("commit") else ""
+    return f"`{result['command']}`\n\n{result['machine']}{load}; {versions}{commit}\n\n"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ def host_table(result: dict) -> str:
     """
     rows = []
     for run in result["runs"]:
-        layers = 28 * len(run["options"]["target_modules"])
+        layers = run["adapted_layers"]
         added, places = {}, {}
         for method in ("smt", "lora"):
             added[method] = 1e6 * _host_adds(run, method) / layers
@@ -171,6 +173,9 @@ def ops_table(result: dict) -> str:
     ]
     for op in result["ops"]:
         cells = [op["op"], op["dtype"], op["size"], f"{op['error']:.0e}"]
+        if "seconds" not in op:
+            lines.append(f"| {' | '.join(cells)} | wrong, not timed | - | - | - |")
+            continue
         cells += [f"{1e3 * op[key]:.3f}" for key in ("seconds", "bytes_s", "flops_s")]
         lines.append(f"| {' | '.join(cells)} | {op['seconds'] / max(op['bytes_s'], op['flops_s']):.2f} |")
     if "selection_of_a_million_blocks_s" in result:  # a run that was stopped has none
