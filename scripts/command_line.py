@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,20 @@ import yaml
 from transformers import HfArgumentParser
 
 BUDGETS = {"num_blocks", "trainable_ratio"}  # SMT takes one of them
+
+
+class Loader(yaml.SafeLoader):
+    """Safe; and 1e-3 is a number, as in YAML 1.2 and everywhere else."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"]
+)
+
+
+def parse(text: str) -> Any:
+    """What a text of YAML says."""
+    return yaml.load(text, Loader)
 
 
 def option(text: str, **default: Any) -> Any:
@@ -28,23 +43,27 @@ def read_options(argv: list[str], *kinds: type) -> tuple:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file, argv = parser.parse_known_args(argv)
-    values = (yaml.safe_load(file.config.read_text(encoding="utf-8")) or {}) if file.config else {}
+    values = (parse(file.config.read_text(encoding="utf-8")) or {}) if file.config else {}
     given, entries = [], {}
     words = iter(argv)
     for word in words:
         mapping, dot, entry = word.removeprefix("--").partition(".")
         if word.startswith("--") and dot and mapping.isidentifier():
             key, equals, value = entry.partition("=")
-            entries.setdefault(mapping, {})[key] = yaml.safe_load(value if equals else next(words, ""))
+            entries.setdefault(mapping, {})[key] = parse(value if equals else next(words, ""))
         else:
             given.append(word)
     for mapping, own in entries.items():
         replaced = BUDGETS if BUDGETS & own.keys() else set()
         values[mapping] = {k: v for k, v in (values.get(mapping) or {}).items() if k not in replaced} | own
     from_file = [
-        (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+        (f"--{key}", *(map(str, value) if isinstance(value, list) else [_word(value)]))
         for key, value in values.items()
         if value is not None
     ]
     parser = HfArgumentParser(kinds, allow_abbrev=False, epilog="--config FILE reads options from a YAML file.")
     return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)

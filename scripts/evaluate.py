@@ -20,11 +20,10 @@ import accelerate
 import peft
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
-from command_line import option, read_options
+from command_line import option, parse, read_options
 from finetune import STDLIB, load_model
 from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
@@ -78,7 +77,7 @@ class Options:
     seed: int = option("seed, for sampling", default=0)
 
     def __post_init__(self) -> None:
-        self.quantization = yaml.safe_load(self.quantization)
+        self.quantization = parse(self.quantization)
         if not (self.model or self.adapter):
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.protocol != "llm-adapters" and self.mode != "generate":

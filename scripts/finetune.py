@@ -24,9 +24,8 @@ from typing import Any
 import datasets
 import torch
 import transformers
-import yaml
 from accelerate.utils.memory import clear_device_cache
-from command_line import option, read_options
+from command_line import option, parse, read_options
 from peft import LoraConfig, PeftModel, get_peft_model
 from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
@@ -91,8 +90,8 @@ class Options:
     dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
 
     def __post_init__(self) -> None:
-        self.smt, self.lora = yaml.safe_load(self.smt), yaml.safe_load(self.lora)
-        self.quantization = yaml.safe_load(self.quantization)
+        self.smt, self.lora = parse(self.smt), parse(self.lora)
+        self.quantization = parse(self.quantization)
         if set(self.methods.split(",")) - set(METHODS):
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
         if self.eval_rows < 1:
@@ -107,6 +106,8 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
         return tuple(datasets.Dataset.from_list(list(STDLIB[name](split))) for split in ("train", "test"))
     where = {"path": "json", "data_files": name} if name.endswith((".jsonl", ".json")) else {"path": name}
     rows = datasets.load_dataset(**where, split="train")
+    if len(rows) < 2:
+        raise SystemExit(f"{name} has {len(rows)} row; one is held out to evaluate on, so two are the least")
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
 
 

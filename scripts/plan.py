@@ -165,6 +165,8 @@ def read_model(o: Options) -> Model:
                          "dense, LLaMA-like layers; measure a step, or name the nearest shape")  # fmt: skip
     linear = {name: m for name, m in shell.named_modules() if isinstance(m, nn.Linear)}
     names = o.target_modules or TARGET_MODULES.get(config.model_type, [])
+    if names == ["all-linear"]:
+        names = {name.rpartition(".")[2] for name, m in linear.items() if m is not shell.get_output_embeddings()}
     sides = {n: (m.out_features, m.in_features) for n, m in linear.items() if n.rpartition(".")[2] in names}
     if not sides:
         there = sorted({name.rpartition(".")[2] for name in linear})

@@ -3,6 +3,7 @@ looks after the run, and says where it goes wrong without an error."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -10,14 +11,16 @@ import os
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from smt_peft.diagnostics import warn
-from smt_peft.selected import Selection
+from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, find_adapter, select_blocks
 
 # Gradient norms that are a sign of divergence:
@@ -39,35 +42,84 @@ class SMTWarmupCallback(TrainerCallback):
         avoid: see `select_blocks`.
 
     Attributes:
-        selection: the `Selection` with its scores, once the warm-up has run; None if it was not needed.
+        selection: the `Selection` of this run with its scores: given, from the warm-up, or of the checkpoint that the
+            run resumes from; None where there is none.
+
+    Raises:
+        ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
+            data can be read only once, and for what `select_blocks` refuses.
     """
 
     def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
         self.adapter_name = adapter_name
-        self.selection = selection
+        self.selection = self._given = selection
         self.avoid = avoid
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        bank, _ = find_adapter(model, self.adapter_name)
+        bank, config = find_adapter(model, self.adapter_name)
+        trainer, resumed = _calling_trainer()
+        self.selection = self._given
         if bank.is_selected:
+            if self._given is None:
+                self.selection = _record_beside(resumed, self.adapter_name, bank.selected_blocks())
+                config.made_by = self.selection or config.made_by
+            elif not self._given.has_blocks(bank.selected_blocks()):
+                raise ValueError(
+                    f"Adapter {self.adapter_name!r} has other blocks already (loaded, given, or by a rule that needs "
+                    "no data) than those of SMTWarmupCallback(selection=...). Leave one of the two out."
+                )
             return
-        if self.selection is not None:
-            apply_selection(model, self.adapter_name, self.selection)
+        if self._given is not None:
+            apply_selection(model, self.adapter_name, self._given)
             return
-        trainer, _ = _calling_trainer()
+        _refuse_what_is_read_once(train_dataloader)
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None
         apart = _Apart(trainer, train_dataloader) if trainer else None
-        self.selection = select_blocks(
-            model,
-            apart or train_dataloader,
-            self.adapter_name,
-            loss_function=apart and apart.loss,
-            loss_scale=scaler.get_scale() if scaler else 1.0,
-            progress_bar=not args.disable_tqdm and state.is_local_process_zero,
-            avoid=self.avoid,
-        )
+        with _same_order_afterwards(train_dataloader):
+            self.selection = select_blocks(
+                model,
+                apart or train_dataloader,
+                self.adapter_name,
+                loss_function=apart and apart.loss,
+                loss_scale=scaler.get_scale() if scaler else 1.0,
+                progress_bar=not args.disable_tqdm and state.is_local_process_zero,
+                avoid=self.avoid,
+            )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
+
+
+def _record_beside(checkpoint: str | None, adapter: str, blocks: dict[str, list]) -> Selection | None:
+    """What the warm-up left beside an adapter in a checkpoint, where its blocks are these."""
+    folder = Path(checkpoint or "", "" if adapter == "default" else adapter)
+    if checkpoint is None or not (folder / SELECTION_FILE).is_file():
+        return None
+    record = Selection.load(folder)
+    return record if record.has_blocks(blocks) else None
+
+
+def _refuse_what_is_read_once(dataloader) -> None:
+    data = getattr(dataloader, "dataset", None)
+    if isinstance(data, IterableDataset) and iter(data) is data:
+        raise ValueError(
+            "The training data can be read only once: the warm-up would use up its first batches. Give a dataset that "
+            "begins anew at every iter(), such as datasets.IterableDataset.from_generator(function), or select by "
+            "select_blocks(model, other_batches) before training."
+        )
+
+
+@contextlib.contextmanager
+def _same_order_afterwards(dataloader) -> Iterator[None]:
+    """Put the generators of a dataloader's own samplers back, or training would shuffle otherwise than without."""
+    batches = getattr(dataloader, "batch_sampler", None)
+    owners = (dataloader, getattr(dataloader, "sampler", None), batches, getattr(batches, "sampler", None))
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 class _Apart:
@@ -109,11 +161,15 @@ class SMTMonitorCallback(TrainerCallback):
 
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
+        self._begin()
+
+    def _begin(self) -> None:
         self._norms: deque[float] = deque(maxlen=100)
         self._broken = 0  # norms in a row that are not finite
         self._warned = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._begin()  # a callback may see several runs
         self._bank, _ = find_adapter(model, self.adapter_name)  # in the end another callback may have merged it
         _, resumed = _calling_trainer()
         if resumed:

@@ -15,9 +15,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from smt_peft import files
 from smt_peft.places import Tiles, parse_sorted
 from smt_peft.selected import Selection
+from smt_peft.selection import Scope
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
-Scope = Literal["model", "input", "module"]
 Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
 Arrangement = Literal["tiles", "sorted"]
@@ -94,7 +94,7 @@ class SMTConfig(PeftConfig):
     awaits_weights = False  # read from a folder or repository whose weights are to follow
     stored_blocks = None  # the selected_blocks that it was read with
     trained_before = ()  # while it awaits its weights: which parameters were trained before the model was wrapped
-    made_by = None  # the Selection that the warm-up left; saved beside the adapter
+    made_by = None  # the Selection that the warm-up left, or that was given; saved beside the adapter
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> SMTConfig:
@@ -135,9 +135,11 @@ class SMTConfig(PeftConfig):
             raise ValueError(
                 f"block_size={self.block_size} is not the selection's {selection.block_size}; leave it out."
             )
+        if self.arrangement == "sorted" and not selection.lines:
+            raise ValueError("arrangement='sorted' is not the selection's, which is of tiles; leave it out.")
         self.block_size = selection.block_size
         self.arrangement = "sorted" if selection.lines else "tiles"
-        self.selected_blocks = selection.blocks()
+        self.selected_blocks, self.made_by = selection.blocks(), selection
 
     def to_dict(self) -> dict:
         """As a file holds it: the tiles of a module on one line, and no sorted blocks, which are long lists."""
@@ -210,7 +212,7 @@ class SMTConfig(PeftConfig):
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             yield (
                 f"layers_to_transform={self.layers_to_transform} needs target_modules as a list of names, "
-                f"but it is the string {self.target_modules!r}; put the layers into the regex instead."
+                f"but it is the string {self.target_modules!r}; name the modules, or put the layers into a regex."
             )
         if self.selected_blocks is not None:
             given, wanted = sum(map(len, self.selected_blocks.values())), (blocks or 0) + sum(patterns.values())

@@ -60,16 +60,13 @@ class ParamWrapper(Linear):
             raise ValueError(f"adapter_names cannot mix adapters of a parameter ({self.parameter_name}) in one batch.")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        with self._shown(None if self.disable_adapters or self.merged else self._with_blocks()):
+        with self._shown(self._with_blocks()):
             return self.base_layer(x, *args, **kwargs)
 
     def _with_blocks(self) -> Tensor | None:
-        """The weight with the active adapters' deltas; None where it is the base weight."""
-        weight = self.weight
-        if self.watch is not None and torch.is_grad_enabled():
-            return self.watch(weight)
-        matrix = None
-        for name in self.active_adapters:
+        """The weight with the active adapters' deltas, in the warm-up watched; None where it is the base weight."""
+        weight, matrix = self.weight, None
+        for name in () if self.disable_adapters or self.merged else self.active_adapters:
             bank, target = self._bank(name)
             if bank is None:
                 if name in self.smt_blocks:
@@ -79,7 +76,10 @@ class ParamWrapper(Linear):
             entries = ops.entries(plan, bank.block_size)
             matrix = weight.flatten(0, -2) if matrix is None else matrix
             matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
-        return None if matrix is None else matrix.view(weight.shape)
+        shown = None if matrix is None else matrix.view(weight.shape)
+        if self.watch is not None and torch.is_grad_enabled():
+            return self.watch(weight if shown is None else shown)
+        return shown
 
     @contextlib.contextmanager
     def _shown(self, weight: Tensor | None) -> Iterator[None]:

@@ -38,7 +38,10 @@ class Tiles(Sequence):
             return cls(array("i", (_whole(at) for row, col in blocks for at in (row, col))))
         except (TypeError, ValueError, OverflowError):
             what = f"selected_blocks[{short(name)}]={short(blocks)}"
-            raise ValueError(f"{what} is not a list of [block row, block column] pairs.") from None
+            raise ValueError(
+                f"{what} is not a list of [block row, block column] pairs; blocks of any rows and columns need "
+                "arrangement='sorted'."
+            ) from None
 
     def __len__(self) -> int:
         return len(self._values) // 2

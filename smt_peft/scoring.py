@@ -95,7 +95,10 @@ class Collector:
         self.inputs[position] = self._last[1]
 
     def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> None:
-        new, old = self.measure(position, dy, x), self._batch.get(position)
+        self._take(position, self.measure(position, dy, x))
+
+    def _take(self, position: int, new: torch.Tensor) -> None:
+        old = self._batch.get(position)
         self._batch[position] = new if old is None else old + new
 
     def end_batch(self) -> None:
@@ -207,8 +210,9 @@ class ActivationCollector(Collector):
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
             self._read(position, args[0])
-            mean, old = self.scale * args[0].detach().abs().flatten(0, -2).float().mean(0), self._batch.get(position)
-            self._batch[position] = mean if old is None else old + mean
+            x = args[0].detach().flatten(0, -2)
+            if len(x):  # no token may be routed to an expert
+                self._take(position, self.scale * x.abs().float().mean(0))
 
         return layer.register_forward_pre_hook(observe).remove
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from smt_peft.files import Target, check_index
 from smt_peft.ops import tile_features
-from smt_peft.selection import Lines, arrange, select
+from smt_peft.selection import Lines, Scope, arrange, select
 
 SELECTION_FILE = "selection.safetensors"
 _SETTINGS = (
@@ -43,7 +43,7 @@ class Selection:
             order of `lines`.
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
         batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
-        skipped: how many batches had a non-finite loss or gradient.
+        skipped: how many batches had a gradient that is not finite.
         lines: of a sorted arrangement, the rows and columns of each target's blocks.
         groups: (positions in `names`, budget) of those that shared a budget; that of `num_blocks` is the last.
         patterns: how many of them are of `num_blocks_pattern`.
@@ -62,7 +62,7 @@ class Selection:
     groups: Sequence[tuple[Sequence[int], int]] = ()
     patterns: int = 0
     inputs: Sequence[int] | None = None
-    scope: str = "model"
+    scope: Scope = "model"
     base_parameters: int | None = None
 
     @property
@@ -82,8 +82,18 @@ class Selection:
             chosen.setdefault(self.names[target], []).append(block)
         return chosen
 
+    def has_blocks(self, blocks: dict[str, list]) -> bool:
+        """Whether its blocks are these, in any order."""
+        own = self.blocks()
+        return own.keys() == blocks.keys() and all(sorted(own[name]) == sorted(blocks[name]) for name in own)
+
+    def grids(self) -> list[tuple[int, int]] | None:
+        """Per target its block rows and columns, where they are known."""
+        scored = [tuple(score.shape) for score in self.scores or ()]
+        return scored or [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()] or None
+
     def rebudget(
-        self, num_blocks: int | None = None, trainable_ratio: float | None = None, scope: str | None = None
+        self, num_blocks: int | None = None, trainable_ratio: float | None = None, scope: Scope | None = None
     ) -> Selection:
         """What the same warm-up selects with another budget or scope; the budgets of `num_blocks_pattern` stay.
 
@@ -97,12 +107,18 @@ class Selection:
         if num_blocks is not None and trainable_ratio is not None:
             raise ValueError(f"num_blocks={num_blocks} and trainable_ratio={trainable_ratio} both set the budget.")
         if trainable_ratio is not None:
+            if not 0 < trainable_ratio <= 1:
+                raise ValueError(
+                    f"trainable_ratio={trainable_ratio} is not in (0, 1]: it is a share, 0.86 % is 0.0086."
+                )
             num_blocks = max(1, round(trainable_ratio * self.base_parameters / self.block_size**2))
         groups, scope = [*self.groups], scope or self.scope
         if num_blocks is not None:
             if len(groups) == self.patterns:
-                raise ValueError("num_blocks_pattern covers every target, so there is no other budget to change.")
-            if num_blocks < 1:
+                raise ValueError(
+                    "num_blocks_pattern covers every target, or has the whole budget, so there is no other to change."
+                )
+            if not isinstance(num_blocks, int) or num_blocks < 1:
                 raise ValueError(f"num_blocks={num_blocks} is not a positive integer.")
             groups[-1] = groups[-1][0], num_blocks
         index = select(self.scores, groups, scope, self.inputs, kinds_of(self.names))
@@ -119,8 +135,13 @@ class Selection:
 
     @classmethod
     def load(cls, folder: str | Path) -> Selection:
-        """Read what `save` wrote. Raises ValueError where that is broken."""
+        """Read what `save` wrote. Raises ValueError where that is broken, FileNotFoundError where there is none."""
         path = Path(folder, SELECTION_FILE)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no {SELECTION_FILE} in {folder}: a warm-up leaves one beside its adapter, other selections "
+                "(random, given, combined) do not."
+            )
         try:
             with safe_open(path, "pt") as file:
                 settings = json.loads(file.metadata()["selection"])

@@ -4,16 +4,18 @@ here knows PEFT, transformers or a training loop."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch.nn.functional import pad
+
+Scope = Literal["model", "input", "module"]
 
 
 def select(
     scores: Sequence[torch.Tensor],
     groups: Sequence[tuple[Sequence[int], int]],
-    scope: str,
+    scope: Scope,
     inputs: Sequence[int] | None = None,
     kinds: Sequence[str] | None = None,
 ) -> torch.Tensor:
@@ -61,8 +63,10 @@ def _check_scores(scores: list[torch.Tensor]) -> None:
         )
 
 
-def _rankings(members: Sequence[int], scope: str, inputs: Sequence[int] | None) -> list[list[int]]:
+def _rankings(members: Sequence[int], scope: Scope, inputs: Sequence[int] | None) -> list[list[int]]:
     """The sets of targets whose blocks are ranked together."""
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} is not one of {', '.join(get_args(Scope))}.")
     rankings: dict[int, list[int]] = {}
     for member in members:
         key = {"model": 0, "input": inputs[member] if inputs else member, "module": member}[scope]

@@ -49,8 +49,8 @@ def select_blocks(
         The selection, with the scores it was made from. It is already applied.
 
     Raises:
-        ValueError: without such an adapter, where it has been trained already, where the dataloader is empty, where
-            half of the batches or more are not finite, or where every score is zero.
+        ValueError: without such an adapter, where it is not active or has been trained already, where the dataloader
+            is empty, where half of the batches or more are not finite, or where every score is zero.
     """
     bank, config = find_adapter(model, adapter_name)
     if config.selection not in ("gradient", "activation"):
@@ -71,6 +71,11 @@ def select_blocks(
             raise ValueError(f"There is nothing to avoid in adapter {name!r}: it has no blocks yet. Select its first.")
     layers = [module for module in model.modules() if isinstance(module, Linear) and adapter_name in module.smt_blocks]
     layers.sort(key=lambda layer: layer.smt_blocks[adapter_name].target)
+    if adapter_name not in layers[0].active_adapters:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not active ({', '.join(layers[0].active_adapters)} is): the warm-up would "
+            f"score another model than the one that it trains in. Call model.set_adapter({adapter_name!r}) first."
+        )
     size, steps, lines = bank.block_size, config.warmup_steps, None
     batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
@@ -129,8 +134,8 @@ def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object
             "budget of its own. Give them different adapter names and run a warm-up for each: "
             "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
         )
-    owner = next(m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
-    return homes[found[0]][adapter_name], owner.peft_config[adapter_name]
+    bank = homes[found[0]][adapter_name]
+    return bank, bank.config
 
 
 def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -> None:
@@ -141,13 +146,20 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
     """
     bank, config = find_adapter(model, adapter_name)
     names, arrangement = [target.name for target in bank.targets], "tiles" if selection.lines is None else "sorted"
+    grids = [(target.rows, target.cols) for target in bank.targets]
+    counts = selection.index[:, 0].bincount(minlength=len(names))
+    spent = [int(counts[group.members].sum()) for group in bank.groups]
     for what, theirs, ours in (
         ("targets", selection.names, names),
         ("block_size", selection.block_size, bank.block_size),
         ("arrangement", arrangement, config.arrangement),
         ("number of blocks", len(selection.index), bank.num_blocks),
+        ("shapes in blocks", selection.grids() or grids, grids),
+        ("budgets", spent, [group.budget for group in bank.groups]),
     ):
         if theirs != ours:
+            if isinstance(ours, list) and len(theirs) == len(ours):
+                theirs, ours = next(pair for pair in zip(theirs, ours, strict=True) if pair[0] != pair[1])
             theirs, ours = (f"{len(of)} ({of[0]}, ...)" if isinstance(of, list) else of for of in (theirs, ours))
             raise ValueError(
                 f"The selection's {what}, {theirs}, are not those of adapter {adapter_name!r}, {ours}. Configure the "
@@ -188,7 +200,7 @@ def _run(
                 bar.set_postfix(skipped=collector.skipped)
     if 2 * collector.skipped >= collector.batches:
         raise ValueError(
-            f"{collector.skipped} of {collector.batches} warm-up batches had a non-finite loss or gradient, too many "
+            f"{collector.skipped} of {collector.batches} warm-up batches had a gradient that is not finite, too many "
             "to select from; lower the loss scale or use bfloat16, and look for NaN in the data."
         )
 
@@ -202,8 +214,8 @@ def _endless(dataloader: Iterable, steps: int) -> Iterator:
             yield batch
         if seen == before:
             raise ValueError(
-                "The warm-up got no batch: the dataloader is empty, or it can be iterated only once. Give it data, or "
-                "a dataset that can be iterated again."
+                f"The warm-up got {seen} of {steps} batches, and then none: the dataloader is empty, or it can be "
+                "iterated only once. Give it data, or a dataset that can be iterated again."
             )
         if before == 0 and seen < steps:
             warnings.warn(
@@ -215,7 +227,13 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     device = next(model.parameters()).device
     if device.type != "meta":  # offloaded: accelerate's hooks move the inputs
         batch = send_to_device(batch, device)
-    return model(**batch).loss
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError(
+            f"The model gave no loss for a warm-up batch of {', '.join(batch)}: add labels to the batches, or pass "
+            "loss_function=lambda model, batch: ..."
+        )
+    return loss
 
 
 @contextlib.contextmanager

@@ -159,3 +159,25 @@ def test_a_second_adapter_shares_the_wrappers(base, config):
     assert torch.equal(logits(model), expected)
     model.delete_adapter("other")
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("how", ["beside another adapter", "disabled"])
+def test_the_warm_up_scores_the_model_that_it_runs_in(base, config, how):
+    """Scores beside an active adapter are those of the base model with its deltas merged; without any, of the base."""
+    first, second = config(), config()
+    first.selection = "random"
+    model = get_peft_model(copy.deepcopy(base), first)
+    torch.nn.init.normal_(bank_of(model).weight, std=0.1)
+    truth = copy.deepcopy(base if how == "disabled" else model)
+    truth = truth if how == "disabled" else truth.merge_and_unload()
+    expected = select_blocks(get_peft_model(truth, config()), [BATCH], progress_bar=False).scores
+    model.add_adapter("second", second)
+    if how == "disabled":
+        model.set_adapter("second")
+        with model.disable_adapter():
+            scores = select_blocks(model, [BATCH], "second", progress_bar=False).scores
+    else:
+        model.base_model.set_adapter(["default", "second"])
+        scores = select_blocks(model, [BATCH], "second", progress_bar=False).scores
+    for found, truth in zip(scores, expected, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-7)

@@ -100,6 +100,12 @@ def test_activations_are_what_autograd_saves(tiny, method, dtype, checkpointing,
     assert saved_bytes(model.train(), torch.randint(0, 320, (2, 40))) == pytest.approx(expected, rel=0.05)
 
 
+def test_all_linear_is_every_linear_layer_but_the_head(tiny):
+    named, every = (planned(model=tiny[0], target_modules=names, num_blocks=9, block_size=16)[0]
+                    for names in (LINEAR, ["all-linear"]))  # fmt: skip
+    assert every == named
+
+
 def test_parameters_are_those_of_the_models():
     """As the model cards have them: 6.74 and 70.6 billion."""
     assert planned(model="meta-llama/Llama-2-7b-hf")[0].parameters == 6_738_415_616

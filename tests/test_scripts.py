@@ -230,6 +230,19 @@ def test_an_option_that_is_null_in_the_file_keeps_its_default(tmp_path):
     assert options == finetune.Options("m", "d") and args.learning_rate == TrainingArguments.learning_rate
 
 
+def test_lists_and_powers_of_ten_in_a_file_are_what_they_look_like(tmp_path):
+    text = "{label_names: [labels, weights], learning_rate: 1e-3, smt: {trainable_ratio: 5e-3}}"
+    options, args = read(tmp_path, text, "--lora.lora_alpha", "2e1")
+    assert args.label_names == ["labels", "weights"] and args.learning_rate == 1e-3
+    assert options.smt == {"trainable_ratio": 0.005} and options.lora == {"lora_alpha": 20.0}
+
+
+def test_a_single_row_of_data_is_named(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(SystemExit, match=r"one\.jsonl has 1 row; one is held out"):
+        finetune.load_rows(str(tmp_path / "one.jsonl"), 1)
+
+
 @pytest.mark.parametrize("words", [["--smt.trainable_ratio", "0.01"], ["--smt.trainable_ratio=0.01"]])
 def test_a_budget_on_the_command_line_takes_the_place_of_the_files(tmp_path, words):
     options, _ = read(tmp_path, "smt: {num_blocks: 890, block_size: 256}", *words)

@@ -73,6 +73,23 @@ def test_activation_counts_every_use_of_a_module(batches):
     assert chosen[0] == chosen[1] == {"a": [[0, 0], [1, 0]]}
 
 
+@pytest.mark.parametrize("selection", ["gradient", "activation"])
+def test_a_module_that_no_token_reaches_has_no_score_and_costs_no_batch(selection):
+    """As experts in a ModuleList do."""
+    base = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
+    base.forward = lambda x: base["a"](x).square().sum() + base["b"](x[:0]).sum()
+    options = {"target_modules": ["a", "b"], "block_size": 16, "num_blocks": 2, "warmup_steps": 2}
+    model = get_peft_model(base, SMTConfig(**options, selection=selection))
+    found = select_blocks(model, [torch.randn(3, 32)] * 2, loss_function=lambda model, x: model(x), progress_bar=False)
+    assert found.skipped == 0 and found.blocks().keys() == {"a"} and found.scores[1].count_nonzero() == 0
+
+
+def test_batches_without_labels_are_named(llama, batches):
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=12, warmup_steps=1))
+    with pytest.raises(ValueError, match="no loss for a warm-up batch of input_ids: add labels"):
+        select_blocks(model, [{"input_ids": batches[0]["input_ids"]}], progress_bar=False)
+
+
 def test_scope_module_gives_each_matrix_its_share(llama, batches):
     blocks = selected(llama, batches, scope="module", num_blocks=16)
     assert [len(b) for b in blocks.values()] == [4, 2, 2, 4, 2, 2]
@@ -344,8 +361,9 @@ def test_a_selection_of_other_blocks_is_refused(llama, batches):
         ({"arrangement": "sorted"}, "arrangement, tiles, are not .* sorted"),
         ({"block_size": 8}, "block_size, 16, are not .* 8"),
         ({"target_modules": ["q_proj"]}, r"targets, 6 \(.*\), are not .* 2"),
+        ({"num_blocks": 8, "num_blocks_pattern": {"q_proj": 4}}, r"budgets, \d+, are not .* \d"),
     ],
-    ids=["budget", "arrangement", "block size", "targets"],
+    ids=["budget", "arrangement", "block size", "targets", "groups"],
 )
 def test_a_selection_that_does_not_fit_the_adapter_is_refused(llama, batches, options, what):
     selection = selection_of(llama, batches)
@@ -355,6 +373,29 @@ def test_a_selection_that_does_not_fit_the_adapter_is_refused(llama, batches, op
     assert model.peft_config["default"].selected_blocks is None
 
 
+def test_a_selection_from_matrices_of_other_shapes_is_refused(make_llama, batches, arrangement):
+    """Names, block size and budget are the same."""
+    selection = selection_of(make_llama(hidden_size=32), batches, arrangement=arrangement)
+    options = {"block_size": 16, "num_blocks": 12, "arrangement": arrangement}
+    model = get_peft_model(make_llama(), SMTConfig(**options))
+    with pytest.raises(ValueError, match=r"shapes in blocks, \(2, 2\), are not .* \(4, 4\)"):
+        apply_selection(model, "default", selection)
+    with pytest.raises(ValueError, match=r"q_proj' has 2 x 2 blocks of 16; here it has 4 x 4"):
+        get_peft_model(make_llama(), SMTConfig(selected_blocks=selection))
+
+
+@pytest.mark.parametrize("selection", ["gradient", "activation"])
+def test_the_warm_up_of_an_adapter_that_is_not_active_is_refused(llama, batches, selection):
+    """It would score the model with the other adapter's deltas, and train without."""
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=12, selection="random"))
+    torch.nn.init.normal_(model.base_model.model.smt_bank["default"].weight)
+    model.add_adapter("second", SMTConfig(block_size=16, num_blocks=12, warmup_steps=4, selection=selection))
+    with pytest.raises(ValueError, match=r"'second' is not active \(default is\).*model.set_adapter\('second'\)"):
+        select_blocks(model, batches, "second", progress_bar=False)
+    model.set_adapter("second")
+    assert select_blocks(model, batches, "second", progress_bar=False).batches == 4
+
+
 @pytest.mark.parametrize("block_size", [16, 8])
 def test_blocks_of_an_earlier_adapter_can_be_avoided(llama, batches, arrangement, block_size):
     """Also those of another block size or order: not one weight is in both."""
@@ -362,6 +403,7 @@ def test_blocks_of_an_earlier_adapter_can_be_avoided(llama, batches, arrangement
     first = select_blocks(model, batches, progress_bar=False)
     options = {"block_size": block_size, "num_blocks": 9, "warmup_steps": 4, "arrangement": arrangement}
     model.add_adapter("second", SMTConfig(**options))
+    model.set_adapter("second")
     second = select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
     assert second.overlap(first) == 0 == second.rebudget(12).overlap(first)
 
@@ -370,6 +412,7 @@ def test_blocks_of_an_earlier_adapter_can_be_avoided(llama, batches, arrangement
 def test_what_cannot_be_avoided_is_refused_before_the_warm_up(llama, avoid):
     model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=5))
     model.add_adapter("second", SMTConfig(block_size=16, num_blocks=5))
+    model.set_adapter("second")
     with pytest.raises(ValueError, match=r"nothing to avoid|no SMT adapter 'third'"):
         select_blocks(model, [], "second", progress_bar=False, avoid=[avoid])  # no batch: that would be another error
 
@@ -377,8 +420,33 @@ def test_what_cannot_be_avoided_is_refused_before_the_warm_up(llama, avoid):
 def test_more_blocks_than_are_left_are_refused(llama, batches):
     model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=60, selection="random"))
     model.add_adapter("second", SMTConfig(block_size=16, num_blocks=5, warmup_steps=4))
+    model.set_adapter("second")
     with pytest.raises(ValueError, match="A budget of 5 blocks is above the 4 that may be selected"):
         select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"trainable_ratio": -1}, r"trainable_ratio=-1 is not in \(0, 1\]"),
+        ({"trainable_ratio": 0}, r"trainable_ratio=0 is not in \(0, 1\]"),
+        ({"num_blocks": 2.5}, "num_blocks=2.5 is not a positive integer"),
+        ({"scope": "layer"}, "scope='layer' is not one of model, input, module"),
+    ],
+)
+def test_an_impossible_budget_is_refused_by_rebudget_too(llama, batches, options, what):
+    with pytest.raises(ValueError, match=what):
+        selection_of(llama, batches).rebudget(**options)
+
+
+def test_a_folder_without_a_selection_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no selection.safetensors in .*: a warm-up leaves one"):
+        Selection.load(tmp_path)
+
+
+def test_tiles_are_not_given_to_a_sorted_arrangement(llama, batches):
+    with pytest.raises(ValueError, match="arrangement='sorted' is not the selection's"):
+        SMTConfig(selected_blocks=selection_of(llama, batches), arrangement="sorted")
 
 
 # --- where blocks are ----------------------------------------------------------------------------------------------

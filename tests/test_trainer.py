@@ -5,11 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft import Selection, SMTConfig, SMTWarmupCallback
 from smt_peft.layer import Linear
 
 STEPS, WARMUP_STEPS = 6, 3
@@ -143,9 +143,10 @@ def test_a_run_interrupted_after_some_steps_resumes_bit_for_bit(base, make_train
     interrupted = make_trainer(deepcopy(base), Recorder(stop_after=3), save_strategy="steps")
     with pytest.raises(KeyboardInterrupt):
         interrupted.train()
-    resumed = make_trainer(base, resumed_run := Recorder())
+    data = Sentences()
+    resumed = make_trainer(base, resumed_run := Recorder(), data=data)
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
-    assert selection_of(resumed) is None, "the checkpoint has its blocks: no second warm-up"
+    assert len(data.read) <= 2 * (STEPS + 1), "the checkpoint has its blocks: no second warm-up"
     assert_same_result(whole, resumed)
     assert all(torch.equal(a, b) for a, b in zip(whole_run.banks[2:], resumed_run.banks, strict=True))
 
@@ -195,6 +196,86 @@ def test_the_selection_of_an_earlier_warm_up_takes_its_place(base, make_trainer)
     again.train()
     assert_same_result(first, again)
     assert selection_of(again) is selection and len(data.read) <= (STEPS + 1) * again.args.train_batch_size
+
+
+def test_a_callback_warms_up_in_each_run_that_it_sees(make_llama, make_trainer):
+    """As in folds and in a search of hyperparameters."""
+    callback, other = SMTWarmupCallback(), Sentences()
+    other.tokens = other.tokens.flip(0) // 2 + 1
+    make_trainer(make_llama(), callback, warm_up=0, seed=3).train()
+    again, fresh = make_trainer(make_llama(), callback, warm_up=0, data=other), make_trainer(make_llama(), data=other)
+    first = callback.selection
+    again.train()
+    fresh.train()
+    assert torch.equal(bank(again).index, bank(fresh).index) and callback.selection is not first
+    assert not torch.equal(bank(again).index, first.index)
+
+
+def test_a_given_selection_beside_other_blocks_is_refused(make_llama, make_trainer):
+    trainer = make_trainer(make_llama())
+    trainer.train()
+    selection = selection_of(trainer)
+    config = SMTConfig(block_size=16, num_blocks=12, selection="random")
+    refused = make_trainer(get_peft_model(make_llama(), config), SMTWarmupCallback(selection=selection), warm_up=0)
+    with pytest.raises(ValueError, match="'default' has other blocks already"):
+        refused.train()
+    same = get_peft_model(make_llama(), SMTConfig(selected_blocks=selection))
+    make_trainer(same, SMTWarmupCallback(selection=selection), warm_up=0).train()
+
+
+def test_the_record_of_the_warm_up_survives_resuming(make_llama, make_trainer, tmp_path):
+    make_trainer(make_llama(), save_strategy="steps", save_total_limit=1, max_steps=2).train()
+    trainer = make_trainer(make_llama(), save_strategy="steps", save_total_limit=1)
+    trainer.train(resume_from_checkpoint=True)
+    (last,) = (tmp_path / "run").glob("checkpoint-*")
+    assert last.name == f"checkpoint-{STEPS}"
+    saved, kept = Selection.load(last), selection_of(trainer)
+    assert saved.blocks() == kept.blocks() == trainer.model.peft_config["default"].selected_blocks
+    assert saved.batches == WARMUP_STEPS and saved.rebudget(5)
+
+
+def test_a_selection_that_was_given_is_saved_beside_the_adapter(make_llama, make_trainer, tmp_path):
+    trainer = make_trainer(make_llama())
+    trainer.train()
+    selection = selection_of(trainer).rebudget(7)
+    get_peft_model(make_llama(), SMTConfig(selected_blocks=selection)).save_pretrained(tmp_path)
+    assert Selection.load(tmp_path).blocks() == selection.blocks()
+
+
+class Once(IterableDataset):
+    """A stream that goes on where it was."""
+
+    def __init__(self):
+        rows = Sentences()
+        self.rows = iter([rows[i] for i in range(16)] * 4)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_data_that_can_be_read_only_once_is_refused_before_the_warm_up(base, make_trainer):
+    data = Once()
+    with pytest.raises(ValueError, match="read only once: the warm-up would use up its first batches"):
+        make_trainer(base, data=data).train()
+    assert len(list(data.rows)) == 64, "nothing has been read"
+
+
+def test_a_sampler_with_a_generator_of_its_own_gives_the_batches_of_a_run_without_warm_up(make_llama, make_trainer):
+    read = []
+    for warm_up in (WARMUP_STEPS, 0):
+        data = Sentences()
+        model = make_llama()
+        if not warm_up:
+            model = get_peft_model(model, SMTConfig(block_size=16, num_blocks=12, selection="random"))
+        trainer = make_trainer(model, data=data, warm_up=warm_up)
+        sampler = WeightedRandomSampler(torch.ones(16), 16, generator=torch.Generator().manual_seed(5))
+        trainer._get_train_sampler = lambda *_, sampler=sampler: sampler
+        trainer.train()
+        read.append(data.read[-2 * STEPS :])
+    assert read[0] == read[1]
 
 
 def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):

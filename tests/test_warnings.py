@@ -187,6 +187,24 @@ def test_norms_that_are_no_leap_are_not(arguments, selected, norms):
     assert watch(arguments, selected, norms) == []
 
 
+def test_a_callback_judges_each_run_by_itself(arguments, selected):
+    callback, args = SMTMonitorCallback(), arguments()
+
+    def run(*norms: float) -> list[str]:
+        state = TrainerState()
+
+        def log():
+            callback.on_train_begin(args, state, TrainerControl(), model=selected)
+            for norm in norms:
+                callback.on_log(args, state, TrainerControl(), logs={"grad_norm": norm})
+
+        return warned_of(log)
+
+    assert run(*[1e-3] * 6) == []
+    assert run(1.0, 2.0) == [], "no leap from the run before"
+    assert len(run(math.nan)) == len(run(math.nan)) == 1
+
+
 def test_single_overflows_of_float16_are_left_to_the_loss_scaler(arguments, selected):
     overflows = [math.inf] * 10
     assert watch(arguments, selected, [*overflows, 1.0, *overflows], fp16=True) == []
