@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-WIDTHS = {16: (64, 96), 64: (256, 384), 256: (1024, 768)}  # block size: hidden and intermediate size
+WIDTHS = {16: (64, 96), 48: (192, 288), 64: (256, 384), 256: (1024, 768)}  # block size: hidden and intermediate size
 # Of a matrix, beside dense float32; with 16 bits mostly the rounding of activations, 1.7e-2 in dense training, too.
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 GPU = pytest.param(
@@ -155,17 +155,20 @@ def test_trainer_warms_up_and_trains_in_bfloat16(base, device, tmp_path, dtype):
 
 # --- gradients ---------------------------------------------------------------------------------------------------
 
+DTYPES = ("float32", "bfloat16", "autocast")
 CASES = [
-    *[(block_size, dtype, "none") for block_size in (16, 64, 256) for dtype in ("float32", "bfloat16", "autocast")],
-    *[(64, dtype, mode) for dtype in ("float32", "autocast") for mode in ("non-reentrant", "reentrant")],
+    *[(block_size, dtype, "none", "tiles") for block_size in (16, 64, 256) for dtype in DTYPES],
+    *[(block_size, dtype, "none", "sorted") for block_size in (16, 48, 64) for dtype in DTYPES[:2]],
+    (48, "bfloat16", "none", "tiles"),  # no power of two
+    *[(64, dtype, mode, "tiles") for dtype in DTYPES for mode in ("non-reentrant", "reentrant")],
 ]
 
 
-@pytest.mark.parametrize(("block_size", "dtype", "checkpointing"), CASES)
-def test_gradients_equal_dense_autograd(base, device, block_size, dtype, checkpointing):
+@pytest.mark.parametrize(("block_size", "dtype", "checkpointing", "arrangement"), CASES)
+def test_gradients_equal_dense_autograd(base, device, block_size, dtype, checkpointing, arrangement):
     """Of the bank and of the model's input, beside a dense float32 model whose weights are merged."""
     held = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model = smt(base(device, block_size, held), block_size, init_weights=False)
+    model = smt(base(device, block_size, held), block_size, init_weights=False, arrangement=arrangement)
     dense = deepcopy(model).float().merge_and_unload().requires_grad_()
     ids = tokens(device)
     checkpoint(model, checkpointing)
@@ -205,7 +208,7 @@ def test_gradients_equal_those_of_the_dequantised_model(base, device, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block_size", [16, 64, 256])
+@pytest.mark.parametrize("block_size", [16, 48, 64, 256])
 def test_scores_of_the_warm_up_are_means_of_dense_gradients(base, device, block_size, dtype):
     frozen = base(device, block_size, dtype)
     dense = deepcopy(frozen).float().requires_grad_()
