@@ -117,10 +117,10 @@ class DeltaBank(nn.Module):
             return None, None
         if hasattr(weight, "ds_id"):
             return plan, (self.split() if self.running is None else self.running)[target]
-        if isinstance(weight, DTensor) or self.layout().order is not None or is_traced:
-            return plan, self.split()[target]  # copies, which could go stale
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
+        if isinstance(weight, DTensor) or self.layout().order is not None or is_traced:
+            return plan, self.split()[target]  # copies, which could go stale
         return plan, self._keep(device).views[target]
 
     def _keep(self, device: torch.device) -> Kept:
@@ -163,7 +163,8 @@ class DeltaBank(nn.Module):
             shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
             self.shares = [weakref.ref(share) for share in shares]
             self._forget_views()
-        self.parts(0, self._parameters["weight"].device)
+        first = next(target for target, count in enumerate(self.layout().counts) if count)
+        self.parts(first, self._parameters["weight"].device)
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""
@@ -239,7 +240,10 @@ class DeltaBank(nn.Module):
         if weight is not None:
             files.check_weight(weight, self.num_blocks, self.block_size)
             if index is None or fingerprint is None:
-                raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
+                raise ValueError(
+                    "The checkpoint holds deltas without their index; the file is broken, or it has the trained "
+                    "parameters alone: keep the bank's buffers beside them, or copy the values into the parameter."
+                )
         if fingerprint is not None:
             files.check_fingerprint(fingerprint, self.block_size, self.targets)
         if index is not None:

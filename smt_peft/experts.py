@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from smt_peft import ops
 from smt_peft.bank import Banks
 from smt_peft.layer import Linear
+from smt_peft.quantized import Original
 
 
 class ParamWrapper(Linear):
@@ -30,6 +31,8 @@ class ParamWrapper(Linear):
         self.parameter_name = parameter_name  # before the parent's constructor, which asks for the weight
         super().__init__(base_layer, banks, shared_weight, quantization={})
         self.watch: Callable[[Tensor], Tensor] | None = None  # the warm-up's: lays hands on the weight's gradient
+
+    is_transposed = False  # a parameter is taken as it is stored
 
     @property
     def weight(self) -> Tensor:
@@ -52,7 +55,27 @@ class ParamWrapper(Linear):
         return self.weight.data
 
     def matrix(self) -> Tensor:
-        return self.weight.data.flatten(0, -2)
+        try:
+            return self.weight.data.view(-1, self.weight.shape[-1])
+        except RuntimeError:
+            raise TypeError(
+                f"{self.parameter_name} is not contiguous, so that no matrix is a view of it; make it so before it is "
+                "wrapped: parameter.data = parameter.data.contiguous()."
+            ) from None
+
+    def _merge_whole(self, adapters: list[str]) -> None:
+        """Of a parameter that is shared: this module gets one of its own."""
+        module = self.get_base_layer()
+        self._original = self._original or Original(module, self.parameter_name)
+        weight = sum((self.get_delta_weight(name).to(self.weight) for name in adapters), self.weight.data)
+        setattr(module, self.parameter_name, nn.Parameter(weight, requires_grad=False))
+        self.merged_adapters += adapters
+
+    def restore(self) -> None:
+        if self._original is not None:
+            self._original.put_back()
+            self._original = None
+        super().restore()
 
     @torch.compiler.disable  # the module reads its parameter in ways that a graph cannot follow behind this node
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -67,13 +90,13 @@ class ParamWrapper(Linear):
         """The weight with the active adapters' deltas, in the warm-up watched; None where it is the base weight."""
         weight, matrix = self.weight, None
         for name in () if self.disable_adapters or self.merged else self.active_adapters:
-            bank, target = self._bank(name)
-            if bank is None:
-                if name in self.smt_blocks:
-                    self._require_selection(self.smt_blocks[name])
+            if name not in self.smt_blocks:
                 continue
-            plan, delta = bank.parts(target, weight.device)
-            entries = ops.entries(plan, bank.block_size)
+            plan, delta = self.smt_blocks[name].parts(weight.device)
+            if plan is None:
+                self._require_selection(self.smt_blocks[name])
+                continue
+            entries = ops.entries(plan, delta.shape[1])
             matrix = weight.flatten(0, -2) if matrix is None else matrix
             matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
         shown = None if matrix is None else matrix.view(weight.shape)

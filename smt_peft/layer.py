@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank, Share
+from smt_peft.files import FLOATS
 from smt_peft.quantized import Original, dequantized
 
 
@@ -92,7 +93,12 @@ class Linear(nn.Module, SMTLayer):
         delta = torch.zeros(self.out_features, self.in_features, device=blocks.device, dtype=blocks.dtype)
         if len(blocks):
             delta[entries] = blocks
-        return delta.T if isinstance(self.base_layer, Conv1D) else delta
+        return delta.T if self.is_transposed else delta
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base layer holds [in, out]."""
+        return isinstance(self.get_base_layer(), Conv1D)
 
     def _blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The entries of `matrix` that an adapter adds to (see `ops.entries`), and what, [n, b, b]; on its device."""
@@ -138,8 +144,7 @@ class Linear(nn.Module, SMTLayer):
             return y
         if delta.device != y.device or x.device != y.device:  # a model spread over devices
             delta, x = delta.to(y.device), x.to(y.device)
-        # Nothing but this layer can hold what a plain base layer without hooks returned.
-        in_place = type(base_layer) in (nn.Linear, Conv1D) and not base_layer._forward_hooks
+        in_place = type(base_layer) in (nn.Linear, Conv1D) and not _is_looked_into(base_layer)
         return ops.add_blocks(y, x, delta, plan, in_place)
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
@@ -184,6 +189,11 @@ class Linear(nn.Module, SMTLayer):
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "
                 "base model instead."
             )
+        if self.quantization_backend is None and self.weight.dtype not in FLOATS:
+            raise TypeError(
+                f"A weight of {str(self.weight.dtype).removeprefix('torch.')} that PEFT cannot dequantise cannot be "
+                "merged into; merge on the unquantised base model instead."
+            )
         if hasattr(self.weight, "ds_id") or hasattr(self.weight, "full_tensor"):
             raise TypeError(
                 "A sharded weight cannot be merged into; save the adapter and merge it on an unsharded base model."
@@ -191,7 +201,8 @@ class Linear(nn.Module, SMTLayer):
         if safe_merge:
             weight = self._base_weight()
             for name in adapter_names:
-                if not torch.isfinite(weight + self.get_delta_weight(name).to(weight.device)).all():
+                weight = (weight + self.get_delta_weight(name).to(weight.device)).to(weight.dtype)
+                if not weight.isfinite().all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or "
                         "the base weight is not finite."
@@ -216,7 +227,8 @@ class Linear(nn.Module, SMTLayer):
 
     def _merge_whole(self, adapters: list[str]) -> None:
         """Put a new weight in the place of one that is quantised, or shared with a module that keeps the old one."""
-        self._original = self._original or Original(self.base_layer)  # before dequantising, which may unpack it
+        # Before dequantising, which may unpack it.
+        self._original = self._original or Original(self.base_layer, "weight")
         weight = self._base_weight()
         weight = sum((self.get_delta_weight(name).to(weight) for name in adapters), weight)
         if self._shared_weight:
@@ -254,6 +266,13 @@ class Linear(nn.Module, SMTLayer):
         super().delete_adapter(adapter_name)
         self.banks.pop(adapter_name) if adapter_name in self.banks else None
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT asks after loading: the bank of all layers goes where the first of them is, and keeps its dtype."""
+        share = self.smt_blocks._modules.get(adapter_name)
+        device = device or self.device if self.device.type != "meta" else device
+        if share is not None and share.target == 0 and device and share.bank.weight.device.type != "meta":
+            share.bank.to(device)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True  # as near as its rank allows, see `smt_peft.conversion`
 
@@ -265,15 +284,20 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a training step may compute the base layer's product itself: a frozen Linear that nobody looks into."""
     if type(base_layer) is not nn.Linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
-    hooks = base_layer._forward_hooks or base_layer._forward_pre_hooks
+    # Replicas of DataParallel and parametrised layers have none of their own.
+    weight, bias = base_layer._parameters.get("weight"), base_layer._parameters.get("bias")
+    hooks = base_layer._forward_pre_hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and weight.dtype == x.dtype
         and weight.device == x.device
-        and not (hooks or base_layer._backward_hooks or base_layer._backward_pre_hooks)
-        and "forward" not in vars(base_layer)  # as accelerate's hooks put there
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (hooks or _is_looked_into(base_layer))
+        and not ops.is_autocast(x.device.type)
     )
+
+
+def _is_looked_into(base_layer: nn.Module) -> bool:
+    """Whether somebody sees what the base layer returns: by a hook, or a forward of its own, as accelerate's hooks."""
+    return bool(base_layer._forward_hooks) or "forward" in vars(base_layer)

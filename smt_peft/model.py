@@ -98,7 +98,8 @@ class SMTModel(BaseTuner):
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
                 "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
             )
-        layer = Linear(target, getattr(self.model, BANK), id(target.weight) in self._shared, quantization)
+        is_shared = id(getattr(target, "weight", None)) in self._shared  # GPTQ's layers have no such parameter
+        layer = Linear(target, getattr(self.model, BANK), is_shared, quantization)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -257,6 +258,12 @@ def _add_adapter_names(module, args, kwargs, names):
 
 def _check_name(model: nn.Module, adapter: str) -> None:
     """Refuse what cannot be wrapped before anything is touched."""
+    inner = next((name for name, of in model.named_modules() if isinstance(of, Banks) and name != BANK), None)
+    if inner is not None:
+        raise ValueError(
+            f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
+            "with different adapter names, or the whole model alone (part.unload() gives a part without)."
+        )
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model is a PeftModel already: add to it by model.add_adapter(name, config), or wrap its base model, "

@@ -20,19 +20,20 @@ def dequantized(layer: BaseTunerLayer) -> torch.Tensor:
 
 
 class Original:
-    """A quantised weight with what its library keeps beside it. Merging makes a new one; `put_back` undoes that."""
+    """A weight, with what the library of a quantised one keeps beside it. Merging makes a new one; `put_back` undoes
+    that."""
 
-    def __init__(self, base_layer: nn.Module):
-        self.base_layer, self.weight, self.data = base_layer, base_layer.weight, base_layer.weight.data
+    def __init__(self, base_layer: nn.Module, name: str):
+        self.base_layer, self.name, self.weight = base_layer, name, getattr(base_layer, name)
+        self.data = self.weight.data
         # bitsandbytes: flags on the weight, 8-bit data and scale in `state`, 4-bit scales in `quant_state`
         owners = [self.weight, getattr(base_layer, "state", None), getattr(self.weight, "quant_state", None)]
         self._kept = [(owner, dict(vars(owner))) for owner in owners if owner is not None]
 
     def put_back(self) -> nn.Module:
         """Restore the base layer and return it (HQQ replaces the module itself)."""
-        self.base_layer.weight = self.weight
-        if hasattr(self.weight, "quant_state"):
-            self.weight.data = self.data  # `dequantized` may have unpacked it
+        setattr(self.base_layer, self.name, self.weight)
+        self.weight.data = self.data  # `dequantized` may have unpacked it, or merging put another in its place
         for owner, attributes in self._kept:
             vars(owner).clear()
             vars(owner).update(attributes)

@@ -210,7 +210,7 @@ class ActivationCollector(Collector):
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
             self._read(position, args[0])
-            x = args[0].detach().flatten(0, -2)
+            x = args[0].detach().reshape(-1, args[0].shape[-1])
             if len(x):  # no token may be routed to an expert
                 self._take(position, self.scale * x.abs().float().mean(0))
 

@@ -74,6 +74,19 @@ def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend
     assert_equal(found, expected)
 
 
+def test_compiled_layers_share_a_graph_where_the_first_target_has_no_blocks(base):
+    graphs = []
+    for first in ({}, {"model.layers.0.self_attn.q_proj": [[0, 0]]}):
+        torch._dynamo.reset()
+        counters.clear()
+        blocks = {**first, **{f"model.layers.{layer}.self_attn.v_proj": [[0, 0]] for layer in range(3)}}
+        config = SMTConfig(block_size=16, selected_blocks=blocks, init_weights=False)
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config).train()
+        steps(compiled_layers(model, "aot_eager"), count=2)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] <= graphs[1]
+
+
 def test_a_compiled_model_trains_as_eager(base):
     model = adapted(base)
     assert_equal(steps(model, torch.compile(model, backend="aot_eager")), steps(adapted(base)))

@@ -181,3 +181,36 @@ def test_the_warm_up_scores_the_model_that_it_runs_in(base, config, how):
         scores = select_blocks(model, [BATCH], "second", progress_bar=False).scores
     for found, truth in zip(scores, expected, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-7)
+
+
+def test_experts_that_share_a_weight_are_merged_and_come_back(base):
+    """As LoRA's, one layer's merge leaves the other's weight alone."""
+    first, second = (layer.mlp.experts for layer in base.model.layers)
+    second.gate_up_proj = first.gate_up_proj
+    options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "num_blocks": NUM_BLOCKS}
+    model = get_peft_model(copy.deepcopy(base), SMTConfig(**options, block_size=SIZE, selection="random")).eval()
+    torch.nn.init.normal_(bank_of(model).weight, std=0.1)
+    before, expected = copy.deepcopy(base).state_dict(), logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    unloaded = model.unload()
+    assert unloaded.model.layers[0].mlp.experts.gate_up_proj is unloaded.model.layers[1].mlp.experts.gate_up_proj
+    assert all(torch.equal(value, before[name]) for name, value in unloaded.state_dict().items())
+
+
+def test_experts_that_no_matrix_is_a_view_of_are_not_merged_into_a_copy():
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(4, 64, 64).transpose(1, 2))
+
+        def forward(self, x):
+            return torch.einsum("td,eod->to", x, self.w)
+
+    base = torch.nn.ModuleDict({"experts": Experts()})
+    config = SMTConfig(target_modules=[], target_parameters=["experts.w"], num_blocks=2, selection="random")
+    model = get_peft_model(base, config)
+    with pytest.raises(TypeError, match="w is not contiguous"):
+        model.merge_adapter()

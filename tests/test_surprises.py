@@ -7,6 +7,7 @@ import pytest
 import torch
 from dense_truth import (
     METHODS,
+    add_adapter,
     assert_base_untouched,
     assert_close,
     assert_right,
@@ -22,6 +23,7 @@ from dense_truth import (
 )
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -252,3 +254,140 @@ def test_freezing_the_adapter_for_one_forward_and_thawing_it_for_the_next(base, 
     (dense(**batches[0]).loss + dense(**batches[2]).loss).backward()
     assert_same_gradients(model, dense)
     assert is_smt(model) == (method != "lora")
+
+
+# --- layers that are not what they seem ----------------------------------------------------------------------------
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate makes them for DataParallel, on the same device."""
+    replicas = {id(module): module._replicate_for_data_parallel() for module in model.modules()}
+    for module in model.modules():
+        replica = replicas[id(module)]
+        for name, child in module._modules.items():
+            replica._modules[name] = child and replicas[id(child)]
+        for name, parameter in module._parameters.items():
+            replica._parameters.pop(name, None)
+            setattr(replica, name, None if parameter is None else parameter.view_as(parameter))
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer
+    return replicas[id(model)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_replica_of_data_parallel_trains(base, batches, method):
+    model = wrap(base, method)
+    expected = model(**batches[0]).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = replica_of(model)(**batches[0]).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pruned_layer_trains(base, batches, method):
+    """Its weight is made anew in each forward, and is no parameter."""
+    for layer in base.model.layers:
+        prune.random_unstructured(layer.self_attn.q_proj, "weight", 0.5)
+    model = get_peft_model(base, make_config(method)).double().train()
+    model(**batches[0]).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_keeps_what_a_base_layer_returned_keeps_it(base, batches, method):
+    """Also by a forward of its own, as capturing tools put there."""
+    model, kept = wrap(base, method), []
+    layer = next(iter(layers_of(model).values())).get_base_layer()
+    original = layer.forward
+
+    def forward(x):
+        y = original(x)
+        kept.append((y, y.clone()))
+        return y
+
+    layer.forward = forward
+    outputs(model, batches[0])
+    assert kept and all(torch.equal(y, copy) for y, copy in kept)
+
+
+def test_a_part_that_is_wrapped_already_is_named_when_the_whole_is(base):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy, self.critic = deepcopy(base), deepcopy(base)
+
+    pair = Pair()
+    pair.policy = get_peft_model(pair.policy, make_config())
+    with pytest.raises(ValueError, match="A part of the model, policy, has SMT adapters of its own"):
+        get_peft_model(pair, make_config(), "outer")
+
+
+@pytest.mark.parametrize("how", ["safe_merge", "merge"])
+def test_a_weight_of_integers_that_nobody_can_dequantise_is_not_merged_into(how):
+    base = nn.ModuleDict({"fc": nn.Linear(64, 64)})
+    base["fc"].weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)
+    model = get_peft_model(base, make_config(target_modules=["fc"], budget=8))
+    with pytest.raises(TypeError, match="A weight of int8 that PEFT cannot dequantise"):
+        model.merge_adapter(safe_merge=how == "safe_merge")
+    assert bool((base["fc"].weight == 1).all() if hasattr(base["fc"], "weight") else True)
+
+
+def test_a_safe_merge_looks_at_what_is_written(llama):
+    """In float16: one delta that overflows, and two whose sum does."""
+    model = wrap(llama.half(), target_modules=["v_proj"], budget=5)
+    add_adapter(model, "second", target_modules=["v_proj"], budget=5)
+    layer = next(iter(layers_of(model).values()))
+    for name, values in (("default", 7e4), ("second", 4e4)):
+        bank_of(model, name).weight.data = torch.full_like(bank_of(model, name).weight.data.float(), values)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default"])
+    bank_of(model).weight.data.fill_(4e4)
+    bank_of(model, "second").index.copy_(bank_of(model).index)
+    layer.merge(safe_merge=True, adapter_names=["second"])
+    layer.unmerge()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default", "second"])
+    assert torch.equal(layer.weight, before)
+
+
+def test_a_subclass_of_parameter_comes_back_when_it_is_unmerged(base, batches):
+    class Tagged(nn.Parameter):
+        pass
+
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.weight = Tagged(layer.self_attn.q_proj.weight.data)
+    model = wrap(base)
+    before, expected = deepcopy(base).state_dict(), outputs(model, batches[0])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert_close(outputs(model, batches[0]), expected)
+    for name, value in model.unload().state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_what_peft_moves_after_loading_is_the_bank(llama):
+    model = wrap(llama)
+    for layer in layers_of(model).values():
+        layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+    assert bank_of(model).weight.device.type == "meta" and bank_of(model).weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_memory_tells_its_shapes(llama, method):
+    model = get_peft_model(llama.to("meta"), make_config(method)).train()
+    loss = model(input_ids=torch.zeros(2, 8, dtype=torch.int64, device="meta")).logits.sum()
+    loss.backward()
+    assert loss.device.type == "meta"
+
+
+def test_a_state_dict_of_trained_parameters_alone_gets_the_way_out(llama):
+    model = wrap(llama)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises((ValueError, RuntimeError), match="keep the bank's buffers beside them"):
+        model.load_state_dict(trained, strict=False)

@@ -29,6 +29,7 @@ __all__ = [
     "block_scores",
     "block_sums",
     "entries",
+    "is_autocast",
     "linear_add_blocks",
     "move",
     "plan",
@@ -103,13 +104,15 @@ class LinearAddBlocks(torch.autograd.Function):
         ctx.plan = plan
         total = torch.nn.functional.linear(x, weight, bias)
         kept = _add(total, x, delta, plan)
-        ctx.save_for_backward(kept if ctx.needs_input_grad[3] else None, delta, weight)
+        ctx.save_for_backward(
+            kept if ctx.needs_input_grad[3] else None, delta, weight if ctx.needs_input_grad[0] else None
+        )
         return total
 
     @staticmethod
     def backward(ctx, dy):
         kept, delta, weight = ctx.saved_tensors
-        dx = torch.matmul(dy, weight) if ctx.needs_input_grad[0] else None
+        dx = None if weight is None else torch.matmul(dy, weight)
         return dx, None, None, _backward(dy, dx, kept, delta, ctx.plan), None
 
 
@@ -149,10 +152,15 @@ def _functions(block_size: int, *operands: Tensor) -> tuple[Callable, Callable, 
     compiler, a trace, a mode such as a counter of FLOPs, a subclass of Tensor, autocast); else what they call."""
     device = operands[0].device.type
     is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    if is_seen or torch.is_autocast_enabled(device) or any(type(operand) is not Tensor for operand in operands):
+    if is_seen or is_autocast(device) or any(type(operand) is not Tensor for operand in operands):
         return reference.gather, block_add_, block_grad
     kernels = _implementation(block_size, *operands)
     return kernels.gather, kernels.block_add_, kernels.block_grad
+
+
+def is_autocast(device: str) -> bool:
+    """Whether autocast is on; there is none on some devices, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -> bool:
@@ -206,7 +214,7 @@ def _operator(name: str) -> Callable:
         @torch.no_grad()
         def run(*args):
             device = args[0].device.type
-            if not torch.is_autocast_enabled(device):
+            if not is_autocast(device):
                 return compute(*args)
             with torch.autocast(device, enabled=False):  # it would round what is summed in a wider dtype
                 return compute(*args)
