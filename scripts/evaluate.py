@@ -103,7 +103,7 @@ def complete(options: Options) -> list[str]:
             notes.append(f"{options.adapter} was made for {named}, and stands on {options.model} here")
     if options.trained_on:
         return notes
-    learnt = training_data(options.adapter or options.model)
+    learnt = training_data(local_folder(options.adapter) if options.adapter else options.model)
     if learnt is not None:  # and what an adapter's base model has learnt, if that was itself trained by these scripts
         learnt = dict.fromkeys([*learnt, *(training_data(options.model) or [])])
         options.trained_on = ",".join(name for name in learnt if name not in STDLIB) or "none"

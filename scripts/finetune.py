@@ -329,8 +329,11 @@ def report(results: dict, prompts: list[dict], output_dir: str) -> str:
 
 
 def write(results: dict, args: TrainingArguments) -> None:
+    """Add to what other launches into this folder have written of other methods."""
     if args.process_index == 0:
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        file = Path(args.output_dir, "results.json")
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        file.write_text(json.dumps({**earlier, **results}, indent=2), encoding="utf-8")
 
 
 def draw_blocks(adapter: str, selection: Selection | None) -> None:

@@ -44,7 +44,7 @@ class Unfinished:
 
 def answers_file(output: Path, task: str, kind: str = "") -> Path:
     """Give the file for the answers to a task's rows."""
-    return output.with_suffix(".rows") / f"{task}{kind}.jsonl"
+    return output.with_name(f"{output.name.removesuffix('.json')}.rows") / f"{task}{kind}.jsonl"
 
 
 def open_results(output: Path, settings: dict) -> dict:

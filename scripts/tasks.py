@@ -204,7 +204,7 @@ def _first_file(what: str, *paths: Path) -> Path:
     raise FileNotFoundError(f"no file with the {what}: there is no {', no '.join(map(str, paths))}")
 
 
-def training_data(folder: str) -> list[str] | None:
+def training_data(folder: str | Path) -> list[str] | None:
     """Give the training files that a folder with weights names, or None where it names none."""
     path = Path(folder, TRAINING_DATA)
     return json.loads(path.read_text(encoding="utf-8"))["train"] if path.is_file() else None

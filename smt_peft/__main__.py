@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -37,6 +37,7 @@ from smt_peft.merging import (
 from smt_peft.patches import sparse_patch
 from smt_peft.plotting import plot_adapter
 
+OTHER_WEIGHTS = ("*.bin",)  # what transformers and PEFT load, too
 WHERE = "a folder, or a name on the Hugging Face hub"
 NEW_FOLDER = "folder to write; must not exist, or be empty"
 
@@ -48,8 +49,10 @@ def info(args: argparse.Namespace) -> dict:
 
 def plot(args: argparse.Namespace) -> dict:
     """Draw where an adapter's blocks lie, and how large its deltas are there."""
-    plot_adapter(read_adapter(local_folder(args.adapter)), args.picture)
-    return {"adapter": args.adapter, "picture": args.picture}
+    picture = Path(args.picture)
+    picture = picture if picture.suffix else picture.with_suffix(".png")  # as matplotlib has it
+    plot_adapter(read_adapter(local_folder(args.adapter)), picture)
+    return {"adapter": args.adapter, "picture": str(picture)}
 
 
 def diff(args: argparse.Namespace) -> dict:
@@ -59,8 +62,8 @@ def diff(args: argparse.Namespace) -> dict:
 
 def merge(args: argparse.Namespace) -> dict:
     """Merge an adapter into its base model's files, shard by shard, and write a model that needs no smt_peft."""
-    adapter, base, dtype = _with_base(args)
-    written = (merge_loaded if args.load else merge_files)(adapter, local_folder(base), Path(args.out), dtype)
+    adapter, base, folder, dtype = _with_base(args, OTHER_WEIGHTS if args.load else ())
+    written = (merge_loaded if args.load else merge_files)(adapter, folder, Path(args.out), dtype)
     return {"adapter": args.adapter, "base_model": base, "model": args.out, **written}
 
 
@@ -86,7 +89,7 @@ def convert(args: argparse.Namespace) -> dict:
     names = ("num_blocks", "trainable_ratio", "block_size", "target_modules", "arrangement")
     options = {name: getattr(args, name) for name in names}
     with written_whole(Path(args.out)) as partial:
-        found = adapter_of_difference(local_folder(args.base), source, partial, **options)
+        found = adapter_of_difference(local_folder(args.base), source, partial, **options, base_name=args.base)
     return {
         "model": args.source,
         "base_model": args.base,
@@ -101,8 +104,8 @@ def convert(args: argparse.Namespace) -> dict:
 
 def patch(args: argparse.Namespace) -> dict:
     """Write what an adapter's blocks hold after merging, for a process that keeps a copy of the base model."""
-    adapter, base, dtype = _with_base(args)
-    values = sparse_patch(load_model(adapter, local_folder(base), dtype), safe_merge=True)
+    adapter, base, folder, dtype = _with_base(args, OTHER_WEIGHTS)
+    values = sparse_patch(load_model(adapter, folder, dtype), safe_merge=True)
     partial = Path(f"{args.out}.{os.getpid()}")
     try:
         save_file(values, partial)
@@ -113,13 +116,19 @@ def patch(args: argparse.Namespace) -> dict:
     return {"adapter": args.adapter, "base_model": base, "patch": args.out, "tensors": tensors}
 
 
-def _with_base(args: argparse.Namespace) -> tuple[Path, str, torch.dtype | None]:
-    """The adapter's folder, its base model, and the dtype to load it in."""
-    adapter = local_folder(args.adapter)
-    base = args.base or adapter_config(adapter).get("base_model_name_or_path")
+def _with_base(args: argparse.Namespace, formats: Sequence[str]) -> tuple[Path, str, Path, torch.dtype | None]:
+    """The adapter's folder, its base model's name and folder, and the dtype to load it in.
+
+    Args:
+        formats: of weights, beside safetensors.
+    """
+    adapter = local_folder(args.adapter, kinds=("*.safetensors", *formats))
+    about = adapter_config(adapter)
+    base, revision = args.base or about.get("base_model_name_or_path"), None if args.base else about.get("revision")
     if not base:
         raise ValueError(f"{args.adapter} does not say what its base model is; name it with --base.")
-    return adapter, base, None if args.dtype == "auto" else DTYPES[args.dtype]
+    folder = local_folder(base, revision, ("*.safetensors", *formats))
+    return adapter, base, folder, None if args.dtype == "auto" else DTYPES[args.dtype]
 
 
 def parser() -> argparse.ArgumentParser:

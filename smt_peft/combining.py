@@ -25,6 +25,7 @@ from smt_peft.bank import DeltaBank, Group
 from smt_peft.bases import other_base
 from smt_peft.config import SMTConfig
 from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, read_adapter
+from smt_peft.selected import SELECTION_FILE
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel
@@ -108,7 +109,8 @@ def add_weighted_adapter(
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name} does not exist; the model has {', '.join(model.peft_config)}.")
     wholes = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    _refuse_wholes({name for name in adapters for whole in wholes if name in whole.modules_to_save})
+    biased = {name for name in adapters if model.peft_config[name].bias != "none"}
+    _refuse_wholes(biased | {name for name in adapters for whole in wholes if name in whole.modules_to_save})
     banks = [getattr(model.model, BANK)[name] for name in adapters]
     parts = [_of_bank(bank) for bank in banks]
     _check(adapters, weights, parts, method)
@@ -160,6 +162,7 @@ def combine_adapters(
         ValueError: as that method, and where adapters disagree about the shape of a target.
     """
     method, folders = Method(combination_type, density, majority_sign_method), list(map(str, folders))
+    refuse_same_folder(out, folders)
     parts = [read_adapter(folder) for folder in folders]
     _refuse_wholes({folder for folder, part in zip(folders, parts, strict=True) if part.others})
     _check(folders, weights, parts, method)
@@ -190,6 +193,12 @@ def _warn_of_other_base(folders: list[str], parts: list[StoredAdapter]) -> None:
             )
 
 
+def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
+    """Raise ValueError where what is read would be written over."""
+    if any(Path(out).resolve() == Path(folder).resolve() for folder in folders):
+        raise ValueError(f"{out} is an adapter that is read; write into another folder.")
+
+
 def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     """Write an adapter without its model; what `read_adapter` reads, and PEFT loads.
 
@@ -205,13 +214,15 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     config.num_blocks, config.num_blocks_pattern, config.trainable_ratio = count, {}, None
     config.selected_blocks = bank.selected_blocks()
     config.inference_mode = True
-    config.save_pretrained(str(folder))
     index = narrow(bank.index)
     parts = {"weight": bank.weight.data, "index": index, "fingerprint": bank.fingerprint}
     others = [key.removeprefix(PREFIX) for key in adapter.others]
     parts["manifest"] = manifest(config, targets, index, others, adapter.base)
     tensors = {f"{PREFIX}{BANK}.{part}": tensor for part, tensor in parts.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, SELECTION_FILE).unlink(missing_ok=True)  # of what was there before
     save_file({**tensors, **adapter.others}, Path(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 # --- what both need --------------------------------------------------------------------------------------------------
@@ -232,6 +243,8 @@ def _check(names: Sequence[str], weights: Sequence[float], adapters: Sequence[St
         raise ValueError("There is no adapter to combine; name one or more.")
     if len(names) != len(weights):
         raise ValueError(f"{len(names)} adapters and {len(weights)} weights; give one weight for each adapter.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"The weights {', '.join(map(str, weights))} are not all finite.")
     for name, adapter in zip(names, adapters, strict=True):
         if not adapter.blocks:
             raise ValueError(f"Adapter {name} has no blocks yet: train it first, or let select_blocks() choose them.")
@@ -294,7 +307,7 @@ def combine(adapters: Sequence[StoredAdapter], weights: Sequence[float], method:
         raise ValueError(
             f"The rows and columns of these sorted adapters cross: their sum would take {count:,} blocks of {size} x "
             f"{size}, {count * size**2 / had:.0f} times as many values as they have together. Merge them into the "
-            "weights one after the other instead, or let them be active together: set_adapter([...])."
+            "weights one after the other instead, or let them be active together: model.base_model.set_adapter([...])."
         )
     combined = {}
     for name, of in parts.items():

@@ -97,14 +97,14 @@ class SMTConfig(PeftConfig):
     made_by = None  # the Selection that the warm-up left, or that was given; saved beside the adapter
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> SMTConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs) -> SMTConfig:
         """As PEFT's. The weights beside it are looked at, too: what is broken, or does not belong to this config, is
         refused before PEFT adds an adapter for it."""
-        config = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if not isinstance(config, SMTConfig):  # PEFT makes the config that the file is of
             return config
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
-        weights = _weights_beside(str(pretrained_model_name_or_path), kwargs)
+        weights = _weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
             parts = files.take_apart(files.load(weights))
             if config.num_blocks is not None and config.block_size != "auto":

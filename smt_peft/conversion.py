@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.bases import sample
+from smt_peft.combining import refuse_same_folder
 from smt_peft.config import SMTConfig
 from smt_peft.files import BANK, PREFIX, Blocks, read_adapter
 from smt_peft.layer import Linear
@@ -84,6 +85,7 @@ def convert_to_lora_files(
         raise ValueError(f"rank={rank} is not a positive integer.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy={energy} is not in (0, 1]: it is a share of the squared singular values.")
+    refuse_same_folder(out, [folder])
     adapter = read_adapter(folder)
     config = adapter.config
     for option, allowed in (("bias", "none"), ("target_parameters", None)):
@@ -222,11 +224,12 @@ def adapter_of_difference(
     block_size: int | str = "auto",
     target_modules: list[str] | str | None = None,
     arrangement: str = "tiles",
+    base_name: str | None = None,
 ) -> Difference:
     """Write the adapter of the blocks in which a fully fine-tuned model differs most from its base (squared sums).
 
     Reads the safetensors files of both a tensor at a time; neither model is ever in memory. For the options see
-    `SMTConfig`.
+    `SMTConfig`; `base_name` is what the adapter calls its base model (default: its folder).
 
     Raises:
         ValueError: where a target is in only one of the checkpoints or not stored as it is used, or where no target
@@ -267,6 +270,7 @@ def adapter_of_difference(
     deltas = torch.cat(list(_read_blocks(pair, targets, bank)))
     bank.weight = nn.Parameter(deltas)
     bank.base = _sample(pair, keys)
+    bank.config.base_model_name_or_path = base_name or str(base_folder)
     model.save_pretrained(str(out))
     return Difference(len(index), bank.block_size, held / of_targets, held / of_all, pair.not_compared)
 

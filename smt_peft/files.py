@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -69,6 +71,11 @@ class StoredAdapter(NamedTuple):
     blocks: dict[str, Blocks]
     others: dict[str, Tensor]
     base: dict[str, list[float]]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all targets; in files of version 1, of those that have blocks."""
+        return list(dict.fromkeys([*self.shapes, *self.blocks]))
 
 
 class _NoShapes(dict):
@@ -407,7 +414,7 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     if not file.is_file():
         raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}.")
     parts = take_apart(load(file))
-    defaults = {"arrangement": "tiles", "bias": "none", "num_blocks_pattern": {}}
+    defaults = {"arrangement": "tiles", "bias": "none"}
     check_config({**defaults, **config, "selected_blocks": selected}, parts)
     size, index = parts.weight.shape[1], parts.index.long()
     if parts.content:
@@ -423,7 +430,28 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             if rows.shape[1] == 1:
                 rows, cols = (tile_features(side[:, 0], size) for side in (rows, cols))
             blocks[name] = Blocks(rows, cols, parts.weight[slots].float())
-    return StoredAdapter(config, shapes, blocks, parts.others, parts.content["base"] if parts.content else {})
+    others = _named(parts, config, [*shapes, *blocks])
+    return StoredAdapter(config, shapes, blocks, others, parts.content["base"] if parts.content else {})
+
+
+def _named(parts: Parts, config: Mapping, targets: Collection[str]) -> dict[str, Tensor]:
+    """The biases and the modules trained whole, as config and manifest name them. As in loading, nothing else is taken
+    from a file; the base weight of a target that is an embedding, which PEFT saves, goes without a word."""
+    named, whole = {}, [f"{module}." for module in config.get("modules_to_save") or ()]
+    for key, tensor in parts.others.items():
+        name = key.removeprefix(PREFIX)
+        is_bias = name.endswith(".bias") and config.get("bias", "none") != "none"
+        is_known = parts.content is None or name in parts.content["others"]
+        if is_known and (is_bias or any(module in name for module in whole)):
+            named[key] = tensor
+        elif (module := name.rpartition(".base_layer.")[0]) not in targets or not is_embedding(module):
+            warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")
+    return named
+
+
+def is_embedding(module: str) -> bool:
+    """Whether PEFT saves the base weight of such a target beside the adapter."""
+    return module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def _names_in_version_1(parts: Parts, selected: Mapping, folder: str | Path) -> dict[int, str]:

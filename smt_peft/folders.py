@@ -27,6 +27,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights,
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -205,13 +206,14 @@ def load_adapter(
     """transformers', but by way of PEFT's own loader: transformers' writes whatever a file names into the model, base
     weights too, and looks at nothing."""
     name = adapter_name or "default"
-    said = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
+    load_config = LoadStateDictConfig(**{**(vars(load_config) if load_config else {}), **options})  # refuses others
+    said = {**(load_config.download_kwargs or {}), **(adapter_kwargs or {})}
     said["local_files_only"] = local_files_only or said.get("local_files_only")
     download = {option: said[option] for option in DOWNLOAD if said.get(option)}
-    peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    peft_model_id = peft_model_id or load_config.pretrained_model_name_or_path
     is_taken = name in getattr(model, "peft_config", {})
     if is_taken or hotswap is True or not _is_smt(peft_model_id, peft_config, download):
-        options.update(low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=is_trainable, hotswap=hotswap)
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable, "hotswap": hotswap}
         options.update(local_files_only=local_files_only, adapter_kwargs=adapter_kwargs, load_config=load_config)
         return original(model, peft_model_id, adapter_name, peft_config, adapter_state_dict, **options)
     config = copy.copy(peft_config) or SMTConfig.from_pretrained(peft_model_id, **download)

@@ -23,7 +23,7 @@ OPTIONS = {  # that a rule of selection has, beside the scope
 def describe(folder: Path) -> dict:
     """An adapter's base model, its blocks, how they were selected, where they are, and how large their deltas are."""
     adapter = read_adapter(folder)
-    names = list(dict.fromkeys([*adapter.shapes, *adapter.blocks]))  # files of version 1 have no shapes
+    names = adapter.names
     config, places = adapter.config, places_of(names)
     deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
     rule = config.get("selection", "gradient")
@@ -73,7 +73,7 @@ def compare(folder: Path, other_folder: Path) -> dict:
         ValueError: where a target has another shape in the other.
     """
     one, other = read_adapter(folder), read_adapter(other_folder)
-    names = list(dict.fromkeys(name for adapter in (one, other) for name in (*adapter.shapes, *adapter.blocks)))
+    names = list(dict.fromkeys([*one.names, *other.names]))
     by_type, total = {}, Counter()
     for name, place in zip(names, places_of(names), strict=True):
         shapes = [of.shapes[name] for of in (one, other) if name in of.shapes or name in of.blocks]

@@ -13,14 +13,14 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -65,16 +65,20 @@ class Checkpoint:
 
     Attributes:
         files: key -> the name of its file.
+        index: the file that says so; None where there is one file of weights.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
-            self.files: dict[str, str] = _read(index)["weight_map"]
-        elif (folder / SAFE_WEIGHTS_NAME).is_file():
+        self.index = folder / SAFE_WEIGHTS_INDEX_NAME
+        if (folder / SAFE_WEIGHTS_NAME).is_file():  # first, as transformers does: an index may be of an earlier save
             with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
                 self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+            self.index = None
+        elif self.index.is_file():
+            self.files: dict[str, str] = _read(self.index).get("weight_map") or {}
+            if not self.files:
+                raise ValueError(f"{self.index} has no weight_map; download or copy it again.")
         else:
             raise ValueError(
                 f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: it is no model, or one "
@@ -102,13 +106,19 @@ class Checkpoint:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def local_folder(name: str) -> Path:
-    """A folder, or a name on the Hugging Face hub: what belongs to it is downloaded, once."""
+def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = ("*.safetensors",)) -> Path:
+    """A folder, or a name on the Hugging Face hub: what belongs to it is downloaded, once.
+
+    Args:
+        revision: on the hub.
+        kinds: of files that hold weights.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
-        kinds = ["*.safetensors", "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
-        return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"]))
+        kinds = [*kinds, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
+        skipped = ["*/*", "consolidated*"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=skipped))
     except (OSError, ValueError) as error:  # of many kinds, with many words
         why = type(error).__name__
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
@@ -159,7 +169,8 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
     stored = stored_keys(model, checkpoint.files)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    whole, changes = _whole_tensors(adapter), {}
+    whole = {key.removeprefix(PREFIX).replace(".base_layer", ""): tensor for key, tensor in adapter.others.items()}
+    changes = {}
     targets = [*whole, *(name for name in adapter.blocks if f"{name}.weight" not in whole)]
     names = {name: _own_name(name, model.base_model_prefix, parameters) for name in [*targets, *adapter.base]}
     _warn_of_other_base(adapter, checkpoint, {name: stored.get(names[name]) for name in adapter.base})
@@ -171,7 +182,8 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
             raise ValueError(f"{base} stores {name} in a form that transformers converts on loading; {OR_LOAD}.")
         if uses[id(parameters[name])] > 1:
             raise ValueError(f"{name} is tied to another weight of {base}, which would change with it; {OR_LOAD}.")
-        transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        # A target that is a parameter is taken as it is stored.
+        transposed = name != target and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
         shape, dtype = checkpoint.look(stored[name])
         if target in whole:
             found, expected = shape, tuple(whole[target].shape)
@@ -183,7 +195,7 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
                 f"{target} has the shape {expected} in the adapter, and {found} in {base}: the adapter was made for "
                 "another model; name that with --base."
             )
-        blocks = adapter.blocks.get(target.removesuffix(".weight"))
+        blocks = adapter.blocks.get(target.removesuffix(".weight") if target in whole else target)
         if blocks is not None and dtype not in FLOATS:
             raise ValueError(f"{base} stores {name} quantised ({dtype}); merge into the model it was made from.")
         changes[stored[name]] = Change(whole.get(target), blocks, transposed)
@@ -194,20 +206,6 @@ def _own_name(target: str, prefix: str, parameters: dict[str, Tensor]) -> str | 
     """What the model calls a target, which may be a module or a parameter, of the model with its head or without."""
     names = [target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")]
     return next((n for name in names for n in (f"{name}.weight", name) if n in parameters), None)
-
-
-def _whole_tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """The biases and the modules that were trained whole, by the names in the model. As in loading, nothing else is
-    taken from a file."""
-    config, whole = adapter.config, {}
-    for key, tensor in adapter.others.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer", "")
-        is_bias = name.endswith(".bias") and config.get("bias", "none") != "none"
-        if is_bias or any(f"{module}." in name for module in config.get("modules_to_save") or []):
-            whole[name] = tensor
-        else:
-            warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")
-    return whole
 
 
 def _warn_of_other_base(adapter: StoredAdapter, checkpoint: Checkpoint, keys: dict[str, str | None]) -> None:
@@ -245,7 +243,7 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     """Write the base model with the adapter merged into it, one shard after the other.
 
     Shards without blocks are copied. The result is, bit for bit, that of `merge_and_unload` on the model in the stored
-    dtype, or in `dtype`.
+    dtype, or with all of it in `dtype`.
 
     Returns:
         How many shards were rewritten and copied, and how many tensors changed.
@@ -266,8 +264,8 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
                 size += _write_shard(base / name, partial / name, changes, dtype)
             else:
                 shutil.copyfile(base / name, partial / name)
-        if (base / SAFE_WEIGHTS_INDEX_NAME).is_file():
-            index = _read(base / SAFE_WEIGHTS_INDEX_NAME)
+        if checkpoint.index:
+            index = _read(checkpoint.index)
             if dtype:
                 index.setdefault("metadata", {})["total_size"] = size
             _write(index, partial / SAFE_WEIGHTS_INDEX_NAME)
@@ -285,6 +283,7 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
 def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The same through the whole model in memory: whatever transformers can load, and adapters of any method."""
     with written_whole(out) as partial:
+        _copy(base, partial, BESIDE_WEIGHTS)
         load_model(adapter, base, dtype).merge_and_unload(safe_merge=True).save_pretrained(partial)
         _copy_tokenizer_and_note(adapter, base, partial)
     return {"shards_rewritten": len(list(out.glob("*.safetensors"))), "shards_copied": 0}
@@ -293,6 +292,8 @@ def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None
 def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> PeftModel:
     """The base model with the adapter, of the class that the adapter was trained on, as far as it says which."""
     about = adapter_config(adapter)
+    if (method := about.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{adapter} is of the method {method}, which this PEFT does not know; update it.")
     name = (about.get("auto_mapping") or {}).get("base_model_class") or CLASSES.get(about.get("task_type"))
     name = name or (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
     if not hasattr(transformers, name):
@@ -304,19 +305,25 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder to write into, which is `out` in the end; where anything stops that, there is no `out`.
 
+    An empty folder that is there stays: it may be a mounted one, a link, or where one stands.
+
     Raises:
         ValueError: where there is an `out` with something in it.
     """
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, is_there = out.absolute(), out.exists()
+    if out.is_symlink() and not is_there:
+        raise ValueError(f"{out} is a link to nothing; name another folder, or make what it links to.")
+    if is_there and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; name another folder, or empty it.")
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial = (out / ".partial") if is_there else out.with_name(f".{out.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        if is_there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # that one last
+                path.rename(out / path.name)
+        else:
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -340,7 +347,8 @@ def _copy_tokenizer_and_note(adapter: Path, base: Path, out: Path) -> None:
     _copy(adapter if (adapter / "tokenizer_config.json").is_file() else base, out, TOKENIZER)
     if (adapter / TRAINING_DATA).is_file():
         notes = [_read(folder / TRAINING_DATA) for folder in (base, adapter) if (folder / TRAINING_DATA).is_file()]
-        _write({"train": list(dict.fromkeys(name for note in notes for name in note["train"]))}, out / TRAINING_DATA)
+        learnt = list(dict.fromkeys(name for note in notes for name in note.get("train", ())))
+        _write({"train": learnt}, out / TRAINING_DATA)
 
 
 def _copy(source: Path, target: Path, patterns: list[str]) -> None:
@@ -360,7 +368,10 @@ def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content
 
 
 def _write(content: dict, path: Path) -> None:

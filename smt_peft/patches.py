@@ -118,7 +118,7 @@ def _check_base(layer, parameter: str) -> None:
             f"{parameter} is sharded, and a patch is made from the whole base weight. Save the adapter, load it on an "
             "unsharded base model, and make the patch there."
         )
-    if layer.quantization_backend is not None or type(weight) is not nn.Parameter:
+    if layer.quantization_backend or type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
         raise TypeError(
             f"{parameter} is quantised ({type(weight).__name__}), and a patch holds values of the weight's own dtype. "
             "Load the adapter on the unquantised base model, and make the patch there."
@@ -127,14 +127,12 @@ def _check_base(layer, parameter: str) -> None:
 
 def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
     """Of each adapter, what its blocks hold once all are merged, one after the other."""
-    from transformers.pytorch_utils import Conv1D
-
     weight, places = layer.weight.detach(), []
     matrix = weight.contiguous().view(-1, weight.shape[-1])
     for adapter in adapters:
         (rows, cols), delta = layer._blocks(adapter)
         rows, cols = rows[:, :, 0], cols[:, 0, :]
-        if isinstance(layer.base_layer, Conv1D):  # it stores [in, out]
+        if layer.is_transposed:
             rows, cols, delta = cols, rows, delta.transpose(1, 2)
         places.append((*_shorten(rows, cols), delta))
     if len(places) == 1:
@@ -194,6 +192,7 @@ def apply_patch(
         ValueError: where the patch does not fit: names, shapes, dtypes; or is broken.
         TypeError: where a parameter is sharded, offloaded or not contiguous.
     """
+    target = getattr(target, "_orig_mod", target)  # of torch.compile(model), which shares the tensors
     is_module, mapping, original = isinstance(target, nn.Module), mapping or {}, {}
     tensors = dict(target.named_parameters(remove_duplicate=False)) if is_module else target
     groups = _groups(patch)
@@ -207,25 +206,31 @@ def apply_patch(
         for key, blocks in groups.items() if keep_original else ():  # before any are written: they may overlap
             before = blocks._replace(values=_read(places[key], blocks.rows, blocks.cols, blocks.values.shape))
             original.update({f"{key}/{part}": tensor for part, tensor in before._asdict().items()})
-        for key, blocks in groups.items():
-            _write(places[key], blocks.rows, blocks.cols, blocks.values)
+        try:
+            for key, blocks in groups.items():
+                _write(places[key], blocks.rows, blocks.cols, blocks.values)
+        except BaseException:
+            for key in groups if keep_original else ():  # all of them: who knows how far it got
+                _write(places[key], *(original[f"{key}/{part}"] for part in ("rows", "cols", "values")))
+            raise
     return original if keep_original else None
 
 
 def fused_rows(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int]]:
-    """The `mapping` to a serving engine's fused projections, from the unfused model's state dict, by LLaMA's names.
+    """The `mapping` to a serving engine's fused projections, from the unfused model's state dict, by LLaMA's names;
+    the model may have adapters.
 
     q_proj, k_proj and v_proj are one after the other in qkv_proj; gate_proj and up_proj in gate_up_proj.
     """
-    mapping = {}
+    mapping, plain = {}, {name.replace(".base_layer", ""): tensor for name, tensor in tensors.items()}
     for fused, parts in FUSED.items():
-        for name in tensors:
+        for name in plain:
             path, row = name.removesuffix(f"{parts[0]}.weight"), 0
             names = [f"{path}{part}.weight" for part in parts]
-            if path != name and all(part in tensors for part in names):
+            if path != name and all(part in plain for part in names):
                 for part in names:
                     mapping[part] = f"{path}{fused}.weight", row
-                    row += tensors[part].shape[0]
+                    row += plain[part].shape[0]
     return mapping
 
 
@@ -281,6 +286,8 @@ def _is_sound(blocks: PatchedBlocks, shape: tuple[int, ...]) -> bool:
     """Whether there is a row and a column, or all of them, for each block, and all lie in the parameter."""
     rows, cols, values = blocks[1:]
     if values.ndim != 3 or not len(values) or rows.ndim != cols.ndim:
+        return False
+    if any(side.is_floating_point() or side.is_complex() or side.dtype == torch.bool for side in (rows, cols)):
         return False
     for side, size, length in ((rows, values.shape[1], math.prod(shape[:-1])), (cols, values.shape[2], shape[-1])):
         if side.shape not in (values.shape[:1], (len(values), size)):

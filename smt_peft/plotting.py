@@ -302,7 +302,7 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     if not adapter.blocks:
         raise ValueError("The adapter has no blocks yet, so there is nothing to draw; train it first.")
     size = next(iter(adapter.blocks.values())).rows.shape[1]
-    names = list(dict.fromkeys([*adapter.shapes, *adapter.blocks]))
+    names = adapter.names
     shapes = [adapter.shapes[name] for name in names]  # refuses files of version 1, which have none
     grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in shapes]
     for name, grid in zip(names, grids, strict=True):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from smt_peft import files
@@ -80,8 +79,7 @@ def _own_weights(
         own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
     found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
     # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
-    embeddings = [target for target in targets if target.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-    own_base = tuple(f"{target}.base_layer." for target in embeddings)
+    own_base = tuple(f"{target}.base_layer." for target in targets if files.is_embedding(target))
     foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
     foreign = [key for key in foreign if ".modules_to_save." not in key]
     if foreign:

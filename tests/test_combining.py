@@ -284,6 +284,14 @@ def test_whole_modules_are_refused(llama, tmp_path):
 LINEAR = Method("linear", None, "total")
 
 
+@pytest.mark.parametrize("biased", ["first", "second"])
+def test_biases_are_refused_whichever_adapter_has_them(make_llama, biased):
+    model = get_peft_model(make_llama(attention_bias=True), make_config(bias="all" if biased == "first" else "none"))
+    model.add_adapter("second", make_config(bias="all" if biased == "second" else "none", seed=1))
+    with pytest.raises(ValueError, match="biases or whole modules of its own"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+
+
 def stored(rows: torch.Tensor, cols: torch.Tensor, length: int = 512) -> StoredAdapter:
     """Blocks of ones at these rows and columns [n, b] of one square target."""
     ones = torch.ones(*rows.shape, rows.shape[1])

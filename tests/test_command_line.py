@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_truth import deltas_of, wrap
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -21,7 +21,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from smt_peft import merging
+from smt_peft import SMTConfig, merging
 from smt_peft.__main__ import main
 from smt_peft.files import read_adapter
 from smt_peft.patches import apply_patch
@@ -99,6 +99,123 @@ def mixtral() -> MixtralForCausalLM:
 
 
 # --- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda llama: llama, lambda _: mixtral()], ids=["q_proj.weight", "a router"])
+def test_a_target_parameter_called_weight_is_merged(llama, tmp_path, run, make):
+    base = make(llama)
+    kind, name = type(base), "q_proj.weight" if base is llama else "mlp.gate.weight"
+    base.save_pretrained(tmp_path / "base")
+    config = SMTConfig(target_modules=[], target_parameters=[name], num_blocks=2, block_size=2, selection="random",
+                       init_weights=False)  # fmt: skip
+    model = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    run("merge", tmp_path / "adapter", "--base", tmp_path / "base", "--out", tmp_path / "out")
+    found = kind.from_pretrained(tmp_path / "out").state_dict()
+    assert_same(found, merged(tmp_path, kind))
+    assert any(not torch.equal(found[key], value) for key, value in base.state_dict().items())
+
+
+def test_of_one_file_and_an_index_the_file_is_taken_as_transformers_does(llama, tmp_path, run):
+    save(tmp_path, llama)
+    LlamaForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")  # leaves the index
+    assert (tmp_path / "base/model.safetensors.index.json").exists()
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
+    assert not (tmp_path / "out/model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "combine"])
+def test_an_empty_folder_that_is_a_link_or_where_one_stands_stays(llama, tmp_path, run, monkeypatch, command):
+    save(tmp_path, llama)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    run(command, tmp_path / "adapter", "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk").is_dir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(command, tmp_path / "adapter", "--out", ".")
+    written = {path.name for path in Path().iterdir()}
+    assert written == {path.name for path in (tmp_path / "disk").iterdir()} and written >= {
+        "config.json" if command == "merge" else "adapter_config.json"
+    }
+
+
+def test_a_link_to_nothing_is_refused_at_once(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "is a link to nothing" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "link")
+
+
+def test_a_merge_that_fails_leaves_an_empty_folder_empty(llama, tmp_path, monkeypatch):
+    save(tmp_path, llama)
+    (tmp_path / "out").mkdir()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(merging, "save_file", full)
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words", "load"),
+    [
+        ("base/model.safetensors.index.json", "{}", "has no weight_map", []),
+        ("adapter/adapter_config.json", "[]", "holds no JSON object", []),
+        (
+            "adapter/adapter_config.json",
+            '{"peft_type": "NEWEST"}',
+            "NEWEST, which this PEFT does not know",
+            ["--load"],
+        ),
+    ],
+    ids=["index", "config", "method"],
+)
+def test_json_that_says_something_else_is_named(llama, tmp_path, refused, file, text, words, load):
+    save(tmp_path, llama)
+    (tmp_path / file).write_text(text)
+    out = ["--base", tmp_path / "base", "--out", tmp_path / "out", *load]
+    assert words in refused("merge", tmp_path / "adapter", *out)
+
+
+def test_what_the_adapter_was_not_saved_with_is_taken_by_no_command(tmp_path, make_llama, run):
+    """A foreign bias beside bias='smt_only', and a foreign weight: as in loading, they are left out."""
+    save(tmp_path, make_llama(attention_bias=True), bias="smt_only")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    foreign = {"model.layers.0.self_attn.o_proj.bias": torch.ones(64), "model.norm.weight": torch.ones(64)}
+    save_file({**load_file(file), **{f"base_model.model.{k}": 7 * v for k, v in foreign.items()}}, file)
+    expected = merged(tmp_path, LlamaForCausalLM)
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), expected)
+    assert not foreign.keys() & set(run("info", tmp_path / "adapter")["also_trained"])
+
+
+def test_the_revision_of_the_base_model_is_the_adapters(llama, tmp_path, monkeypatch, run):
+    save(tmp_path, llama)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "some/base", "revision": "v1"}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(tmp_path / "base")
+
+    monkeypatch.setattr(merging, "snapshot_download", download)
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    run("merge", tmp_path / "adapter", "--base", "some/base", "--out", tmp_path / "again")
+    assert asked == [("some/base", "v1"), ("some/base", None)]
+
+
+@pytest.mark.parametrize("load", [[], ["--load"]], ids=["files", "load"])
+def test_what_lies_beside_the_weights_comes_along(llama, tmp_path, run, load):
+    save(tmp_path, llama)
+    (tmp_path / "base/preprocessor_config.json").write_text("{}")
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out", *load)
+    assert (tmp_path / "out/preprocessor_config.json").exists()
 
 
 @pytest.mark.parametrize("method", ["smt", "sorted"])

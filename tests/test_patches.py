@@ -379,3 +379,57 @@ def test_another_model_is_refused(llama, make_llama):
         apply_patch(fuse(llama.state_dict()), patch)
     with pytest.raises(ValueError, match="is no patch"):
         apply_patch(llama, llama.state_dict())
+
+
+@pytest.mark.parametrize("keep_original", [True, False])
+def test_rows_that_are_no_integers_are_refused_before_anything_is_written(llama, keep_original):
+    before, patch = deepcopy(llama).state_dict(), sparse_patch(wrap(deepcopy(llama)))
+    last = [key for key in patch if key.endswith("/rows")][-1]
+    with pytest.raises(ValueError, match="patch is broken"):
+        apply_patch(llama, {**patch, last: patch[last].float()}, keep_original)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+def test_an_interrupted_patch_leaves_the_model_as_it_was(llama, monkeypatch):
+    before, patch = deepcopy(llama).state_dict(), sparse_patch(wrap(deepcopy(llama)))
+    write, count = patches._write, []
+
+    def interrupted(*args):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(patches, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_patch(llama, patch)
+    assert all(torch.equal(value, before[name]) for name, value in llama.state_dict().items())
+
+
+def test_a_parameter_of_a_transposed_layer_is_taken_as_it_is_stored():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=64, n_positions=32)).eval()
+    names = ["attn.c_proj.weight", "attn.c_attn.weight"]
+    config = SMTConfig(target_modules=[], target_parameters=names, num_blocks=6, block_size=16, selection="random",
+                       init_weights=False)  # fmt: skip
+    model, ids = get_peft_model(deepcopy(base), config).eval(), torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        apply_patch(base, sparse_patch(model))
+        merged = model.merge_and_unload(safe_merge=True)
+        torch.testing.assert_close(merged(ids).logits, expected)
+    for name, value in merged.state_dict().items():
+        assert torch.equal(value, base.state_dict()[name]), name
+
+
+def test_the_mapping_to_fused_projections_knows_a_wrapped_model(llama):
+    plain = fused_rows(llama.state_dict())
+    assert plain and fused_rows(wrap(llama).base_model.model.state_dict()) == plain
+
+
+def test_a_compiled_model_takes_a_patch(llama):
+    patch = sparse_patch(wrap(deepcopy(llama)))
+    plain = deepcopy(llama)
+    apply_patch(plain, patch)
+    apply_patch(torch.compile(llama, backend="eager"), patch)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in llama.state_dict().items())
