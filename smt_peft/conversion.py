@@ -17,7 +17,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
@@ -128,7 +127,7 @@ def lora_errors(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and f"{name}.lora_A.weight" in state_dict:
             delta = layer.get_delta_weight(adapter_name)
-            matrix = delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
+            matrix = delta.T if layer.is_transposed else delta
             factors = (state_dict[f"{name}.lora_{side}.weight"] for side in "AB")
             _add_loss(loss, name.removeprefix(PREFIX), matrix, *factors)
     return loss
@@ -255,8 +254,7 @@ def adapter_of_difference(
                 f"{target.name}.weight is not in both checkpoints, with one shape and stored as the model uses it; "
                 f"leave it out of target_modules. Not compared: {', '.join(pair.not_compared[:5]) or 'nothing'}."
             )
-        layer = model.base_model.model.get_submodule(target.name).get_base_layer()
-        targets[key] = isinstance(layer, Conv1D)
+        targets[key] = model.base_model.model.get_submodule(target.name).is_transposed
     scores, lines, of_all = _score(pair, targets, bank.block_size, arrangement == "sorted")
     of_targets = sum(score.sum(dtype=torch.float64).item() for score in scores)
     if not of_targets:

@@ -257,7 +257,7 @@ class Linear(nn.Module, SMTLayer):
     def matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; dequantised, or a view of its storage."""
         weight = self._base_weight()
-        return weight.T if isinstance(self.base_layer, Conv1D) else weight
+        return weight.T if self.is_transposed else weight
 
     def _base_weight(self) -> torch.Tensor:
         return self.get_base_weight() if self.quantization_backend is None else dequantized(self)

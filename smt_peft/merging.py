@@ -182,8 +182,9 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
             raise ValueError(f"{base} stores {name} in a form that transformers converts on loading; {OR_LOAD}.")
         if uses[id(parameters[name])] > 1:
             raise ValueError(f"{name} is tied to another weight of {base}, which would change with it; {OR_LOAD}.")
-        # A target that is a parameter is taken as it is stored.
-        transposed = name != target and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        # A target that is a parameter, and no module, is taken as it is stored.
+        is_parameter = target not in whole and (name.endswith(target) or target.endswith(name))
+        transposed = not is_parameter and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
         shape, dtype = checkpoint.look(stored[name])
         if target in whole:
             found, expected = shape, tuple(whole[target].shape)
