@@ -164,7 +164,9 @@ class DeltaBank(nn.Module):
             self.shares = [weakref.ref(share) for share in shares]
             self._forget_views()
         first = next(target for target, count in enumerate(self.layout().counts) if count)
-        self.parts(first, self._parameters["weight"].device)
+        device = self._parameters["weight"].device
+        if device.type != "meta":  # else it is offloaded, and read where it is needed
+            self.parts(first, device)
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""

@@ -244,12 +244,18 @@ class SMTModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        with contextlib.ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                    hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
-                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+        hooks = contextlib.ExitStack()
+        try:
+            try:
+                for module in self.modules():
+                    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                        hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
+                        hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+                yield
+            finally:
+                hooks.close()
+        finally:
+            hooks.close()  # once more: an interrupt may have fallen into the first
 
 
 def _add_adapter_names(module, args, kwargs, names):
