@@ -49,6 +49,14 @@ def test_a_setting_for_a_gpu_is_in_the_script_that_runs_them_all():
     assert set(GPU_SETTINGS) == set(bench_training.SETTINGS) - on_a_cpu
 
 
+def test_every_part_of_the_script_leaves_its_setting_time_to_begin(measure):
+    """The seconds that it gives, less those for the start of the process."""
+    for seconds, setting in re.findall(r"^ +training (\d+) (.*)$", ON_A_GPU, re.M):
+        if setting != "compile":
+            _, result = measure(setting, "--rehearse", *THREE, "--rounds", "1", "--seconds", str(int(seconds) - 15))
+            assert result["runs"], setting
+
+
 def test_the_methods_train_equally_many_parameters(measure):
     figures = measure("cpu-small", "--rehearse")[1]["runs"][0]["methods"]
     trained = {name: figure["trainable_parameters"] for name, figure in figures.items()}
@@ -146,8 +154,7 @@ def test_a_stopped_sweep_keeps_its_points_and_goes_on_from_there(measure, monkey
     assert measure("blocks", "--rehearse") == (0, again), "what is complete is kept"
 
 
-def test_what_is_no_longer_in_time_is_missing(measure, monkeypatch):
-    monkeypatch.setattr(bench_training, "LEAST", 0)
+def test_what_is_no_longer_in_time_is_missing(measure):
     status, result = measure("peft", "--rehearse", "--seconds", "0.1")
     assert status == 3 and not result["complete"]
     notes = [figure.get("note") for figure in result["runs"][0]["methods"].values()]
