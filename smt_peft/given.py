@@ -55,14 +55,8 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
 
 def _listed(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
     position, size = {target.name: i for i, target in enumerate(bank.targets)}, bank.block_size
-    record = config.made_by
-    for name, (rows, cols) in zip(record.names, record.grids() or (), strict=False) if record else ():
-        target = bank.targets[position[name]] if name in position else None
-        if target and (target.rows, target.cols) != (rows, cols):
-            raise ValueError(
-                f"The selection was made in a model where {short(name)} has {rows} x {cols} blocks of {size}; here it "
-                f"has {target.rows} x {target.cols}. Select in this model."
-            )
+    if config.made_by is not None:
+        config.made_by.check_shapes(bank.targets)
     unknown = sorted(set(config.selected_blocks) - set(position))
     if unknown:
         raise ValueError(

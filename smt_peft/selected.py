@@ -92,6 +92,16 @@ class Selection:
         scored = [tuple(score.shape) for score in self.scores or ()]
         return scored or [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()] or None
 
+    def check_shapes(self, targets: Sequence[Target]) -> None:
+        """Raise ValueError where a matrix of the same name has another shape here than where it was made."""
+        here = {target.name: (target.rows, target.cols) for target in targets}
+        for name, grid in zip(self.names, self.grids() or (), strict=False):
+            if here.get(name, grid) != grid:
+                raise ValueError(
+                    f"The selection was made in a model where {name} has {grid[0]} x {grid[1]} blocks of "
+                    f"{self.block_size}; here it has {here[name][0]} x {here[name][1]}. Select in this model."
+                )
+
     def rebudget(
         self, num_blocks: int | None = None, trainable_ratio: float | None = None, scope: Scope | None = None
     ) -> Selection:

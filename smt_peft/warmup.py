@@ -146,7 +146,6 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
     """
     bank, config = find_adapter(model, adapter_name)
     names, arrangement = [target.name for target in bank.targets], "tiles" if selection.lines is None else "sorted"
-    grids = [(target.rows, target.cols) for target in bank.targets]
     counts = selection.index[:, 0].bincount(minlength=len(names))
     spent = [int(counts[group.members].sum()) for group in bank.groups]
     for what, theirs, ours in (
@@ -154,7 +153,6 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
         ("block_size", selection.block_size, bank.block_size),
         ("arrangement", arrangement, config.arrangement),
         ("number of blocks", len(selection.index), bank.num_blocks),
-        ("shapes in blocks", selection.grids() or grids, grids),
         ("budgets", spent, [group.budget for group in bank.groups]),
     ):
         if theirs != ours:
@@ -165,6 +163,7 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
                 f"The selection's {what}, {theirs}, are not those of adapter {adapter_name!r}, {ours}. Configure the "
                 "adapter as the one that the selection was made for; selection.rebudget() gives it another budget."
             )
+    selection.check_shapes(bank.targets)
     index = selection.features().to(bank.index)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(index, src=0)
