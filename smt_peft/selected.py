@@ -188,11 +188,10 @@ class Selection:
         for side in [side for lines in self.lines or () for side in lines]:
             if side.shape[1:] != (size,) or not torch.equal(side.flatten().sort().values, torch.arange(side.numel())):
                 raise ValueError(f"its lines are not every feature once, {size} to a block")
-        scored = [tuple(score.shape) for score in self.scores or ()]
         cut = [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()]
-        if scored and cut and scored != cut:
+        if self.scores and cut and self.grids() != cut:
             raise ValueError("its scores and its lines are of other matrices")
-        grids = scored or cut or [(2**31 // size, 2**31 // size)] * len(names)
+        grids = self.grids() or [(2**31 // size, 2**31 // size)] * len(names)
         found = [Target(name, *grid) for name, grid in zip(names, grids, strict=True)]
         check_index(self.index, len(self.index), 3, size, found)
         if (self.index < 0).any():
