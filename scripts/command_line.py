@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,6 @@ Loader.add_implicit_resolver(
 def parse(text: str) -> Any:
     """What a text of YAML says."""
     return yaml.load(text, Loader)
-
-
-def option(text: str, **default: Any) -> Any:
-    """Give a dataclass field that shows `text` under --help."""
-    return field(metadata={"help": text}, **default)
 
 
 def read_options(argv: list[str], *kinds: type) -> tuple:
@@ -54,6 +48,10 @@ def read_options(argv: list[str], *kinds: type) -> tuple:
         else:
             given.append(word)
     for mapping, own in entries.items():
+        if any(word.partition("=")[0] == f"--{mapping}" for word in given):
+            raise SystemExit(
+                f"--{mapping} and --{mapping}.{next(iter(own))} are both given; one mapping has all entries"
+            )
         replaced = BUDGETS if BUDGETS & own.keys() else set()
         values[mapping] = {k: v for k, v in (values.get(mapping) or {}).items() if k not in replaced} | own
     from_file = [

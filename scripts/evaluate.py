@@ -23,12 +23,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
-from command_line import option, parse, read_options
+from command_line import parse, read_options
 from finetune import STDLIB, load_model
 from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
 from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 import smt_peft  # registers SMT with PEFT
 from smt_peft.merging import adapter_config, local_folder
@@ -40,41 +41,47 @@ FREE_TO_CHANGE = {"output", "tasks", "batch_size"}  # between a run and its cont
 class Options:
     """What to evaluate, and how; the defaults are LLM-Adapters' protocol."""
 
-    data: str = option("folder with commonsense/NAME_test.jsonl and math/NAME_test.jsonl, or NAME/test.json")
-    output: str = option("JSON file for the scores; if it exists, the tasks in it are not repeated")
-    model: str | None = option(
-        "model, base or merged: a folder or a name on the Hugging Face hub; without it the one that the adapter names",
+    data: str = HfArg(help="folder with commonsense/NAME_test.jsonl and math/NAME_test.jsonl, or NAME/test.json")
+    output: str = HfArg(help="JSON file for the scores; if it exists, the tasks in it are not repeated")
+    model: str | None = HfArg(
+        help="model, base or merged: a folder or a name on the Hugging Face hub; else the one that the adapter names",
         default=None,
     )
-    adapter: str | None = option("PEFT adapter of the model: a folder or a name on the hub", default=None)
-    trained_on: str | None = option(
-        "training files of the model, comma-separated names or paths; their rows are left out of the tests. Needed "
-        'with an adapter whose folder does not name them in training_data.json ("none" if there are none)',
+    adapter: str | None = HfArg(help="PEFT adapter of the model: a folder or a name on the hub", default=None)
+    trained_on: str | None = HfArg(
+        help="training files of the model, comma-separated names or paths; their rows are left out of the tests. "
+        'Needed with an adapter whose folder does not name them in training_data.json ("none" if there are none)',
         default=None,
     )
-    tasks: str = option('comma-separated tasks, or "commonsense" or "math" for the paper\'s', default="commonsense")
-    mode: Literal["generate", "text_likelihood", "label_likelihood"] = option(
-        "generate: find the answer in generated text, as published scores do. For models too small for that, take the "
-        "option with the highest mean log-probability per token: text_likelihood, of the option's text, for a model "
-        'that has not learnt the labels; label_likelihood, of its label ("answer1"), for one fine-tuned on them',
+    tasks: str = HfArg(
+        help='comma-separated tasks, or "commonsense" or "math" for the paper\'s', default="commonsense"
+    )
+    mode: Literal["generate", "text_likelihood", "label_likelihood"] = HfArg(
+        help="generate: find the answer in generated text, as published scores do. For models too small for that, "
+        "take the option with the highest mean log-probability per token: text_likelihood, of the option's text, for "
+        'a model that has not learnt the labels; label_likelihood, of its label ("answer1"), for one that has',
         default="generate",
     )
-    protocol: Literal["llm-adapters", "official"] = option(
-        "whose way to generate. official: LLM-Adapters', but for what SMT's official code is known to do: a literal "
-        "<s> before the prompt, a repetition penalty of 1.1, 256 new tokens for every task, answers in lower case",
+    protocol: Literal["llm-adapters", "official"] = HfArg(
+        help="whose way to generate. official: LLM-Adapters', but for what SMT's official code is known to do: a "
+        "literal <s> before the prompt, a repetition penalty of 1.1, 256 new tokens, lower-case answers",
         default="llm-adapters",
     )
-    limit: int = option("rows per task, from its start; 0 for all", default=0)
-    batch_size: int = option("rows at a time on each device; likelihood runs all options of a row at once", default=16)
-    dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
-    quantization: str = option("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
-    num_beams: int = option("beams", default=4)
-    do_sample: bool = option(
-        "sample with temperature 0.1, top-p 0.75 and top-k 40. LLM-Adapters sets those three without this switch, so "
-        "that they have no effect, and searches by beams alone; so does this script",
+    limit: int = HfArg(help="rows per task, from its start; 0 for all", default=0)
+    batch_size: int = HfArg(
+        help="rows at a time on each device; likelihood runs all options of a row at once", default=16
+    )
+    dtype: str = HfArg(help='data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
+    quantization: str = HfArg(
+        help="options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}"
+    )
+    num_beams: int = HfArg(help="beams", default=4)
+    do_sample: bool = HfArg(
+        help="sample with temperature 0.1, top-p 0.75 and top-k 40. LLM-Adapters sets those three without this "
+        "switch, so that they have no effect, and searches by beams alone; so does this script",
         default=False,
     )
-    seed: int = option("seed, for sampling", default=0)
+    seed: int = HfArg(help="seed, for sampling", default=0)
 
     def __post_init__(self) -> None:
         self.quantization = parse(self.quantization)

@@ -25,8 +25,8 @@ import datasets
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
-from command_line import option, parse, read_options
-from peft import LoraConfig, PeftModel, get_peft_model
+from command_line import parse, read_options
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
 from transformers import (
@@ -38,6 +38,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.hf_argparser import HfArg
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -58,42 +59,51 @@ SHOWN = 3  # of the questions that are asked
 class Options:
     """What to train, and on what; how to train is in TrainingArguments."""
 
-    model: str = option("model: a folder or a name on the Hugging Face hub")
-    data: str = option(
-        "what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl file or a dataset on the hub. "
-        "A row has `text`, or `instruction`, perhaps `input`, and `output`; then just the output is learnt"
+    model: str = HfArg(help="model: a folder or a name on the Hugging Face hub")
+    data: str = HfArg(
+        help="what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl file or a dataset on the "
+        "hub. A row has `text`, or `instruction`, perhaps `input`, and `output`; then just the output is learnt"
     )
-    old_data: str | None = option("what not to forget: like data, but only evaluated", default=None)
-    methods: str = option(
-        "smt, lora, dora, full, or one after the other: smt,lora. Each has a folder of its own in output_dir, and "
-        "--resume_from_checkpoint true goes on from the last checkpoint there",
+    old_data: str | None = HfArg(help="what not to forget: like data, but only evaluated", default=None)
+    methods: str = HfArg(
+        help="smt, lora, dora, full, or one after the other: smt,lora. Each has a folder of its own in output_dir, "
+        "and --resume_from_checkpoint true goes on from the last checkpoint there",
         default="smt",
     )
-    smt: str = option(
-        "options of SMTConfig, a mapping. A budget on the command line (--smt.num_blocks or --smt.trainable_ratio) "
-        "takes the place of the file's, whichever of the two that is",
+    smt: str = HfArg(
+        help="options of SMTConfig, a mapping. A budget on the command line (--smt.num_blocks or "
+        "--smt.trainable_ratio) takes the place of the file's, whichever of the two that is",
         default="{}",
     )
-    lora: str = option("options of LoraConfig, a mapping; for dora, too", default="{}")
-    lora_learning_rate: float | None = option("learning_rate for lora and dora, if another", default=None)
-    quantization: str = option("options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}")
-    max_length: int = option("tokens per row", default=512)
-    eval_rows: int = option("rows of each domain that are held out, to evaluate on; half of a small one", default=128)
-    prompt: str | None = option(
-        "text to continue, before and after; else the start of a held-out row, or the instructions of some",
+    lora: str = HfArg(help="options of LoraConfig, a mapping; for dora, too", default="{}")
+    lora_learning_rate: float | None = HfArg(help="learning_rate for lora and dora, if another", default=None)
+    quantization: str = HfArg(
+        help="options of BitsAndBytesConfig, a mapping: a base model in 4 or 8 bits", default="{}"
+    )
+    max_length: int = HfArg(help="tokens per row", default=512)
+    eval_rows: int = HfArg(
+        help="rows of each domain that are held out, to evaluate on; half of a small one", default=128
+    )
+    prompt: str | None = HfArg(
+        help="text to continue, before and after; else the start of a held-out row, or the instructions of some",
         default=None,
     )
-    questions: int = option(
-        f"how many held-out instructions; the first {SHOWN} are shown, and of more the right answers counted",
+    questions: int = HfArg(
+        help=f"how many held-out instructions; the first {SHOWN} are shown, and of more the right answers counted",
         default=SHOWN,
     )
-    dtype: str = option('data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
+    dtype: str = HfArg(help='data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
 
     def __post_init__(self) -> None:
         self.smt, self.lora = parse(self.smt), parse(self.lora)
         self.quantization = parse(self.quantization)
         if set(self.methods.split(",")) - set(METHODS):
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
+        for method in self.methods.split(","):
+            try:
+                config_of(method, self)
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f"options of {method}: {error}") from None
         if self.eval_rows < 1:
             raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
         if self.questions < 1:
@@ -160,14 +170,19 @@ def load_model(options: Options) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
 
 
+def config_of(method: str, options: Options) -> PeftConfig | None:
+    """Give the config of a method's adapter; full has none."""
+    if method == "full":
+        return None
+    if method == "smt":
+        return SMTConfig(task_type="CAUSAL_LM", **options.smt)
+    return LoraConfig(task_type="CAUSAL_LM", **options.lora, **({"use_dora": True} if method == "dora" else {}))
+
+
 def adapted(method: str, model: torch.nn.Module, options: Options) -> torch.nn.Module:
     """Give the model with the method's adapter; with every parameter to train, if the method is full."""
-    if method == "full":
-        return model
-    if method == "smt":
-        return get_peft_model(model, SMTConfig(task_type="CAUSAL_LM", **options.smt))
-    settings = options.lora | ({"use_dora": True} if method == "dora" else {})
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    config = config_of(method, options)
+    return get_peft_model(model, config) if config else model
 
 
 class Progress(ProgressCallback):
@@ -230,6 +245,8 @@ def fine_tune(
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress())
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    logged = [item for entry in trainer.state.log_history for item in entry.items()]
+    evaluating = sum(value for key, value in logged if key.startswith("eval_") and key.endswith("_runtime"))
     after = trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
@@ -239,11 +256,13 @@ def fine_tune(
             draw_blocks(args.output_dir, warmup.selection)
     trainer.accelerator.wait_for_everyone()
     parameters = (getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
-    numbers = {"parameters": sum(parameters), "seconds": run["train_runtime"]}
-    before = {key: value for entry in reversed(trainer.state.log_history) for key, value in entry.items()}
+    # A run that was resumed does not know how long it took before.
+    numbers = {"parameters": sum(parameters)}
+    numbers["seconds"] = None if args.resume_from_checkpoint else run["train_runtime"] - evaluating
+    before = dict(reversed(logged))
     numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    numbers["after"] = continued(trained, tokenizer, prompts)
+    numbers["after"] = continued(trained, tokenizer, prompts, args)
     logits = logits_of(trained, tokenizer, prompts[0]["prompt"])
     trainer.accelerator.free_memory()  # ends DeepSpeed's engine, which else outlives the trainer
     return numbers, logits
@@ -256,15 +275,18 @@ def logits_of(model: torch.nn.Module, tokenizer: Any, text: str) -> torch.Tensor
     return model.eval()(**inputs).logits.to("cpu", model.dtype)
 
 
-def continued(model: torch.nn.Module, tokenizer: Any, prompts: list[dict]) -> list[str]:
+def continued(model: torch.nn.Module, tokenizer: Any, prompts: list[dict], args: TrainingArguments) -> list[str]:
     """Let the model continue the prompts, each by the likeliest tokens."""
-    texts = [each["prompt"] for each in prompts]
-    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
     penalty = 1.0 if "right" in prompts[0] else 1.15  # an answer may well repeat words of its question
-    tokens = model.eval().generate(
-        **inputs.to(model.device), max_new_tokens=60, do_sample=False, repetition_penalty=penalty
-    )
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers, size = [], args.per_device_eval_batch_size
+    for start in range(0, len(prompts), size):
+        texts = [each["prompt"] for each in prompts[start : start + size]]
+        inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+        tokens = model.eval().generate(
+            **inputs.to(model.device), max_new_tokens=60, do_sample=False, repetition_penalty=penalty
+        )
+        answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def check(
@@ -277,7 +299,7 @@ def check(
     saved = args.output_dir
     model = load_model(options).to(args.device)
     if "before" not in prompts[0]:
-        for each, before in zip(prompts, continued(model, tokenizer, prompts), strict=True):
+        for each, before in zip(prompts, continued(model, tokenizer, prompts, args), strict=True):
             each["before"] = before
     if Path(saved, "adapter_config.json").is_file():
         model = PeftModel.from_pretrained(model, saved)
@@ -324,7 +346,8 @@ def report(results: dict, prompts: list[dict], output_dir: str) -> str:
     lines.append(f"{'':6}{'parameters':>12}{'seconds':>9}{domains}")
     for method, one in results.items():
         losses = "".join(f"{f'{before:.3f} -> {after:.3f}':>30}" for before, after in one["losses"].values())
-        lines.append(f"{method:6}{one['parameters']:>12,}{one['seconds']:>9.1f}{losses}")
+        seconds = "-" if one["seconds"] is None else f"{one['seconds']:.1f}"
+        lines.append(f"{method:6}{one['parameters']:>12,}{seconds:>9}{losses}")
     return "\n".join(lines)
 
 
@@ -374,7 +397,9 @@ def main(argv: list[str]) -> None:
     methods = options.methods.split(",")
     if args.deepspeed_plugin and methods[1:]:
         raise SystemExit(f"methods is {options.methods!r}, but DeepSpeed takes one per launch; launch once for each")
-    if args.metric_for_best_model == "loss":  # of load_best_model_at_end; losses are logged by domain
+    if (args.metric_for_best_model or "").removeprefix(
+        "eval_"
+    ) == "loss":  # of load_best_model_at_end; losses are logged by domain
         args.metric_for_best_model = f"{options.data}_loss"
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
 from smt_peft import SMTConfig, select_blocks
@@ -39,12 +40,12 @@ LENGTH = 40  # of the best answer, in characters
 @dataclass
 class Options:
     steps: int = 20
-    group: int = field(default=8, metadata={"help": "completions of each prompt"})
-    new_tokens: int = field(default=24, metadata={"help": "of a completion, at most"})
+    group: int = HfArg(default=8, help="completions of each prompt")
+    new_tokens: int = HfArg(default=24, help="of a completion, at most")
     learning_rate: float = 5e-3
     trainable_ratio: float = 0.0086
     seed: int = 0
-    shapes_7b: bool = field(default=False, metadata={"help": "measure a 7B model's shapes; needs 5 GB"})
+    shapes_7b: bool = HfArg(default=False, help="measure a 7B model's shapes; needs 5 GB")
 
 
 # --- the generating process ------------------------------------------------------------------------------------------

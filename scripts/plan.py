@@ -46,14 +46,15 @@ after forward; DeepSpeed has its default buckets. tests/test_plan.py compares wi
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from command_line import option, read_options
+from command_line import read_options
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers.hf_argparser import HfArg
 
 from smt_peft import SMTConfig
 from smt_peft.bank import Target
@@ -81,20 +82,20 @@ GPUS = {name: [2**i for i in range(1, 11)] for name in ("ddp", "zero2", "fsdp2",
 class Options:
     """What is to be trained, how, and on what."""
 
-    model: str = option(f"a folder with config.json, a model in the hub's cache, or a shape: {', '.join(SHAPES)}")
-    method: Literal["smt", "lora", "full"] = option("lora gets the rank that trains as much as smt", default="smt")
-    num_blocks: int | None = option("SMT's budget", default=None)
-    trainable_ratio: float | None = option("or as a share of the model's parameters", default=None)
-    block_size: int | None = option("side of a block; else the largest that fits, at most 256", default=None)
-    target_modules: list[str] = field(default_factory=list, metadata={"help": "else q, k and v of the architecture"})
-    batch_size: int = option("sequences per GPU", default=1)
-    tokens: int = option("tokens per sequence", default=2048)
-    checkpointing: Literal["none", "non-reentrant"] = option("of gradients, layer by layer", default="none")
-    dtype: Literal["bfloat16", "float32", "float16", "4bit", "8bit"] = option("of weights", default="bfloat16")
-    strategy: Literal["one", "ddp", "zero2", "fsdp2", "zero3"] = option("how GPUs work together", default="one")
-    gpus: int = option("how many", default=1)
-    gpu_gib: float = option("memory of each", default=80.0)
-    json: bool = option("print JSON", default=False)
+    model: str = HfArg(help=f"a folder with config.json, a model in the hub's cache, or a shape: {', '.join(SHAPES)}")
+    method: Literal["smt", "lora", "full"] = HfArg(help="lora gets the rank that trains as much as smt", default="smt")
+    num_blocks: int | None = HfArg(help="SMT's budget", default=None)
+    trainable_ratio: float | None = HfArg(help="or as a share of the model's parameters", default=None)
+    block_size: int | None = HfArg(help="side of a block; else the largest that fits, at most 256", default=None)
+    target_modules: list[str] = HfArg(default_factory=list, help="else q, k and v of the architecture")
+    batch_size: int = HfArg(help="sequences per GPU", default=1)
+    tokens: int = HfArg(help="tokens per sequence", default=2048)
+    checkpointing: Literal["none", "non-reentrant"] = HfArg(help="of gradients, layer by layer", default="none")
+    dtype: Literal["bfloat16", "float32", "float16", "4bit", "8bit"] = HfArg(help="of weights", default="bfloat16")
+    strategy: Literal["one", "ddp", "zero2", "fsdp2", "zero3"] = HfArg(help="how GPUs work together", default="one")
+    gpus: int = HfArg(help="how many", default=1)
+    gpu_gib: float = HfArg(help="memory of each", default=80.0)
+    json: bool = HfArg(help="print JSON", default=False)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "tokens", "gpus", "gpu_gib"):

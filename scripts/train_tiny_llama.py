@@ -6,7 +6,7 @@ writes `scripts/tiny_llama/`, with which the demo runs without a download. One C
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from platform import machine, python_version, system
 
@@ -16,6 +16,7 @@ from stdlib_text import documentation, source_code
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.hf_argparser import HfArg
 
 README = """\
 # Tiny LLaMA
@@ -40,21 +41,21 @@ come from `scripts/stdlib_text.py`; they are the Python Software Foundation's, u
 
 @dataclass
 class Settings:
-    output: Path = field(default=Path(__file__).with_name("tiny_llama"), metadata={"help": "folder to write"})
-    steps: int = field(default=2400, metadata={"help": "optimizer steps"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps until the learning rate is at its highest"})
-    batch_size: int = field(default=16, metadata={"help": "sequences per step"})
-    length: int = field(default=256, metadata={"help": "tokens per sequence"})
-    learning_rate: float = field(default=3e-3, metadata={"help": "highest learning rate"})
-    weight_decay: float = field(default=0.3, metadata={"help": "AdamW's weight decay"})
-    dropout: float = field(default=0.15, metadata={"help": "of what the embedding and each layer add to the residual"})
-    source_code: bool = field(default=False, metadata={"help": "learn Python's source code, too"})
-    hidden_size: int = field(default=192, metadata={"help": "a multiple of 192; 768 and 12 layers: 79 million values"})
-    layers: int = field(default=4, metadata={"help": "decoder layers"})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
-    threads: int = field(default=1, metadata={"help": "CPU threads"})
-    bfloat16: bool = field(default=False, metadata={"help": "autocast; faster where the processor has it"})
-    seed: int = field(default=0, metadata={"help": "of the initial weights, the order of the data and the dropout"})
+    output: Path = HfArg(default=Path(__file__).with_name("tiny_llama"), help="folder to write")
+    steps: int = HfArg(default=2400, help="optimizer steps")
+    warmup_steps: int = HfArg(default=100, help="steps until the learning rate is at its highest")
+    batch_size: int = HfArg(default=16, help="sequences per step")
+    length: int = HfArg(default=256, help="tokens per sequence")
+    learning_rate: float = HfArg(default=3e-3, help="highest learning rate")
+    weight_decay: float = HfArg(default=0.3, help="AdamW's weight decay")
+    dropout: float = HfArg(default=0.15, help="of what the embedding and each layer add to the residual")
+    source_code: bool = HfArg(default=False, help="learn Python's source code, too")
+    hidden_size: int = HfArg(default=192, help="a multiple of 192; 768 and 12 layers: 79 million values")
+    layers: int = HfArg(default=4, help="decoder layers")
+    device: str = HfArg(default="cpu", help="cpu or cuda")
+    threads: int = HfArg(default=1, help="CPU threads")
+    bfloat16: bool = HfArg(default=False, help="autocast; faster where the processor has it")
+    seed: int = HfArg(default=0, help="of the initial weights, the order of the data and the dropout")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

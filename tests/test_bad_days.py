@@ -12,9 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
 RANDOM = {"dropout": 0.1, "save_steps": 1, "resume": False}  # dropout: the random state must come back too
-
-
-BACKENDS = [pytest.param(b, marks=pytest.mark.xdist_group(b)) for b in ("single", "ddp", "fsdp2", "zero2", "zero3")]
+BACKENDS = ["ddp", "fsdp2", "zero3"]  # test_distributed.py resumes, by each backend, what ended well
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +54,12 @@ def test_every_backend_refuses_a_checkpoint_with_another_budget(killed, backend)
         assert any("17 blocks" in error and "18" in error for error in errors), errors
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_while_saving_leaves_nothing_that_resume_would_take(rank, tmp_path):
-    launch("ddp", {"killed": RANDOM | {"die_at": 4, "die_on": rank, "die_where": "save"}}, tmp_path)
-    half_written = tmp_path / "killed" / "checkpoint-4"
-    assert half_written.exists()
-    cells = {"whole": RANDOM, "resumed": RANDOM | {"continue_from": "killed"}}
-    errors = [outcome.get("resumed", {}).get("error", "") for outcome in launch("ddp", cells, tmp_path)]
-    assert any(missing in error for error in errors for missing in ("trainer_state.json", "rng_state_1.pth"))
-    shutil.rmtree(half_written)  # what is left is complete
-    for outcome in launch("ddp", cells, tmp_path):
-        assert torch.equal(outcome["resumed"]["delta"], outcome["whole"]["delta"])
+def test_a_rank_that_dies_while_saving_leaves_nothing_that_resume_would_take(tmp_path):
+    """The other rank; without the first, the checkpoint has no trainer_state.json, and Trainer refuses it."""
+    launch("ddp", {"killed": RANDOM | {"die_at": 4, "die_on": 1, "die_where": "save"}}, tmp_path)
+    assert (tmp_path / "killed" / "checkpoint-4").exists()
+    ranks = launch("ddp", {"resumed": RANDOM | {"continue_from": "killed"}}, tmp_path)
+    assert any("rng_state_1.pth" in rank.get("resumed", {}).get("error", "") for rank in ranks)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +131,7 @@ def test_a_truncated_adapter_file_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "copy")
     file = tmp_path / "copy" / "out" / f"checkpoint-{STEPS // 2}" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(Exception, match=r"(?i)incomplete|invalid|header|safetensor"):
+    with pytest.raises(ValueError, match="broken or cut off"):
         resume(tmp_path / "copy", tmp_path)
 
 

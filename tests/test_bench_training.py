@@ -49,8 +49,9 @@ def test_a_setting_for_a_gpu_is_in_the_script_that_runs_them_all():
     assert set(GPU_SETTINGS) == set(bench_training.SETTINGS) - on_a_cpu
 
 
-def test_every_part_of_the_script_leaves_its_setting_time_to_begin(measure):
+def test_every_part_of_the_script_leaves_its_setting_time_to_begin(measure, monkeypatch):
     """The seconds that it gives, less those for the start of the process."""
+    monkeypatch.setattr(bench_training, "measure_run", lambda run, *_: run.update(complete=True))
     for seconds, setting in re.findall(r"^ +training (\d+) (.*)$", ON_A_GPU, re.M):
         if setting != "compile":
             _, result = measure(setting, "--rehearse", *THREE, "--rounds", "1", "--seconds", str(int(seconds) - 15))
@@ -97,6 +98,25 @@ def test_a_method_that_failed_is_tried_again(measure, monkeypatch):
     failing.clear()
     status, result = measure("cpu-small", "--rehearse", *THREE)
     assert status == 0 and "note" not in result["runs"][0]["methods"]["smt"]
+
+
+def test_a_method_that_there_is_not_is_refused_and_a_host_run_that_was_stopped_has_no_table(measure, monkeypatch):
+    with pytest.raises(SystemExit, match="loar is not one of floor, smt, lora"):
+        measure("cpu-small", "--rehearse", "--methods", "floor", "smt", "loar")
+    status, result = measure("host", "--rehearse", "--methods", "floor", "smt")
+    assert status == 0 and report_benchmarks.host_table(result) == report_benchmarks.markdown([])
+
+
+def test_code_that_differs_from_its_commit_has_another_name_for_each_change(monkeypatch):
+    monkeypatch.delenv("COMMIT", raising=False)
+    said = {"describe": b"abc\n", "diff": b""}
+    monkeypatch.setattr(
+        bench_training.results.subprocess, "run", lambda words, **_: SimpleNamespace(stdout=said[words[3]])
+    )
+    names = [bench_training.results.commit()]
+    for said["diff"] in (b"one change", b"another"):
+        names.append(bench_training.results.commit())
+    assert names[0] == "abc" and len(set(names)) == 3 and all(name.startswith("abc") for name in names)
 
 
 @pytest.mark.parametrize("other", ["machine", "commit", "options"])

@@ -56,8 +56,9 @@ def assert_equal(found, expected):
     assert expected[1].norm() > 0.5  # else the comparison would say nothing
 
 
-@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, arrangement", [("aot_eager", "tiles"), ("aot_eager", "sorted"), ("inductor", "tiles")]
+)
 def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend, arrangement):
     if backend == "inductor":
         pytest.importorskip("triton")
@@ -93,13 +94,6 @@ def test_compiled_layers_share_a_graph_where_the_first_target_has_no_blocks(base
 def test_a_compiled_model_trains_as_eager(base):
     model = adapted(base)
     assert_equal(steps(model, torch.compile(model, backend="aot_eager")), steps(adapted(base)))
-
-
-def test_the_compiled_model_has_no_graph_break_in_the_smt_layer(base):
-    model = adapted(base)
-    torch.compile(model, backend="aot_eager")(input_ids=IDS, labels=IDS).loss.backward()
-    breaks = "\n".join(str(reason) for reason in counters["graph_break"])
-    assert "layer.py" not in breaks and "BlockGradients" not in breaks, breaks
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ def test_training_validation_and_test_have_no_row_in_common(short):
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
 
 
-def test_the_repositorys_own_testbed_needs_no_folder(tmp_path):
+def test_the_repositorys_own_testbed_needs_no_folder(tmp_path, monkeypatch):
+    starts = {name: lambda texts=texts: islice(texts(), 20) for name, texts in testbeds.STDLIB.items()}
+    monkeypatch.setattr(testbeds, "STDLIB", starts)
+    testbeds.load_testbed.cache_clear()
     testbed = testbeds.load_testbed(TESTBEDS["tiny-llama-code"], tmp_path, 64)
     guessing = math.log(testbed.model.config.vocab_size)
     assert testbed.base["old_loss"] < guessing and testbed.base["test_loss"] < guessing

@@ -13,8 +13,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-export COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 python=${PYTHON:-python3}
+[[ -v COMMIT ]] || COMMIT=$(PYTHONPATH=scripts/benchmarks "$python" -c 'from results import commit; print(commit() or "")')
+export COMMIT
 limit=${1:-580}
 results=${RESULTS:-runs/bench_gpu}
 tests=(-m gpu -n 8 --dist worksteal) toy=() toy_ops=() gpu=none

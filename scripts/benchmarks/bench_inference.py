@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_inference.py --output docs/results/inference.json
 
 Random weights in a real shape, SMT and LoRA at equal parameters, on one base model in one process, in turns. A run is
-a prompt and then greedy tokens one by one, each with the cache of those before. What this machine
-and commit have written before is kept; it writes after each batch size.
+a prompt and then greedy tokens one by one, each with the cache of those before. What this machine and commit have
+written before with the same options is kept; it writes after each batch size.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bench_training import Options, attach, random_llama
 from peft import PeftModel
 from report_benchmarks import inference_table
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 METHODS = ["base", "smt", "lora", "smt-merged", "lora-merged"]
 VERBS = ["save", "load", "switch", "merge", "unmerge"]
@@ -32,7 +33,7 @@ VERBS = ["save", "load", "switch", "merge", "unmerge"]
 
 @dataclass
 class Command:
-    output: str | None = field(default=None, metadata={"help": "JSON file; rows that it holds already are kept"})
+    output: str | None = HfArg(default=None, help="JSON file; rows that it holds already are kept")
     shape: str = "llama-3.2-3b"
     dtype: str = "bfloat16"
     rank: int = 32
@@ -44,7 +45,7 @@ class Command:
     rounds: int = 3
     seconds: float = 1e9
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    rehearse: bool = field(default=False, metadata={"help": "toy size on CPU"})
+    rehearse: bool = HfArg(default=False, help="toy size on CPU")
 
 
 def main() -> int:
@@ -54,7 +55,8 @@ def main() -> int:
         toy = {"shape": "tiny", "dtype": "float32", "rank": 16, "block_size": 16, "device": "cpu"}
         vars(command).update(toy, batch_sizes=[1, 2], prompt=8, new_tokens=4)
     path = Path(command.output) if command.output else None
-    result = results.kept(path, command.device, verbs=VERBS, complete=False, speeds=[], adapters={})
+    asked = {name: value for name, value in vars(command).items() if name not in ("output", "seconds")}
+    result = results.kept(path, command.device, asked, verbs=VERBS, complete=False, speeds=[], adapters={})
     try:
         if not result["complete"]:
             measure(result, command, partial(results.write, result, path))
@@ -107,13 +109,13 @@ def measure(result: dict, command: Command, write: Callable[[], None]) -> None:
 @torch.no_grad()
 def generate(model: torch.nn.Module, prompt: torch.Tensor, command: Command) -> tuple[float, float]:
     """Seconds for the prompt, and for the new tokens."""
-    marks = [clock(command)]
+    marks = [results.clock(command.device)]
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    marks.append(clock(command))
+    marks.append(results.clock(command.device))
     for _ in range(command.new_tokens):
         token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-    marks.append(clock(command))
+    marks.append(results.clock(command.device))
     return marks[1] - marks[0], marks[2] - marks[1]
 
 
@@ -123,9 +125,9 @@ def life(model: PeftModel, command: Command) -> dict:
 
     @contextlib.contextmanager
     def timed(verb: str):
-        start = clock(command)
+        start = results.clock(command.device)
         yield
-        seconds[verb].append(clock(command) - start)
+        seconds[verb].append(results.clock(command.device) - start)
 
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(3):
@@ -145,12 +147,6 @@ def life(model: PeftModel, command: Command) -> dict:
         with timed("unmerge"):
             model.unmerge_adapter()
     return {"bytes": size, **{f"{verb}_s": median(times) for verb, times in seconds.items()}}
-
-
-def clock(command: Command) -> float:
-    if command.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +25,7 @@ import results
 import torch
 from torch import Tensor
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from smt_peft import ops
 from smt_peft.ops import reference
@@ -51,8 +52,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 class Command:
     output: str | None = None
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds: float = field(default=0.2, metadata={"help": "of timing per row"})
-    limit_s: float = field(default=60, metadata={"help": "no row starts later than this"})
+    seconds: float = HfArg(default=0.2, help="of timing per row")
+    limit_s: float = HfArg(default=60, help="no row starts later than this")
 
 
 @dataclass
@@ -158,11 +159,9 @@ def added(y: Tensor, *args) -> Tensor:
 
 def measure(op: Op, dtype: torch.dtype, rates: dict, command: Command) -> dict:
     """How far a call is from the truth and, unless that is too far, how long it takes and may take."""
-    synchronize(command)
-    start = time.perf_counter()
+    start = results.clock(command.device)
     result = op.call()
-    synchronize(command)
-    first = time.perf_counter() - start
+    first = results.clock(command.device) - start
     error = float((result.double() - op.truth).abs().max() / op.truth.abs().max())
     if not error <= TOLERANCE[dtype]:
         return {"error": error}
@@ -199,11 +198,6 @@ def line(row: dict) -> str:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def synchronize(command: Command) -> None:
-    if command.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def median_seconds(call: Callable[[], object], command: Command) -> float:

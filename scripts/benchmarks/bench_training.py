@@ -41,6 +41,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers.hf_argparser import HfArg
 
 from smt_peft import SMTConfig, select_blocks
 
@@ -65,9 +66,9 @@ LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 @dataclass
 class Command:
     setting: list[str] = field(default_factory=lambda: ["cpu-small"])
-    results: str | None = field(default=None, metadata={"help": "folder to write to; default: print only"})
-    seconds: float = field(default=math.inf, metadata={"help": "limit of each setting"})
-    rehearse: bool = field(default=False, metadata={"help": "run the settings at toy size on CPU"})
+    results: str | None = HfArg(default=None, help="folder to write to; default: print only")
+    seconds: float = HfArg(default=math.inf, help="limit of each setting")
+    rehearse: bool = HfArg(default=False, help="run the settings at toy size on CPU")
 
 
 @dataclass
@@ -75,20 +76,20 @@ class Options:
     """What is measured. A setting gives a starting point; every option named on the command line overrides it."""
 
     shape: str = "cpu-small"
-    layers: int | None = field(default=None, metadata={"help": "only so many decoder layers"})
+    layers: int | None = HfArg(default=None, help="only so many decoder layers")
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     target_modules: list[str] = field(default_factory=lambda: list(QV))
-    rank: int = field(default=8, metadata={"help": "LoRA's rank; its parameters are the budget of every method"})
-    trainable_ratio: float | None = field(default=None, metadata={"help": "sets the rank: share of the base model"})
+    rank: int = HfArg(default=8, help="LoRA's rank; its parameters are the budget of every method")
+    trainable_ratio: float | None = HfArg(default=None, help="sets the rank: share of the base model")
     block_size: int = 64
     batch_size: int = 2
     tokens: int = 256
     dtype: str = "float32"
-    checkpointing: str = "none"  # or non-reentrant, or reentrant
-    compile: bool = field(default=False, metadata={"help": "torch.compile each decoder layer"})
-    steps: int = field(default=4, metadata={"help": "timed steps per method and round"})
+    checkpointing: str = "none"  # or non-reentrant
+    compile: bool = HfArg(default=False, help="torch.compile each decoder layer")
+    steps: int = HfArg(default=4, help="timed steps per method and round")
     rounds: int = 8
-    sweep: str | None = field(default=None, metadata={"help": "option to vary: one run for each of `values`"})
+    sweep: str | None = HfArg(default=None, help="option to vary: one run for each of `values`")
     values: list[str] = field(default_factory=list)
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -98,13 +99,10 @@ PAPER = {"shape": "llama-7b", "trainable_ratio": 0.0086, "target_modules": QKV, 
          "tokens": 1024, "dtype": "bfloat16"}  # fmt: skip
 THREE = {"methods": ["floor", "smt", "lora"]}
 SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 3, "rounds": 2}
-CPU_SWEEP = {**THREE, "steps": 3, "rounds": 4}
 BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "0.025", "0.05"], "target_modules": QKV}
 SETTINGS = {
     "cpu-small": {},
-    "cpu-budgets": {**CPU_SWEEP, **BUDGETS, "block_size": 32},
-    "cpu-blocks": {**CPU_SWEEP, "sweep": "block_size", "values": ["32", "64", "128"], "trainable_ratio": 0.0086},
-    "cpu-context": {**CPU_SWEEP, "sweep": "tokens", "values": ["64", "256", "1024"], "batch_size": 1},
+    "cpu-budgets": {**THREE, **BUDGETS, "block_size": 32, "steps": 3, "rounds": 4},
     "host": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
              "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
     "host-gpu": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
@@ -139,6 +137,8 @@ def main() -> int:
         parser = HfArgumentParser((Command, Options))
         parser.set_defaults(**SETTINGS[name])
         options = parser.parse_args_into_dataclasses()[1]
+        if unknown := set(options.methods) - {*METHODS, "lora-bf16"}:
+            raise SystemExit(f"--methods {unknown.pop()} is not one of {', '.join(METHODS)} and lora-bf16.")
         if command.rehearse:
             options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, options.values))
         path = Path(command.results, f"training_{name}.json") if command.results else None
@@ -308,7 +308,7 @@ def attach(base: LlamaForCausalLM, method: str, options: Options) -> tuple[nn.Mo
     train = method == "full"
     llama = deepcopy(base, {id(p): nn.Parameter(p.data, requires_grad=train) for p in base.parameters()})
     if options.checkpointing != "none":
-        llama.gradient_checkpointing_enable({"use_reentrant": options.checkpointing == "reentrant"})
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
     if options.checkpointing != "none" or options.compile:  # no hook inside a compiled layer; as PEFT does, for all
         llama.enable_input_require_grads()
     rank, budget = rank_of(base, options)

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median, quantiles
 
 DOCS = Path(__file__).parents[2] / "docs"
-LONG = ("trained", "waited for, ms", "saved, MiB", "GFLOP", "optimizer, MiB", "tokens/s", "first step, s")
-WHOLE_ONLY = ("waited for, ms", "device, ms", "launches", "GFLOP", "optimizer, MiB", "first step, s")
+# columns of the long tables alone
+LONG = ("waited for, ms", "device, ms", "launches", "GFLOP", "optimizer, MiB", "first step, s")
 GOALS = [  # setting, what is compared, with which method's, at most
     ("peft", "device_s", "floor", 1.03),
     ("peft", "step_s", "floor", 1.05),
@@ -38,7 +38,7 @@ def main(docs: Path) -> None:
         whole.append(f"## {path.stem}\n\n{provenance(result)}{table(result)}\n")
         if start in page and end in page:
             before, after = page.partition(start)[0], page.partition(end)[2]
-            page = f"{before}{start}\n{provenance(result)}{table(result, WHOLE_ONLY)}\n{end}{after}"
+            page = f"{before}{start}\n{provenance(result)}{table(result, LONG)}\n{end}{after}"
         if "runs" in result:
             (draw_sweep if result["sweep"] else draw_methods)(result, path.with_suffix(".png"))
         print(path.stem)
@@ -78,8 +78,8 @@ def training_table(result: dict, leave_out: Sequence[str] = ()) -> str:
     rows = []
     for run in result["runs"]:
         first = {sweep: _value(run["options"][sweep])} if sweep else {}
-        rows += [{**first, **_row(run, method)} for method in run["methods"]]
-    return markdown([{name: cell for name, cell in row.items() if name not in leave_out} for row in rows])
+        rows += [{**first, **_row(run, method, leave_out)} for method in run["methods"]]
+    return markdown(rows)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -90,12 +90,12 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _row(run: dict, method: str) -> dict:
+def _row(run: dict, method: str, leave_out: Sequence[str]) -> dict:
     figure = run["methods"][method]
     options = run["options"]
     steps = figure.get("step_s") or []
-    low, *_, high = quantiles([*steps, median(steps)], n=5, method="inclusive") if steps else (0, 0)
-    return {
+    low, high = _spread(steps) if steps else (0, 0)
+    cells = {
         "method": method,
         "trained": f"{figure['trainable_parameters']:,}" if "trainable_parameters" in figure else "-",
         "step, ms (p20 - p80)": f"{1e3 * median(steps):.1f} ({1e3 * low:.1f} - {1e3 * high:.1f})" if steps else "-",
@@ -115,6 +115,13 @@ def _row(run: dict, method: str) -> dict:
         "graphs / breaks": f"{figure['graphs']} / {figure['graph_breaks']}" if "graphs" in figure else "-",
         "note": figure.get("note"),
     }
+    return {name: cell for name, cell in cells.items() if name not in leave_out}
+
+
+def _spread(figures: list[float]) -> tuple[float, float]:
+    """Of rounds: their 20th and 80th percentiles."""
+    low, *_, high = quantiles(figures, n=5, method="inclusive") if figures[1:] else 4 * figures
+    return low, high
 
 
 def host_table(result: dict) -> str:
@@ -124,6 +131,8 @@ def host_table(result: dict) -> str:
     """
     rows = []
     for run in result["runs"]:
+        if "host_profile" not in run or host_ratio(run) is None:  # stopped early, or not of all three methods
+            continue
         layers = run["adapted_layers"]
         added, places = {}, {}
         for method in ("smt", "lora"):
@@ -164,24 +173,20 @@ def inference_table(result: dict) -> str:
 
 def ops_table(result: dict) -> str:
     """One row per op and size: its time beside what its bytes and its FLOPs would take at the machine's own rates."""
-    lines = [
-        f"The machine copies {result['bytes_per_s'] / 1e9:,.1f} GB/s and multiplies "
-        + ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {dtype}" for dtype, rate in result["flops_per_s"].items())
-        + ".\n",
-        "| op | dtype | size | error | time, ms | bytes take, ms | FLOPs take, ms | x what is allowed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rates = ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {dtype}" for dtype, rate in result["flops_per_s"].items())
+    parts = [f"The machine copies {result['bytes_per_s'] / 1e9:,.1f} GB/s and multiplies {rates}."]
+    rows = []
     for op in result["ops"]:
-        cells = [op["op"], op["dtype"], op["size"], f"{op['error']:.0e}"]
-        if "seconds" not in op:
-            lines.append(f"| {' | '.join(cells)} | wrong, not timed | - | - | - |")
-            continue
-        cells += [f"{1e3 * op[key]:.3f}" for key in ("seconds", "bytes_s", "flops_s")]
-        lines.append(f"| {' | '.join(cells)} | {op['seconds'] / max(op['bytes_s'], op['flops_s']):.2f} |")
+        row = {"op": op["op"], "dtype": op["dtype"], "size": op["size"], "error": f"{op['error']:.0e}"}
+        row["time, ms"] = f"{1e3 * op['seconds']:.3f}" if "seconds" in op else "wrong, not timed"
+        if "seconds" in op:
+            row |= {f"{what} take, ms": f"{1e3 * op[f'{what.lower()}_s']:.3f}" for what in ("bytes", "FLOPs")}
+            row["x what is allowed"] = f"{op['seconds'] / max(op['bytes_s'], op['flops_s']):.2f}"
+        rows.append(row)
+    parts += [markdown(rows)] if rows else []
     if "selection_of_a_million_blocks_s" in result:  # a run that was stopped has none
-        seconds = result["selection_of_a_million_blocks_s"]
-        lines.append(f"\nSelecting 1 % of a million blocks takes {seconds:.2f} s.")
-    return "\n".join(lines)
+        parts.append(f"Selecting 1 % of a million blocks takes {result['selection_of_a_million_blocks_s']:.2f} s.")
+    return "\n\n".join(parts)
 
 
 def summary(folder: Path) -> str:
@@ -193,8 +198,7 @@ def summary(folder: Path) -> str:
             point = f" {_value(run['options'][result['sweep']])}" if result["sweep"] else ""
             for method in run["methods"]:
                 if method != "floor" or not point:
-                    row = {"setting": setting + point, **_row(run, method)}
-                    rows.append({k: v for k, v in row.items() if k not in LONG})
+                    rows.append({"setting": setting + point, **_row(run, method, LONG)})
     for setting, quantity, other, limit in GOALS:
         for run in results.get(setting, {}).get("runs", []):
             ratio = host_ratio(run) if quantity == "host" else median(ratios(run, "smt", other, quantity) or [0])
@@ -269,8 +273,7 @@ def draw_methods(result: dict, path: Path) -> None:
     for row, method in enumerate(methods):
         colour, _ = _style(method)
         quotients = ratios(run, method, "floor")
-        low, *_, high = quantiles([*quotients, median(quotients)], n=5, method="inclusive")
-        times.plot([low, high], [row, row], color=colour, linewidth=3, alpha=0.5)
+        times.plot(_spread(quotients), [row, row], color=colour, linewidth=3, alpha=0.5)
         times.plot(median(quotients), row, "o", color=colour)
         size = (value(run, method, kind) or 0) / unit
         memory.barh(row, size, color=colour)

@@ -7,13 +7,16 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from hashlib import sha256
 from pathlib import Path
 
 import peft
 import torch
 import transformers
 
-SAME = ("machine", "commit", "versions")  # figures that differ in these do not belong into one table
+SAME = ("machine", "commit", "versions", "asked")  # figures that differ in these do not belong into one table
+MEASURED = ("smt_peft", "scripts/benchmarks")
 
 
 def header(device: str) -> dict:
@@ -30,23 +33,26 @@ def header(device: str) -> dict:
 
 
 def commit() -> str | None:
-    """Of the code that is measured; COMMIT says it where a copy has no history."""
+    """Of the code that is measured, with a hash of what was changed; COMMIT says it where a copy has no history."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"] or None
-    git = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty"]
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    asked = (["describe", "--always"], ["diff", "HEAD", "--", *MEASURED])
     try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        name, changes = (subprocess.run([*git, *words], capture_output=True).stdout.strip() for words in asked)
     except OSError:  # no git here
         return None
+    return "-".join([name.decode(), *([sha256(changes).hexdigest()[:8]] if changes else [])]) or None
 
 
-def kept(path: Path | None, device: str, **empty: object) -> dict:
+def kept(path: Path | None, device: str, asked: dict | None = None, **empty: object) -> dict:
     """What is to be filled: the file's content, if this machine and this code made it, else a new one.
 
     Args:
+        asked: options that all figures of the file depend on.
         empty: what a new one holds beside its header.
     """
-    head = header(device)
+    head = {**header(device), "asked": asked}
     if path and path.exists():
         result = json.loads(path.read_text())
         if all(result.get(name) == head[name] for name in SAME):
@@ -61,3 +67,10 @@ def write(result: dict, path: Path | None) -> None:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1))
         part.replace(path)
+
+
+def clock(device: str) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

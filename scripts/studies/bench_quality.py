@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import recipes
@@ -30,11 +30,12 @@ from testbeds import TESTBEDS, Options, Source, Testbed, load_testbed, measure_a
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
+from transformers.hf_argparser import HfArg
 
 
 @dataclass
 class Command:
-    studies: list[str] = field(metadata={"help": "YAML files that say what to run"})
+    studies: list[str] = HfArg(help="YAML files that say what to run")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ class Run:
     batch_size: int
     tokens: int
     settings: str  # the method's options as JSON
+    source: str = ""  # of a testbed of the study's own, as JSON
 
     @property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(
+            {name: value for name, value in asdict(self).items() if name != "source" or value}, sort_keys=True
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -114,7 +118,7 @@ def sources(study: dict) -> dict[str, Source]:
 def planned(study: dict) -> list[Run]:
     """Every run with the first seed. The methods of one setting stand together, so that a part can be compared."""
     runs = []
-    known = sources(study)
+    known, own = sources(study), study.get("own_testbeds", {})
     for name in set(study["testbeds"]) - set(known):
         raise SystemExit(f"There is no testbed {name}; there are {', '.join(known)}.")
     for testbed, target in itertools.product(study["testbeds"], study["targets"]):
@@ -127,6 +131,7 @@ def planned(study: dict) -> list[Run]:
             # Full fine-tuning is the same run at every budget and target, the target weights whole at every budget.
             place = {"full": ("", "", 0), "dense": (target, modules, 0)}.get(method["type"], (target, modules, budget))
             rest = (study["steps"], study["batch_size"], study["tokens"], json.dumps(settings, sort_keys=True))
+            rest += (json.dumps(own[testbed], sort_keys=True) if testbed in own else "",)
             rates = map(float, method["learning_rates"])
             runs += [Run(testbed, *place, name, rate, study["seeds"][0], *rest) for rate in rates]
     return list(dict.fromkeys(runs))

@@ -17,7 +17,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -29,6 +29,7 @@ from testbeds import TESTBEDS, Options, Testbed, load_testbed
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
@@ -59,10 +60,10 @@ SETTINGS = {
 
 @dataclass
 class Command:
-    testbeds: list[str] = field(default_factory=lambda: list(SETTINGS), metadata={"help": "names in SETTINGS"})
-    counts: list[int] = field(
+    testbeds: list[str] = HfArg(default_factory=lambda: list(SETTINGS), help="names in SETTINGS")
+    counts: list[int] = HfArg(
         default_factory=lambda: [1, 2, 5, 10, 20, 50, 100, 200],
-        metadata={"help": "batches to select from, ascending; the last is the size of a half"},
+        help="batches to select from, ascending; the last is the size of a half",
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from testbeds import TESTBEDS, Options, load_testbed
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import BLUE, COLOURS, GREY, VERMILION
@@ -31,9 +32,9 @@ SHARES = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]  # of the weights
 
 @dataclass
 class Command:
-    testbed: str = field(default="tiny-llama-code", metadata={"help": "a name in testbeds.py"})
+    testbed: str = HfArg(default="tiny-llama-code", help="a name in testbeds.py")
     block_size: int = 16
-    batches: int = field(default=40, metadata={"help": "of 8 rows of 128 tokens"})
+    batches: int = HfArg(default=40, help="of 8 rows of 128 tokens")
 
 
 class Watched:
@@ -93,6 +94,10 @@ def agreement(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], shar
 
 def main(argv: list[str]) -> None:
     command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(argv)
+    if command.testbed not in TESTBEDS:
+        raise SystemExit(f"There is no testbed {command.testbed}; there are {', '.join(TESTBEDS)}.")
+    output = Path(options.results) / "importance.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
     testbed = load_testbed(TESTBEDS[command.testbed], Path(options.shared), 128)
     rows = testbed.train[: 8 * command.batches].split(8)
     half = len(rows) // 2
@@ -120,7 +125,6 @@ def main(argv: list[str]) -> None:
             )
         },
     }
-    output = Path(options.results) / "importance.json"
     output.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, output.with_suffix(".png"))
     print(json.dumps({key: result[key] for key in ("held", "agreement")}, indent=1))

@@ -3,9 +3,10 @@ and how many inputs the blocks read that the gradient chooses, beside random one
 
     python scripts/studies/outliers.py tiny-llama-code smollm2-banking77 --shared ../shared
 
-Prints a table, and writes RESULTS/outliers.jsonl: for each testbed a line for each linear layer (but the head and what
-is trained anew): how many of its inputs have a norm above 3 and 6 times the median, over 64 rows of training data, the
-largest norm over the median, and how much that input varies: its standard deviation over its root mean square.
+Prints a table, and writes into RESULTS/outliers.jsonl, in place of what it has of these testbeds, a line for each
+linear layer (but the head and what is trained anew): how many of its inputs have a norm above 3 and 6 times the
+median, over the tokens of 64 rows of training data, the largest norm over the median, and how much that input varies:
+its standard deviation over its root mean square.
 Then how many inputs are read by blocks of 16 (or what divides all sides), 0.9 % of the model with the same share in
 each matrix, chosen by the gradient of 20 batches of 8, and at random.
 """
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from peft import get_peft_model
 from recipes import target_names
 from testbeds import TESTBEDS, Options, Testbed, load_testbed
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from smt_peft import SMTConfig, select_blocks
 
@@ -34,18 +36,19 @@ BLOCK_SIZE, SHARE, BATCHES, BATCH_SIZE = 16, 0.009, 20, 8
 
 @dataclass
 class Command:
-    testbeds: list[str] = field(metadata={"help": "names in testbeds.py"})
-    tokens: int = field(default=128, metadata={"help": "per row, at most"})
+    testbeds: list[str] = HfArg(help="names in testbeds.py")
+    tokens: int = HfArg(default=128, help="per row, at most")
 
 
 @torch.no_grad()
 def outliers_of(testbed: Testbed) -> dict[str, dict[str, float]]:
     """By layer: inputs, how many are above each of RATIOS times the median norm, the largest, and its variation."""
-    found = {}
+    found, batch = {}, testbed.batch(testbed.train[:ROWS])
+    is_token = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
     def look(name: str):
         def hook(layer: torch.nn.Module, args: tuple) -> None:
-            x = args[0].float().flatten(0, -2)
+            x = args[0].float()[is_token]
             rms = x.square().mean(0).sqrt()
             most = rms.argmax()
             found[name] = {
@@ -60,7 +63,7 @@ def outliers_of(testbed: Testbed) -> dict[str, dict[str, float]]:
     hooks = [
         testbed.model.get_submodule(name).register_forward_pre_hook(look(name)) for name in linear_layers(testbed)
     ]
-    testbed.model.eval()(**testbed.batch(testbed.train[:ROWS]))
+    testbed.model.eval()(**batch)
     for hook in hooks:
         hook.remove()
     return found
@@ -86,6 +89,12 @@ def inputs_read(testbed: Testbed, selection: str) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(["--testbeds", *argv])
+    for name in set(command.testbeds) - set(TESTBEDS):
+        raise SystemExit(f"There is no testbed {name}; there are {', '.join(TESTBEDS)}.")
+    path = Path(options.results, "outliers.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["testbed"] not in command.testbeds]
     head = [
         "",
         "layers",
@@ -95,7 +104,6 @@ def main(argv: list[str]) -> None:
         *(f"read, {rule}" for rule in RULES),
     ]
     print("".join(f"{title:24}" for title in head))
-    lines = []
     for name in command.testbeds:
         testbed = load_testbed(TESTBEDS[name], Path(options.shared), command.tokens)
         found = outliers_of(testbed)
@@ -115,7 +123,7 @@ def main(argv: list[str]) -> None:
         ]
         print("".join(f"{cell!s:24}" for cell in row))
         lines += [json.dumps({"testbed": name, "layer": layer, **figures}) for layer, figures in found.items()]
-    Path(options.results, "outliers.jsonl").write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from smt_peft.selection import select
 from smt_peft.warmup import apply_selection, find_adapter
 
 RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}
+CONFIGS = {"smt": SMTConfig, **RANKED}
 TYPES = ("smt", "full", "dense", *RANKED)  # dense: the target weights whole
 RANKINGS = ("score", "module_rms", "adam", "weight", "movement")
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": BlockMuon}
@@ -72,6 +73,11 @@ class Recipe:
         for name, allowed in {"type": TYPES, "ranking": RANKINGS, "optimizer": OPTIMIZERS}.items():
             if getattr(recipe, name) not in allowed:
                 raise SystemExit(f"{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}.")
+        allowed = {f.name for f in fields(CONFIGS[recipe.type])} if recipe.type in CONFIGS else set()
+        if unknown := recipe.config.keys() - allowed:
+            raise SystemExit(f"{recipe.type} has no option {', '.join(sorted(unknown))}.")
+        if recipe.type == "smt" and not isinstance(recipe.config.get("block_size"), int):
+            raise SystemExit(f"smt needs a block_size, by which its budget becomes blocks: {recipe.config}")
         if isinstance(recipe.delta_scale, str) and recipe.delta_scale != "weight_rms":
             raise SystemExit(f"delta_scale {recipe.delta_scale!r} is neither a number nor weight_rms; for YAML 5e-1 "
                              "is text, 0.5 a number.")  # fmt: skip

