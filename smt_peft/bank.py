@@ -139,9 +139,13 @@ class DeltaBank(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if hasattr(weight, "ds_id"):
                 weight = self()
+                weight.register_hook(self._end_backward) if weight.requires_grad else None
             elif isinstance(weight, DTensor):
                 weight = weight.full_tensor()
             return _split(weight, layout)
+
+    def _end_backward(self, gradient: Tensor) -> None:
+        self.running = None  # all that was made of it has had its gradient; a step may come now
 
     def forward(self) -> Tensor:
         """A copy of the bank. Called, not read, where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
@@ -282,7 +286,7 @@ class Banks(nn.ModuleDict):
         super().__init__()
         self._hooks = [
             model.register_forward_pre_hook(self._begin_forward),
-            model.register_forward_hook(self._end_compiled_forward),
+            model.register_forward_hook(self._end_forward),
         ]
 
     def _begin_forward(self, model: nn.Module, args: tuple) -> None:
@@ -293,8 +297,9 @@ class Banks(nn.ModuleDict):
         for adapter, bank in self.items():
             bank.begin_forward(model, adapter)
 
-    def _end_compiled_forward(self, *_: object) -> None:
-        if torch.compiler.is_compiling():  # the graph need not hand the views out
+    def _end_forward(self, *_: object) -> None:
+        # A graph need not hand the views out; and without a backward nothing comes that needs them.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             for bank in self.values():
                 bank.running = None
 

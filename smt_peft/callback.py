@@ -47,7 +47,8 @@ class SMTWarmupCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
-            data can be read only once, and for what `select_blocks` refuses.
+            optimizer does not have its deltas, where the data can be read only once, and for what `select_blocks`
+            refuses.
     """
 
     def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
@@ -55,8 +56,12 @@ class SMTWarmupCallback(TrainerCallback):
         self.selection = self._given = selection
         self.avoid = avoid
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs
+    ) -> None:
         bank, config = find_adapter(model, self.adapter_name)
+        if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
+            _refuse_to_train_without(bank.weight, self.adapter_name, optimizer)
         trainer, resumed = _calling_trainer()
         self.selection = self._given
         if bank.is_selected:
@@ -87,6 +92,17 @@ class SMTWarmupCallback(TrainerCallback):
             )
         if state.is_world_process_zero:
             tqdm.write(self.selection.summary())
+
+
+def _refuse_to_train_without(deltas: nn.Parameter, adapter: str, optimizer: torch.optim.Optimizer | None) -> None:
+    groups = optimizer.param_groups if optimizer else []
+    if deltas.requires_grad and groups and not any(one is deltas for group in groups for one in group["params"]):
+        raise ValueError(
+            f"The optimizer does not have the deltas of adapter {adapter!r}, which would never be trained. They are "
+            "one parameter at the root of the model, which parameters() of a part of it do not contain: add "
+            f"model.get_base_model().smt_bank[{adapter!r}].weight to one of its groups. Or was it made before "
+            "get_peft_model?"
+        )
 
 
 def _record_beside(checkpoint: str | None, adapter: str, blocks: dict[str, list]) -> Selection | None:

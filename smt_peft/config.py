@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -22,14 +22,6 @@ Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
 Arrangement = Literal["tiles", "sorted"]
 Bias = Literal["none", "all", "smt_only"]
-CHOICES = {
-    "selection": SelectionRule,
-    "scope": Scope,
-    "score": Score,
-    "accumulation": Accumulation,
-    "arrangement": Arrangement,
-    "bias": Bias,
-}
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
 DOWNLOAD = (
@@ -185,8 +177,8 @@ class SMTConfig(PeftConfig):
 
     def _refusals(self) -> Iterator[str]:
         for name, allowed in CHOICES.items():
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in get_args(allowed):
-                yield f"{name}={getattr(self, name)!r} is not one of {', '.join(get_args(allowed))}."
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
+                yield f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}."
         if self.block_size != "auto" and not _is_int(self.block_size):
             yield f"block_size={self.block_size!r} is neither a positive integer nor 'auto'."
         blocks, ratio, patterns = self.num_blocks, self.trainable_ratio, self.num_blocks_pattern
@@ -225,6 +217,9 @@ class SMTConfig(PeftConfig):
                 )
             if ratio is not None:
                 yield f"selected_blocks is the selection, so trainable_ratio={ratio} has no effect; drop one of them."
+
+
+CHOICES = {name: get_args(kind) for name, kind in get_type_hints(SMTConfig).items() if get_origin(kind) is Literal}
 
 
 def _is_int(value: object, at_least: int = 1) -> bool:

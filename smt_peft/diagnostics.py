@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from smt_peft.bank import Group
 from smt_peft.selected import Selection, places_of
 
 CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
@@ -17,14 +15,14 @@ DOMINANT = 0.5  # share of the scores from one batch
 FEWEST_BATCHES = 4
 
 
-def warn_of_concentration(selection: Selection, groups: Sequence[Group], inputs: Sequence[int]) -> None:
+def warn_of_concentration(selection: Selection) -> None:
     """Warn where modules of different inputs competed in one ranking and one kind of them took nearly all.
 
-    Among modules that read one input (q, k, v; equal in `inputs`, a number per target) the ranking was never clearly
-    worse than an even share: V is no fault.
+    Among modules that read one input (q, k, v) the ranking was never clearly worse than an even share: V is no fault.
     """
+    inputs = selection.inputs
     counts, places = Counter(selection.index[:, 0].tolist()), places_of(selection.names)
-    for members, budget in groups:
+    for members, budget in selection.groups:
         readers: dict[int, set[str]] = {}
         for member in members:
             readers.setdefault(inputs[member], set()).add(places[member].kind)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from smt_peft import ops
 from smt_peft.bank import Banks
 from smt_peft.layer import Linear
-from smt_peft.quantized import Original
 
 
 class ParamWrapper(Linear):
@@ -29,10 +28,14 @@ class ParamWrapper(Linear):
 
     def __init__(self, base_layer: nn.Module, parameter_name: str, banks: Banks, shared_weight: bool):
         self.parameter_name = parameter_name  # before the parent's constructor, which asks for the weight
-        super().__init__(base_layer, banks, shared_weight, quantization={})
+        super().__init__(base_layer, banks, shared_weight, backend=None)
         self.watch: Callable[[Tensor], Tensor] | None = None  # the warm-up's: lays hands on the weight's gradient
 
     is_transposed = False  # a parameter is taken as it is stored
+
+    @property
+    def weight_name(self) -> str:
+        return self.parameter_name
 
     @property
     def weight(self) -> Tensor:
@@ -51,9 +54,6 @@ class ParamWrapper(Linear):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT converts linear layers only
 
-    def get_base_weight(self) -> Tensor:
-        return self.weight.data
-
     def matrix(self) -> Tensor:
         try:
             return self.weight.data.view(-1, self.weight.shape[-1])
@@ -62,20 +62,6 @@ class ParamWrapper(Linear):
                 f"{self.parameter_name} is not contiguous, so that no matrix is a view of it; make it so before it is "
                 "wrapped: parameter.data = parameter.data.contiguous()."
             ) from None
-
-    def _merge_whole(self, adapters: list[str]) -> None:
-        """Of a parameter that is shared: this module gets one of its own."""
-        module = self.get_base_layer()
-        self._original = self._original or Original(module, self.parameter_name)
-        weight = sum((self.get_delta_weight(name).to(self.weight) for name in adapters), self.weight.data)
-        setattr(module, self.parameter_name, nn.Parameter(weight, requires_grad=False))
-        self.merged_adapters += adapters
-
-    def restore(self) -> None:
-        if self._original is not None:
-            self._original.put_back()
-            self._original = None
-        super().restore()
 
     @torch.compiler.disable  # the module reads its parameter in ways that a graph cannot follow behind this node
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:

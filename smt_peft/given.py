@@ -37,6 +37,11 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
                         f"selection='magnitude' looks at the weights, and {target.name}'s is on the meta device: load "
                         "them first, or give the blocks (selected_blocks)."
                     )
+                if hasattr(layer.weight, "ds_id"):
+                    raise ValueError(
+                        f"selection='magnitude' looks at the weights, and {target.name}'s is divided by ZeRO-3: "
+                        "select without it, and give the blocks (selected_blocks)."
+                    )
                 matrix = layer.matrix()
                 if config.arrangement == "sorted":
                     sums = (matrix.abs().sum(side, dtype=torch.float32).cpu() for side in (1, 0))

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
-from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,13 +16,7 @@ from smt_peft.files import FLOATS
 from smt_peft.quantized import Original, dequantized
 
 
-class SMTLayer(BaseTunerLayer):
-    """Marks the layers of this package for PEFT."""
-
-    adapter_layer_names = ("smt_blocks",)
-
-
-class Linear(nn.Module, SMTLayer):
+class Linear(nn.Module, BaseTunerLayer):
     """A frozen Linear (or GPT-2's Conv1D) whose selected blocks are trained: y = base_layer(x) + blocks(x, delta).
 
     The deltas live in the banks at the root of the model; `smt_blocks` says which of them are this layer's. All block
@@ -30,11 +24,14 @@ class Linear(nn.Module, SMTLayer):
     but `merge` writes to the base weight.
     """
 
-    def __init__(self, base_layer: nn.Module, banks: Banks, shared_weight: bool, quantization: dict):
+    adapter_layer_names = ("smt_blocks",)
+    weight_name = "weight"
+
+    def __init__(self, base_layer: nn.Module, banks: Banks, shared_weight: bool, backend: QuantizationBackend | None):
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = self._sides()
-        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+        self.quantization_backend = backend
         self.smt_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -45,7 +42,8 @@ class Linear(nn.Module, SMTLayer):
 
     def _sides(self) -> tuple[int, int]:
         if isinstance(self.base_layer, Conv1D):
-            return tuple(reversed(self.base_layer.weight.shape))
+            weight = self.base_layer.weight  # which DeepSpeed ZeRO-3 may have taken away
+            return tuple(reversed(getattr(weight, "ds_shape", weight.shape)))
         return self.base_layer.out_features, self.base_layer.in_features
 
     def target_name(self, module_name: str) -> str:
@@ -65,18 +63,6 @@ class Linear(nn.Module, SMTLayer):
         if bank is None or bank.plan(share.target, bank.index.device) is None:
             return None, -1
         return bank, share.target
-
-    def get_base_layer(self) -> nn.Module:
-        """As PEFT's, but without asking a module for what it lacks, which is slow: each forward comes here often."""
-        layer = self
-        while (inner := layer._modules.get("base_layer")) is not None:
-            layer = inner
-        return layer
-
-    @property
-    def weight(self) -> torch.Tensor:
-        weight = self.get_base_layer()._parameters.get("weight")
-        return super().weight if weight is None else weight
 
     @property
     def device(self) -> torch.device:
@@ -227,12 +213,12 @@ class Linear(nn.Module, SMTLayer):
 
     def _merge_whole(self, adapters: list[str]) -> None:
         """Put a new weight in the place of one that is quantised, or shared with a module that keeps the old one."""
-        # Before dequantising, which may unpack it.
-        self._original = self._original or Original(self.base_layer, "weight")
+        module = self.get_base_layer()
+        self._original = self._original or Original(module, self.weight_name)  # first: dequantising may unpack it
         weight = self._base_weight()
         weight = sum((self.get_delta_weight(name).to(weight) for name in adapters), weight)
-        if self._shared_weight:
-            self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        if self._shared_weight or self.weight_name != "weight":
+            setattr(module, self.weight_name, nn.Parameter(weight, requires_grad=False))
         else:
             self.set_base_weight(weight)
         self.merged_adapters += adapters
@@ -250,7 +236,9 @@ class Linear(nn.Module, SMTLayer):
             self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
         self._before = []
         if self._original is not None:
-            self.base_layer = self._original.put_back()
+            original = self._original.put_back()
+            if self.quantization_backend is not None:
+                self.base_layer = original
             self._original = None
         self.merged_adapters.clear()
 
@@ -260,7 +248,7 @@ class Linear(nn.Module, SMTLayer):
         return weight.T if self.is_transposed else weight
 
     def _base_weight(self) -> torch.Tensor:
-        return self.get_base_weight() if self.quantization_backend is None else dequantized(self)
+        return self.weight.data if self.quantization_backend is None else dequantized(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -283,6 +271,8 @@ class Linear(nn.Module, SMTLayer):
 def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a training step may compute the base layer's product itself: a frozen Linear that nobody looks into."""
     if type(base_layer) is not nn.Linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if ops.is_watched():
         return False
     # Replicas of DataParallel and parametrised layers have none of their own.
     weight, bias = base_layer._parameters.get("weight"), base_layer._parameters.get("bias")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import (
     AuxiliaryTrainingWrapper,
@@ -26,7 +26,7 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.files import BANK
 from smt_peft.given import given_index
-from smt_peft.layer import Linear, SMTLayer
+from smt_peft.layer import Linear
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
@@ -37,7 +37,7 @@ class SMTModel(BaseTuner):
     """A model with Sparse Matrix Tuning adapters. Made by `get_peft_model(model, SMTConfig(...))`."""
 
     prefix = "smt_"
-    tuner_layer_cls = SMTLayer
+    tuner_layer_cls = Linear
     target_module_mapping = TARGET_MODULES
 
     # --- injection ---------------------------------------------------------------------------------------------
@@ -91,17 +91,29 @@ class SMTModel(BaseTuner):
         if parameter_name is not None:
             self._wrap_parameter(adapter_name, target, target_name, parent, current_key, parameter_name)
             return
-        quantization = get_quantization_kwargs(self)
-        backend = resolve_quantization_backend(target, **quantization)
+        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self))
         if not isinstance(target, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
             raise TypeError(
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
                 "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
             )
+        mesh = getattr(getattr(target, "weight", None), "device_mesh", None)
+        if not set(getattr(mesh, "mesh_dim_names", None) or ()) <= {"fsdp"}:
+            raise TypeError(
+                f"Target module {current_key} is divided by tensor parallelism ({', '.join(mesh.mesh_dim_names)}); "
+                "SMT does not train parts of blocks. Load the model without it."
+            )
         is_shared = id(getattr(target, "weight", None)) in self._shared  # GPTQ's layers have no such parameter
-        layer = Linear(target, getattr(self.model, BANK), is_shared, quantization)
+        layer = Linear(target, getattr(self.model, BANK), is_shared, backend)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_target_module_compatiblity(self, peft_config, model, target_name) -> None:
+        """As PEFT does for LoRA: kernels of Mamba read some weights themselves, past their layer."""
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("LORA", "SMT")) from None
 
     def _wrap_parameter(self, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
@@ -264,16 +276,16 @@ def _add_adapter_names(module, args, kwargs, names):
 
 def _check_name(model: nn.Module, adapter: str) -> None:
     """Refuse what cannot be wrapped before anything is touched."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model is a PeftModel already: add to it by model.add_adapter(name, config), or wrap its base model, "
+            "model.get_base_model(), or model.unload()."
+        )
     inner = next((name for name, of in model.named_modules() if isinstance(of, Banks) and name != BANK), None)
     if inner is not None:
         raise ValueError(
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
             "with different adapter names, or the whole model alone (part.unload() gives a part without)."
-        )
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "The model is a PeftModel already: add to it by model.add_adapter(name, config), or wrap its base model, "
-            "model.get_base_model(), or model.unload()."
         )
     if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
         raise ValueError(

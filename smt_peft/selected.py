@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,17 +19,6 @@ from smt_peft.ops import tile_features
 from smt_peft.selection import Lines, Scope, arrange, select
 
 SELECTION_FILE = "selection.safetensors"
-_SETTINGS = (
-    "names",
-    "block_size",
-    "batch_scores",
-    "skipped",
-    "groups",
-    "patterns",
-    "inputs",
-    "scope",
-    "base_parameters",
-)
 
 
 @dataclass
@@ -239,6 +228,9 @@ class Selection:
             f"SMT selected {total} blocks of {size} x {size} ({total * size**2:,} parameters) in "
             f"{len(self.blocks())} of {len(self.names)} modules.\n  by type:  {types}\n  by layer: {layers}{source}"
         )
+
+
+_SETTINGS = [field.name for field in fields(Selection) if field.name not in ("index", "scores", "lines")]
 
 
 class Place(NamedTuple):

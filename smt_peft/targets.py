@@ -10,6 +10,7 @@ import regex
 import torch
 from torch import nn
 
+from smt_peft import bases
 from smt_peft.bank import Group, Target
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
 from smt_peft.places import short
@@ -43,9 +44,7 @@ TARGET_MODULES = {
 def count_base_parameters(model: nn.Module) -> int:
     """Parameters of the model without adapters; 4-bit weights and sharded ones counted in full."""
     total = 0
-    for name, parameter in model.named_parameters():
-        if "smt_bank." in name or ".modules_to_save." in name:
-            continue
+    for _, parameter in bases.base_weights(model):
         count = getattr(parameter, "ds_numel", parameter.numel())
         if type(parameter).__name__ == "Params4bit":
             count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize

@@ -23,6 +23,8 @@ from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, S
 from smt_peft.selected import Selection, kinds_of
 from smt_peft.selection import Lines, select
 
+LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
+
 
 def select_blocks(
     model: nn.Module,
@@ -114,7 +116,7 @@ def select_blocks(
     )
     apply_selection(model, adapter_name, selection)
     warn_of_dominant_batch(selection)
-    warn_of_concentration(selection, bank.groups, collector.inputs)
+    warn_of_concentration(selection)
     return selection
 
 
@@ -245,7 +247,12 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
     for module in model.modules():
         undo.append(partial(setattr, module, "training", module.training))
         for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in own and buffer.device.type != "meta":
+            if (
+                buffer is not None
+                and id(buffer) not in own
+                and buffer.device.type != "meta"
+                and not _is_packed(buffer)
+            ):
                 undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
     for parameter in trainable:
         undo += [partial(setattr, parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
@@ -270,6 +277,11 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
             restore()
     finally:
         restore()  # once more: an interrupt may have fallen into the first
+
+
+def _is_packed(buffer: torch.Tensor) -> bool:
+    """Whether it is a quantised weight, which nothing changes, and not a statistic or a counter."""
+    return not buffer.is_floating_point() and buffer.numel() > LARGEST_COUNTER
 
 
 def _put_back(owner: nn.Module, name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:

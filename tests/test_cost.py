@@ -97,6 +97,10 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.launched: list[str] = []
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True  # it keeps nothing, so that what is changed in place may be
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func.is_view:
             self.launched.append(str(func))

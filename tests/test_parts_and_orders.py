@@ -1,6 +1,7 @@
 """Models called in part, differentiated twice or interrupted between forward and backward: the gradient is right."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dense_truth import (
 )
 from peft import get_peft_model_state_dict
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import T5Config, T5ForConditionalGeneration
 
 from smt_peft import select_blocks
@@ -41,6 +42,19 @@ def enable_checkpointing(mode, *models):
 
 
 # --- parts of a model ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_checkpointing_that_keeps_what_matrix_products_gave(make_llama, batches, method, bias):
+    """The second forward goes on from there, so that nobody may have changed it."""
+    base = make_llama(attn_implementation="eager", attention_bias=bias).double()
+    model = wrap(base, method)
+    dense = dense_of(base, model)
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": kept})
+    model(**batches[0]).loss.backward()
+    dense(**batches[0]).loss.backward()
+    assert_same_gradients(model, dense)
 
 
 class SeesAndSpeaks(nn.Module):

@@ -2,6 +2,7 @@
 
 import re
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
@@ -391,3 +392,87 @@ def test_a_state_dict_of_trained_parameters_alone_gets_the_way_out(llama):
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with pytest.raises((ValueError, RuntimeError), match="keep the bank's buffers beside them"):
         model.load_state_dict(trained, strict=False)
+
+
+# --- weights and optimizers that are divided -------------------------------------------------------------------------
+
+
+def test_an_optimizer_with_groups_by_part_lacks_the_adapter_and_is_refused(base, batches, tmp_path):
+    """With LoRA it has all of it: parameters() of a part has those of its layers."""
+    model = wrap(base)
+    bank = bank_of(model)
+    rows = [{"input_ids": ids, "labels": ids} for ids in batches[0]["input_ids"]]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+
+    def train_with(*groups) -> None:
+        optimizer = torch.optim.SGD([{"params": list(group)} for group in groups], lr=1.0)
+        Trainer(
+            model, arguments, train_dataset=rows, callbacks=[SMTWarmupCallback()], optimizers=(optimizer, None)
+        ).train()
+
+    before = bank.weight.detach().clone()
+    parts = [part.parameters() for part in (model.get_base_model().model, model.get_base_model().lm_head)]
+    with pytest.raises(ValueError, match=r"does not have the deltas of adapter 'default'.*smt_bank\['default'\]"):
+        train_with(*parts)
+    train_with(model.get_base_model().model.parameters(), model.get_base_model().smt_bank.parameters())
+    assert not torch.equal(bank.weight, before)
+
+
+def test_a_conv1d_whose_weight_zero3_has_taken_away_keeps_its_shape():
+    """What DeepSpeed leaves of a parameter: an empty tensor that knows its shape."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    for weight in model.parameters():
+        weight.ds_id, weight.ds_shape, weight.ds_numel = 0, weight.shape, weight.numel()
+        weight.data = torch.empty(0)
+    options = {"num_blocks": 4, "block_size": 8, "target_modules": ["c_attn"]}
+    with pytest.raises(ValueError, match=r"selection='magnitude' looks at the weights.* is divided by ZeRO-3"):
+        get_peft_model(model, SMTConfig(selection="magnitude", **options))
+    [layer] = layers_of(get_peft_model(model, SMTConfig(selection="random", **options))).values()
+    assert (layer.out_features, layer.in_features) == (96, 32)
+
+
+def test_a_part_under_zero3_computes_with_the_deltas_of_now(base, batches):
+    """There the deltas are a copy, made once a forward: after its backward a step may have changed them."""
+    model = wrap(base)
+    weight, part = bank_of(model).weight, model.get_base_model().model
+    weight.ds_id = 0
+    with torch.no_grad():
+        model(**batches[1])
+    for _ in range(2):
+        model(**batches[0]).loss.backward()
+        weight.data += 0.1 * weight.grad.sign()
+        expected = dense_of(base, model).model(batches[0]["input_ids"]).last_hidden_state
+        assert_close(part(batches[0]["input_ids"]).last_hidden_state, expected)
+
+
+def test_tensor_parallelism_is_refused(base):
+    layer = base.model.layers[0].self_attn.q_proj
+    layer.weight.device_mesh = SimpleNamespace(mesh_dim_names=("tp",))
+    with pytest.raises(TypeError, match=r"q_proj is divided by tensor parallelism \(tp\)"):
+        get_peft_model(base, make_config())
+    layer.weight.device_mesh.mesh_dim_names = ("fsdp",)
+    get_peft_model(base, make_config())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_mambas_kernels_read_by_themselves_is_no_target(method):
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=rf"{'LORA' if method == 'lora' else 'SMT'}.*'out_proj' is incompatible"):
+        get_peft_model(model, make_config(method, target_modules=["out_proj"]))
+
+
+def test_the_warm_up_copies_statistics_and_no_packed_weights(base, batches, monkeypatch):
+    base.register_buffer("qweight", torch.zeros(1000, 100, dtype=torch.int32))
+    base.register_buffer("counter", torch.zeros(8, dtype=torch.int64))
+    copied, clone = [], torch.Tensor.clone
+
+    def count(self, *args, **options):
+        copied.append(self.shape)
+        return clone(self, *args, **options)
+
+    model = get_peft_model(base, SMTConfig(num_blocks=4, block_size=16, warmup_steps=1))
+    hook = base.register_forward_pre_hook(lambda *_: (base.counter.add_(1), None)[1])
+    monkeypatch.setattr(torch.Tensor, "clone", count)
+    select_blocks(model, batches, progress_bar=False)
+    hook.remove()
+    assert base.qweight.shape not in copied and base.counter.shape in copied and not base.counter.any()

@@ -101,7 +101,7 @@ def test_wrapping_a_model_that_is_wrapped_gives_a_working_adapter_or_an_error_in
     try:
         again = get_peft_model(model, make_config(method, budget=10)).double().train()
     except ValueError as error:
-        assert method != "lora" and ("unload" in str(error) or "add_adapter" in str(error))
+        assert method != "lora" and "The model is a PeftModel already" in str(error)
         assert torch.equal(outputs(model, batches[0]), before)
         assert_right(model, base, batches[0])
         return

@@ -30,6 +30,7 @@ __all__ = [
     "block_sums",
     "entries",
     "is_autocast",
+    "is_watched",
     "linear_add_blocks",
     "move",
     "plan",
@@ -163,6 +164,12 @@ def is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def is_watched() -> bool:
+    """Whether a mode sees each operation and may keep what it gives, as selective checkpointing does: what is there is
+    not to be changed in place then."""
+    return is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
 def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -> bool:
     """Whether the operators would cost more than what they do, as they do for few tokens on a CPU."""
     if matrix.is_cuda or interpret or type(matrix) is not Tensor or torch.compiler.is_compiling():
@@ -179,7 +186,7 @@ def _is_short(matrix: Tensor, other: Tensor | None, delta: Tensor, plan: Plan) -
 
 def _to_change(y: Tensor, in_place: bool) -> Tensor:
     """What is added to: y itself or a copy. A compiler sees the copy, and leaves it out where nothing else reads y."""
-    if in_place and y.is_contiguous() and not torch.compiler.is_compiling():
+    if in_place and y.is_contiguous() and not (torch.compiler.is_compiling() or is_watched()):
         return y.detach()
     return y.clone(memory_format=torch.contiguous_format)
 
