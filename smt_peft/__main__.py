@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
@@ -23,19 +24,18 @@ from safetensors.torch import save_file
 from smt_peft.combining import CombinationType, combine_adapters
 from smt_peft.config import Arrangement
 from smt_peft.conversion import adapter_of_difference, convert_to_lora_files
-from smt_peft.files import read_adapter
+from smt_peft.files import adapter_config, read_adapter
 from smt_peft.inspection import compare, describe
 from smt_peft.merging import (
     DTYPES,
-    adapter_config,
     load_model,
     local_folder,
     merge_files,
     merge_loaded,
-    written_whole,
 )
 from smt_peft.patches import sparse_patch
 from smt_peft.plotting import plot_adapter
+from smt_peft.writing import UNFINISHED, check_is_new
 
 OTHER_WEIGHTS = ("*.bin",)  # what transformers and PEFT load, too
 WHERE = "a folder, or a name on the Hugging Face hub"
@@ -62,6 +62,7 @@ def diff(args: argparse.Namespace) -> dict:
 
 def merge(args: argparse.Namespace) -> dict:
     """Merge an adapter into its base model's files, shard by shard, and write a model that needs no smt_peft."""
+    check_is_new(Path(args.out))  # before a base model is downloaded
     adapter, base, folder, dtype = _with_base(args, OTHER_WEIGHTS if args.load else ())
     written = (merge_loaded if args.load else merge_files)(adapter, folder, Path(args.out), dtype)
     return {"adapter": args.adapter, "base_model": base, "model": args.out, **written}
@@ -71,25 +72,29 @@ def combine(args: argparse.Namespace) -> dict:
     """Add adapters up, each times its weight, to one adapter."""
     folders = [local_folder(name) for name in args.adapters]
     weights = args.weights or [1.0] * len(folders)
-    with written_whole(Path(args.out)) as partial:
-        combine_adapters(folders, weights, args.type, partial, args.density, args.majority_sign_method)
+    check_is_new(Path(args.out))
+    combine_adapters(folders, weights, args.type, args.out, args.density, args.majority_sign_method)
     return {"adapters": args.adapters, "weights": weights, "out": args.out, **describe(Path(args.out))}
 
 
 def convert(args: argparse.Namespace) -> dict:
     """Make a LoRA adapter of an SMT adapter, or an SMT adapter of a fully fine-tuned model and its base."""
+    check_is_new(Path(args.out))
     source = local_folder(args.source)
-    if (source / CONFIG_NAME).is_file():
-        with written_whole(Path(args.out)) as partial:
-            loss = convert_to_lora_files(source, partial, args.rank, args.energy)
+    is_adapter = (source / CONFIG_NAME).is_file()
+    idle = ("base", "num_blocks", "trainable_ratio", "target_modules") if is_adapter else ("rank", "energy")
+    if given := ", ".join(f"--{name}" for name in idle if getattr(args, name) is not None):
+        what = "an adapter" if is_adapter else "a model"
+        raise ValueError(f"{args.source} is {what}, for which {given} would do nothing; leave it out.")
+    if is_adapter:
+        loss = convert_to_lora_files(source, args.out, args.rank, args.energy)
         by_module = {name: {"rank": rank, "error": loss.errors[name]} for name, rank in loss.rank.items()}
         return {"adapter": args.source, "lora": args.out, "error": loss.error, "by_module": by_module}
     if not args.base:
         raise ValueError(f"{args.source} is no adapter, but a model: name what it was fine-tuned from with --base.")
     names = ("num_blocks", "trainable_ratio", "block_size", "target_modules", "arrangement")
     options = {name: getattr(args, name) for name in names}
-    with written_whole(Path(args.out)) as partial:
-        found = adapter_of_difference(local_folder(args.base), source, partial, **options, base_name=args.base)
+    found = adapter_of_difference(local_folder(args.base), source, args.out, **options, base_name=args.base)
     return {
         "model": args.source,
         "base_model": args.base,
@@ -104,14 +109,18 @@ def convert(args: argparse.Namespace) -> dict:
 
 def patch(args: argparse.Namespace) -> dict:
     """Write what an adapter's blocks hold after merging, for a process that keeps a copy of the base model."""
+    out = Path(args.out).absolute()
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another file, or remove it.")
+    if not out.parent.is_dir():
+        raise ValueError(f"There is no folder {out.parent} to write into; make it first.")
     adapter, base, folder, dtype = _with_base(args, OTHER_WEIGHTS)
+    if (method := adapter_config(adapter).get("peft_type")) != "SMT":
+        raise ValueError(f"{args.adapter} is of the method {method}; patches are of SMT adapters.")
     values = sparse_patch(load_model(adapter, folder, dtype), safe_merge=True)
-    partial = Path(f"{args.out}.{os.getpid()}")
-    try:
-        save_file(values, partial)
-        partial.replace(args.out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with TemporaryDirectory(prefix=UNFINISHED, dir=out.parent) as partial:
+        save_file(values, Path(partial, out.name))
+        Path(partial, out.name).replace(out)
     tensors = len({key.rpartition("/")[0] for key in values})
     return {"adapter": args.adapter, "base_model": base, "patch": args.out, "tensors": tensors}
 

@@ -41,10 +41,12 @@ def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None 
         and weight.numel()
         and weight.device.type != "meta"
     }
-    if names is None:
-        every = max(1, -(-(len(usable) - 1) // (WEIGHTS - 1)))
-        names = list(usable)[::every]
-    return {name: _values(usable[name]) for name in names if name in usable}
+    return {name: _values(usable[name]) for name in names or far_apart(list(usable)) if name in usable}
+
+
+def far_apart(names: list[str]) -> list[str]:
+    """Four of these, from the first to the last."""
+    return names[:: max(1, -(-(len(names) - 1) // (WEIGHTS - 1)))]
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from smt_peft.bases import other_base
 from smt_peft.config import SMTConfig
 from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, read_adapter
 from smt_peft.selected import SELECTION_FILE
+from smt_peft.writing import written_whole
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel
@@ -219,10 +220,10 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     others = [key.removeprefix(PREFIX) for key in adapter.others]
     parts["manifest"] = manifest(config, targets, index, others, adapter.base)
     tensors = {f"{PREFIX}{BANK}.{part}": tensor for part, tensor in parts.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with written_whole(Path(folder)) as new:
+        save_file({**tensors, **adapter.others}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(str(new))
     Path(folder, SELECTION_FILE).unlink(missing_ok=True)  # of what was there before
-    save_file({**tensors, **adapter.others}, Path(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
-    config.save_pretrained(str(folder))
 
 
 # --- what both need --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
-from smt_peft.bases import sample
+from smt_peft.bases import far_apart, sample
 from smt_peft.combining import refuse_same_folder
 from smt_peft.config import SMTConfig
 from smt_peft.files import BANK, PREFIX, Blocks, read_adapter
@@ -28,6 +28,9 @@ from smt_peft.layer import Linear
 from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.ops import reduce_blocks
 from smt_peft.selection import Lines, arrange, select, sort_lines
+from smt_peft.writing import written_whole
+
+KEPT = ("modules_to_save", "task_type", "base_model_name_or_path", "revision", "auto_mapping")  # by a LoRA adapter
 
 # --- to LoRA ---------------------------------------------------------------------------------------------------------
 
@@ -94,9 +97,10 @@ def convert_to_lora_files(
         raise ValueError(f"{folder} has no blocks yet: train it first, or let select_blocks() choose them.")
     state, loss = dict(adapter.others), Loss({}, {}, {})
     for name, blocks in tqdm(adapter.blocks.items(), desc="converting", unit="target", disable=None):
-        factors = _factors(blocks, adapter.shapes[name], rank, energy)
-        state |= {f"{PREFIX}{name}.lora_{side}.weight": factor for side, factor in factors.items()}
-        _add_loss(loss, name, _dense(blocks, adapter.shapes[name]), factors["A"], factors["B"])
+        a, b, squares = _factors(blocks, adapter.shapes[name], rank, energy)
+        state |= {f"{PREFIX}{name}.lora_{side}.weight": factor for side, factor in (("A", a), ("B", b))}
+        loss.rank[name], loss.squared_norm[name] = len(a), squares.sum().item()
+        loss.squared_error[name] = squares[len(a) :].sum().item()
     highest = max(loss.rank.values())
     pattern = {_only(name, loss.rank): rank for name, rank in loss.rank.items() if rank < highest}
     lora = LoraConfig(
@@ -105,13 +109,12 @@ def convert_to_lora_files(
         target_modules=list(loss.rank),
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        modules_to_save=config.get("modules_to_save"),
-        task_type=config.get("task_type"),
-        base_model_name_or_path=config.get("base_model_name_or_path"),
         inference_mode=True,
+        **{option: config.get(option) for option in KEPT},
     )
-    lora.save_pretrained(str(out))
-    save_file(state, Path(out, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+    with written_whole(Path(out)) as new:
+        lora.save_pretrained(str(new))
+        save_file(state, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     return loss
 
 
@@ -127,36 +130,30 @@ def lora_errors(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name
     for name, layer in model.named_modules():
         if isinstance(layer, Linear) and f"{name}.lora_A.weight" in state_dict:
             delta = layer.get_delta_weight(adapter_name)
-            matrix = delta.T if layer.is_transposed else delta
-            factors = (state_dict[f"{name}.lora_{side}.weight"] for side in "AB")
-            _add_loss(loss, name.removeprefix(PREFIX), matrix, *factors)
+            matrix = (delta.T if layer.is_transposed else delta).double()
+            a, b = (state_dict[f"{name}.lora_{side}.weight"].to(matrix) for side in "AB")
+            target = name.removeprefix(PREFIX)
+            loss.rank[target], loss.squared_norm[target] = len(a), matrix.square().sum().item()
+            loss.squared_error[target] = (matrix - b @ a).square().sum().item()
     return loss
 
 
-def _add_loss(loss: Loss, name: str, delta: Tensor, a: Tensor, b: Tensor) -> None:
-    delta = delta.double()
-    loss.rank[name] = len(a)
-    loss.squared_error[name] = (delta - b.to(delta) @ a.to(delta)).square().sum().item()
-    loss.squared_norm[name] = delta.square().sum().item()
-
-
-def _factors(blocks: Blocks, shape: tuple[int, int], rank: int | None, energy: float | None) -> dict[str, Tensor]:
-    """LoRA's A [rank, in] and B [out, rank], float32: the nearest to a delta in the Frobenius norm."""
+def _factors(
+    blocks: Blocks, shape: tuple[int, int], rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LoRA's A [rank, in] and B [out, rank], float32: the nearest to a delta in the Frobenius norm. And the squares of
+    all singular values, of which those from the rank on are lost."""
+    matrix = torch.zeros(shape)
+    matrix[blocks.entries] = blocks.deltas
     rows, cols = (side.flatten().unique() for side in (blocks.rows, blocks.cols))  # all others are zero
-    u, s, v = torch.linalg.svd(_dense(blocks, shape)[rows[:, None], cols].double(), full_matrices=False)
+    u, s, v = torch.linalg.svd(matrix[rows[:, None], cols].double(), full_matrices=False)
     if rank is None:
         held = s.square().cumsum(0)
         rank = int((held < energy * held[-1]).sum()) + 1
     rank = min(rank, len(s))
     a, b = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
     a[:, cols], b[rows] = v[:rank].float(), (u[:, :rank] * s[:rank]).float()
-    return {"A": a, "B": b}
-
-
-def _dense(blocks: Blocks, shape: tuple[int, int]) -> Tensor:
-    matrix = torch.zeros(shape)
-    matrix[blocks.entries] = blocks.deltas
-    return matrix
+    return a, b, s.square()
 
 
 # --- from two checkpoints --------------------------------------------------------------------------------------------
@@ -269,15 +266,14 @@ def adapter_of_difference(
     bank.weight = nn.Parameter(deltas)
     bank.base = _sample(pair, keys)
     bank.config.base_model_name_or_path = base_name or str(base_folder)
-    model.save_pretrained(str(out))
+    model.save_pretrained(str(out), save_embedding_layers=False)  # which have no values here
     return Difference(len(index), bank.block_size, held / of_targets, held / of_all, pair.not_compared)
 
 
 def _sample(pair: Pair, keys: Mapping[str, str | None]) -> dict[str, list[float]]:
     """What tells the base model from others, of four weights as far apart as can be."""
     matrices = [name for name, key in keys.items() if key and len(pair.base.look(key)[0]) > 1]
-    chosen = matrices[:: max(1, (len(matrices) - 1) // 3)][:4]
-    return sample((name, pair.read(pair.base, keys[name])) for name in chosen)
+    return sample((name, pair.base.read(keys[name])) for name in far_apart(matrices))  # of each, values are read
 
 
 def _score(

@@ -396,6 +396,24 @@ def load(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is broken or cut off ({short(str(error))}); copy or download it again.") from None
 
 
+def read_json(file: Path) -> dict:
+    """Raises ValueError where a file holds no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {short(str(error))}; copy or download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object.")
+    return content
+
+
+def adapter_config(adapter: Path) -> dict:
+    """What an adapter's folder says of it."""
+    if not (adapter / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
+    return read_json(adapter / CONFIG_NAME)
+
+
 def read_adapter(folder: str | Path) -> StoredAdapter:
     """Read an adapter without its model.
 
@@ -403,13 +421,12 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         ValueError: where a file is missing or broken, or where the two belong to different adapters; for files of
             version 1 also where their config does not say which blocks are whose.
     """
-    try:
-        config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
-        selected, is_sorted = config.get("selected_blocks"), config.get("arrangement") == "sorted"
-        parse = parse_sorted if is_sorted else Tiles.parse
-        selected = selected and {name: parse(name, blocks) for name, blocks in selected.items()}
-    except (OSError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{CONFIG_NAME} in {folder} cannot be read: {short(str(error))}.") from None
+    config = adapter_config(Path(folder))
+    selected, is_sorted = config.get("selected_blocks"), config.get("arrangement") == "sorted"
+    if not isinstance(selected, (Mapping, type(None))):
+        raise ValueError(f"{CONFIG_NAME} in {folder} has selected_blocks that are no mapping by name.")
+    parse = parse_sorted if is_sorted else Tiles.parse
+    selected = selected and {name: parse(name, blocks) for name, blocks in selected.items()}
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if not file.is_file():
         raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}.")

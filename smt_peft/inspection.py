@@ -40,7 +40,7 @@ def describe(folder: Path) -> dict:
         "modules_with_blocks": len(deltas),
         "selection": ", ".join([rule, *options]),
         "norm": _norm(deltas.values()),
-        "largest": max((delta.abs().max().item() for delta in deltas.values()), default=0.0),
+        "largest": torch.stack([delta.abs().max() for delta in deltas.values()]).max().item() if deltas else 0.0,
         "also_trained": sorted(key.removeprefix(PREFIX) for key in adapter.others),
         "bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         "by_type": _by_group(deltas, kinds, dict.fromkeys(kinds.values())),

@@ -7,13 +7,11 @@ lies in the files is refused before anything is written.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +19,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
-from peft.utils import CONFIG_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from smt_peft.bases import other_base, sample
-from smt_peft.files import PREFIX, Blocks, StoredAdapter, read_adapter
+from smt_peft.files import PREFIX, Blocks, StoredAdapter, adapter_config, read_adapter, read_json
+from smt_peft.writing import check_is_new, written_whole
 
 TRAINING_DATA = "training_data.json"  # scripts/ name there what a model was trained on
 TOKENIZER = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
@@ -72,17 +70,16 @@ class Checkpoint:
         self.folder = folder
         self.index = folder / SAFE_WEIGHTS_INDEX_NAME
         if (folder / SAFE_WEIGHTS_NAME).is_file():  # first, as transformers does: an index may be of an earlier save
-            with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
-                self.files = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+            self.files = dict.fromkeys(_keys(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
             self.index = None
         elif self.index.is_file():
-            self.files: dict[str, str] = _read(self.index).get("weight_map") or {}
+            self.files: dict[str, str] = read_json(self.index).get("weight_map") or {}
             if not self.files:
                 raise ValueError(f"{self.index} has no weight_map; download or copy it again.")
         else:
             raise ValueError(
                 f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: it is no model, or one "
-                f"saved in another format; {OR_LOAD}."
+                f"saved in another format. Save it anew by transformers; to merge, there is --load, too."
             )
         outside = sorted(name for name in set(self.files.values()) if Path(name).name != name)
         if outside:
@@ -90,6 +87,12 @@ class Checkpoint:
         missing = sorted(name for name in set(self.files.values()) if not (folder / name).is_file())
         if missing:
             raise ValueError(f"{folder} lacks {missing[0]}, which its index names; download or copy it again.")
+        if self.index:
+            there = {(key, name) for name in set(self.files.values()) for key in _keys(folder / name)}
+            if lacking := sorted(set(self.files.items()) - there):
+                raise ValueError(
+                    f"{folder / lacking[0][1]} lacks {lacking[0][0]}, which the index of the folder places there."
+                )
 
     def look(self, key: str) -> tuple[tuple[int, ...], str]:
         """The shape and the dtype of a tensor."""
@@ -101,6 +104,15 @@ class Checkpoint:
         """A tensor; what is not looked at is not read."""
         with safe_open(self.folder / self.files[key], "pt") as file:
             return file.get_tensor(key)
+
+
+def _keys(file: Path) -> list[str]:
+    """What a file has, by its header, which tells its length, too."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} is broken or cut off ({error}); download or copy it again.") from None
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -122,13 +134,6 @@ def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = 
     except (OSError, ValueError) as error:  # of many kinds, with many words
         why = type(error).__name__
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
-
-
-def adapter_config(adapter: Path) -> dict:
-    """What an adapter's folder says of it."""
-    if not (adapter / CONFIG_NAME).is_file():
-        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
-    return _read(adapter / CONFIG_NAME)
 
 
 def empty_model(base: Path) -> PreTrainedModel:
@@ -167,8 +172,8 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
     """
     model, base = empty_model(checkpoint.folder), checkpoint.folder
     stored = stored_keys(model, checkpoint.files)
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    parameters = model.state_dict(keep_vars=True)
+    uses = Counter(map(id, parameters.values()))
     whole = {key.removeprefix(PREFIX).replace(".base_layer", ""): tensor for key, tensor in adapter.others.items()}
     changes = {}
     targets = [*whole, *(name for name in adapter.blocks if f"{name}.weight" not in whole)]
@@ -258,6 +263,8 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     changes = changes_of(stored, checkpoint)
     shards = sorted(set(checkpoint.files.values()))
     touched = set(shards) if dtype else {checkpoint.files[key] for key in changes}
+    check_is_new(out)
+    notes = _notes(adapter, base)
     with written_whole(out) as partial:
         size = 0  # of all tensors, where all shards are rewritten
         for name in tqdm(shards, desc="merging", unit="shard", disable=None):
@@ -266,14 +273,14 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
             else:
                 shutil.copyfile(base / name, partial / name)
         if checkpoint.index:
-            index = _read(checkpoint.index)
+            index = read_json(checkpoint.index)
             if dtype:
                 index.setdefault("metadata", {})["total_size"] = size
             _write(index, partial / SAFE_WEIGHTS_INDEX_NAME)
         _copy(base, partial, BESIDE_WEIGHTS)
         if dtype:
-            _write(_with_dtype(_read(partial / "config.json"), dtype), partial / "config.json")
-        _copy_tokenizer_and_note(adapter, base, partial)
+            _write(_with_dtype(read_json(partial / "config.json"), dtype), partial / "config.json")
+        _copy_tokenizer_and_notes(adapter, base, partial, notes)
     return {
         "shards_rewritten": len(touched),
         "shards_copied": len(shards) - len(touched),
@@ -283,10 +290,14 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
 
 def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
     """The same through the whole model in memory: whatever transformers can load, and adapters of any method."""
+    check_is_new(out)
+    notes, model = _notes(adapter, base), load_model(adapter, base, dtype)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        raise ValueError(f"{adapter} is of a method that cannot be merged into weights.")
     with written_whole(out) as partial:
         _copy(base, partial, BESIDE_WEIGHTS)
-        load_model(adapter, base, dtype).merge_and_unload(safe_merge=True).save_pretrained(partial)
-        _copy_tokenizer_and_note(adapter, base, partial)
+        model.merge_and_unload(safe_merge=True).save_pretrained(partial)
+        _copy_tokenizer_and_notes(adapter, base, partial, notes)
     return {"shards_rewritten": len(list(out.glob("*.safetensors"))), "shards_copied": 0}
 
 
@@ -300,33 +311,6 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
     if not hasattr(transformers, name):
         raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
     return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, dtype=dtype or "auto"), adapter)
-
-
-@contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder to write into, which is `out` in the end; where anything stops that, there is no `out`.
-
-    An empty folder that is there stays: it may be a mounted one, a link, or where one stands.
-
-    Raises:
-        ValueError: where there is an `out` with something in it.
-    """
-    out, is_there = out.absolute(), out.exists()
-    if out.is_symlink() and not is_there:
-        raise ValueError(f"{out} is a link to nothing; name another folder, or make what it links to.")
-    if is_there and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; name another folder, or empty it.")
-    partial = (out / ".partial") if is_there else out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if is_there:
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):  # that one last
-                path.rename(out / path.name)
-        else:
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None) -> int:
@@ -343,13 +327,19 @@ def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: 
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _copy_tokenizer_and_note(adapter: Path, base: Path, out: Path) -> None:
-    """The adapter's own tokenizer wins. What model and adapter learnt is noted where the adapter says what it did."""
+def _notes(adapter: Path, base: Path) -> dict | None:
+    """What model and adapter learnt, where the adapter says what it did."""
+    if not (adapter / TRAINING_DATA).is_file():
+        return None
+    notes = [read_json(folder / TRAINING_DATA) for folder in (base, adapter) if (folder / TRAINING_DATA).is_file()]
+    return {"train": list(dict.fromkeys(name for note in notes for name in note.get("train", ())))}
+
+
+def _copy_tokenizer_and_notes(adapter: Path, base: Path, out: Path, notes: dict | None) -> None:
+    """The adapter's own tokenizer wins."""
     _copy(adapter if (adapter / "tokenizer_config.json").is_file() else base, out, TOKENIZER)
-    if (adapter / TRAINING_DATA).is_file():
-        notes = [_read(folder / TRAINING_DATA) for folder in (base, adapter) if (folder / TRAINING_DATA).is_file()]
-        learnt = list(dict.fromkeys(name for note in notes for name in note.get("train", ())))
-        _write({"train": learnt}, out / TRAINING_DATA)
+    if notes:
+        _write(notes, out / TRAINING_DATA)
 
 
 def _copy(source: Path, target: Path, patterns: list[str]) -> None:
@@ -366,13 +356,6 @@ def _with_dtype(config: dict, dtype: torch.dtype) -> dict:
         return parts | {key: name for key in ("dtype", "torch_dtype") if key in part}
 
     return replaced({"dtype": None, **config})
-
-
-def _read(path: Path) -> dict:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return content
 
 
 def _write(content: dict, path: Path) -> None:

@@ -196,13 +196,12 @@ def apply_patch(
     is_module, mapping, original = isinstance(target, nn.Module), mapping or {}, {}
     tensors = dict(target.named_parameters(remove_duplicate=False)) if is_module else target
     groups = _groups(patch)
-    for key, blocks in groups.items():
-        _check(tensors, key.rpartition("/")[0], blocks, mapping)
-    holders = {mapping.get(name, (name,))[0] for name in (key.rpartition("/")[0] for key in groups)}
+    homes = {key: _check(tensors, key.rpartition("/")[0], blocks, mapping) for key, blocks in groups.items()}
+    holders = {holder for holder, _ in homes.values()}
     needs_inference_mode = any(tensors[holder].is_inference() for holder in holders)
     with torch.inference_mode(needs_inference_mode or torch.is_inference_mode_enabled()):
         _untie(target, tensors, holders)
-        places = {key: _matrix(tensors, key.rpartition("/")[0], blocks, mapping) for key, blocks in groups.items()}
+        places = {key: _matrix(tensors[holder], row, groups[key]) for key, (holder, row) in homes.items()}
         for key, blocks in groups.items() if keep_original else ():  # before any are written: they may overlap
             before = blocks._replace(values=_read(places[key], blocks.rows, blocks.cols, blocks.values.shape))
             original.update({f"{key}/{part}": tensor for part, tensor in before._asdict().items()})
@@ -251,7 +250,8 @@ def _groups(patch: Mapping[str, Tensor]) -> dict[str, PatchedBlocks]:
 
 def _check(
     tensors: Mapping[str, Tensor], name: str, blocks: PatchedBlocks, mapping: Mapping[str, tuple[str, int]]
-) -> None:
+) -> tuple[str, int]:
+    """What holds a parameter, and from which row on."""
     holder, row = mapping.get(name, (name, None))
     if holder not in tensors:
         raise ValueError(
@@ -280,6 +280,7 @@ def _check(
     if not _is_sound(blocks, shape):
         sizes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in blocks._asdict().items())
         raise ValueError(f"The patch is broken: its blocks of {name} ({sizes}) do not lie in the shape {shape}.")
+    return holder, row or 0
 
 
 def _is_sound(blocks: PatchedBlocks, shape: tuple[int, ...]) -> bool:
@@ -292,7 +293,7 @@ def _is_sound(blocks: PatchedBlocks, shape: tuple[int, ...]) -> bool:
     for side, size, length in ((rows, values.shape[1], math.prod(shape[:-1])), (cols, values.shape[2], shape[-1])):
         if side.shape not in (values.shape[:1], (len(values), size)):
             return False
-        if side.min() < 0 or side.max() + (size if side.ndim == 1 else 1) > length:
+        if int(side.min()) < 0 or int(side.max()) + (size if side.ndim == 1 else 1) > length:  # int16 would overflow
             return False
     return True
 
@@ -310,10 +311,9 @@ def _untie(target: nn.Module | MutableMapping, tensors: MutableMapping[str, Tens
                 setattr(target.get_submodule(owner), attribute, tensors[name])
 
 
-def _matrix(tensors: Mapping[str, Tensor], name: str, blocks: PatchedBlocks, mapping: Mapping) -> Tensor:
-    """A view of what holds a parameter, with all dimensions but the last as one."""
-    holder, row = mapping.get(name, (name, 0))
-    part = tensors[holder].detach()[row : row + int(blocks.shape[0])]
+def _matrix(holder: Tensor, row: int, blocks: PatchedBlocks) -> Tensor:
+    """A view of a parameter in what holds it, with all dimensions but the last as one."""
+    part = holder.detach()[row : row + int(blocks.shape[0])]
     return part.view(-1, part.shape[-1])
 
 

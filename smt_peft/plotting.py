@@ -54,14 +54,21 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
     """
     if selection.scores is None:
         raise ValueError("This selection has no scores to draw; select_blocks() gives one that has them.")
+    side, all_blocks = selection.block_size, sum(scores.numel() for scores in selection.scores)
+    order = ", rows and columns in the order of importance" if selection.lines else ""
+    title = f"{len(selection.index)} of {all_blocks} blocks of {side} x {side} selected{order}"
+    return _saved(_sheet(selection, title, {"": SHADES, "score; in colour: selected": SELECTED_SHADES}), path)
+
+
+def _sheet(selection: Selection, title: str, scales: dict[str, list[str]]) -> Figure:
+    """All modules of a selection; beside them, by its label, a bar for each scale of colours."""
     rows, width = _arrange(selection)
     left, y = 0.3 + 0.085 * max(len(row.kind) for row in rows), 0.3
     right = left + max(len(row.targets) for row in rows) * (width + BESIDE)
     size = right + 1.2, max(2.8, y + sum(row.height(width) for row in rows) + 0.1)
     figure = _figure(*size, layout="none")
     sheet = figure.add_axes((0, 0, 1, 1))  # whose coordinates are inches from the left and from the top
-    everything = torch.cat([scores.flatten() for scores in selection.scores])
-    scale = _scale_of(everything)
+    scale = _scale_of(torch.cat([scores.flatten() for scores in selection.scores]))
     chosen = [torch.zeros(scores.shape) for scores in selection.scores]
     for target, *block in selection.index.tolist():
         chosen[target][tuple(block)] = 1
@@ -78,14 +85,11 @@ def plot_selection(selection: Selection, path: str | Path | None = None) -> Figu
                 if width >= 0.4:  # there is room
                     count = f"{int(chosen[target].sum())}/{chosen[target].numel()}"
                     sheet.text(x + width / 2, top - 0.03, count, ha="center", fontsize=7)
-    _draw_scale(figure, right + 0.1, scale)
-    side, all_blocks = selection.block_size, len(everything)
-    order = ", rows and columns in the order of importance" if selection.lines else ""
-    title = f"{len(selection.index)} of {all_blocks} blocks of {side} x {side} selected{order}"
+    _draw_scales(figure, right + 0.1, scale, scales)
     sheet.text(size[0] / 2, 0.2, title, ha="center", fontsize="large")
     sheet.set(xlim=(0, size[0]), ylim=(size[1], 0))
     sheet.set_axis_off()
-    return _saved(figure, path)
+    return figure
 
 
 def plot_shares(selection: Selection, path: str | Path | None = None) -> Figure:
@@ -278,14 +282,14 @@ def _shaded(scale: LogNorm, shades: list[str]) -> ScalarMappable:
     return ScalarMappable(scale, LinearSegmentedColormap.from_list("scores", shades))
 
 
-def _draw_scale(figure: Figure, x: float, scale: LogNorm) -> None:
-    """A bar for the selected blocks, and to its left one for the others."""
+def _draw_scales(figure: Figure, x: float, scale: LogNorm, scales: dict[str, list[str]]) -> None:
+    """The bars, beside one another; numbers stand at those that have a label."""
     from matplotlib.ticker import LogLocator
 
     across, down = figure.get_size_inches()
-    for shades, left, label in ((SHADES, x, ""), (SELECTED_SHADES, x + 0.14, "score; in colour: selected")):
-        ax = figure.add_axes((left / across, 1 - 2.6 / down, 0.12 / across, 1.8 / down))
-        ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.0e}"}
+    for place, (label, shades) in enumerate(scales.items()):
+        ax = figure.add_axes(((x + 0.14 * place) / across, 1 - 2.6 / down, 0.12 / across, 1.8 / down))
+        ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.2g}"}
         figure.colorbar(_shaded(scale, shades), ax, extend="both", label=label, **ticks)
         ax.minorticks_off()
 
@@ -297,7 +301,7 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     """Draw where the blocks of an adapter in a folder lie (`read_adapter`): the darker, the larger its deltas there.
 
     Like `plot_selection`, with the root mean square of each tile's deltas for a score. A sorted block is part of many
-    tiles. Where all deltas are zero, all blocks are of one shade.
+    tiles. Where all deltas are zero, or some are not finite, all blocks are of one shade.
     """
     if not adapter.blocks:
         raise ValueError("The adapter has no blocks yet, so there is nothing to draw; train it first.")
@@ -311,16 +315,13 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
             tiles = torch.broadcast_tensors(*(side // size for side in adapter.blocks[name].entries))
             for part, values in zip(grid, (deltas.square() / size**2, torch.ones_like(deltas)), strict=True):
                 part.index_put_(tiles, values, accumulate=True)
-    is_trained = any(grid[0].any() for grid in grids)
-    scores = [grid[0].sqrt() if is_trained else grid[1].sign() for grid in grids]
+    sizes = torch.cat([grid[0].flatten() for grid in grids])
+    has_sizes = bool(sizes.any() and sizes.isfinite().all())
+    scores = [grid[0].sqrt() if has_sizes else grid[1].sign() for grid in grids]
     index = torch.cat([pad(grid[1].nonzero(), (1, 0), value=target).int() for target, grid in enumerate(grids)])
-    figure = plot_selection(Selection(names, size, index, scores))
+    title = f"{len(index)} of {len(sizes)} blocks of {size} x {size} selected"
     if adapter.config.get("arrangement") == "sorted":
-        count, tiles = sum(len(of.rows) for of in adapter.blocks.values()), sum(grid[1].numel() for grid in grids)
-        title = f"{count} sorted blocks of {size} x {size}, which have a part in {len(index)} of {tiles} tiles"
-        figure.axes[0].texts[-1].set_text(title)
-    of_others, scale = figure.axes[-2:]
-    of_others.remove()
-    scale.set_ylabel("root mean square of the delta")
-    scale.yaxis.set_major_formatter("{x:.2g}")
-    return _saved(figure, path)
+        count = sum(len(of.rows) for of in adapter.blocks.values())
+        title = f"{count} sorted blocks of {size} x {size}, which have a part in {len(index)} of {len(sizes)} tiles"
+    chosen = Selection(names, size, index, scores)
+    return _saved(_sheet(chosen, title, {"root mean square of the delta": SELECTED_SHADES}), path)

@@ -361,6 +361,21 @@ def test_folders_combine_as_adapters_in_a_model(base, batches, tmp_path, second,
     assert set(names[0]) == set(names[1])
 
 
+def test_a_sum_that_cannot_be_written_leaves_what_was_there(base, tmp_path, monkeypatch):
+    two(base).save_pretrained(tmp_path)
+    one, other, out = tmp_path, tmp_path / "second", tmp_path / "out"
+    combine_adapters([one, other], [1.0, 1.0], "linear", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(SMTConfig, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        combine_adapters([other], [1.0], "linear", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_folders_of_different_models_are_refused_or_warned_of(base, make_llama, tmp_path):
     """Of other shapes, or of other values: here after some training of the whole base."""
     other = deepcopy(base.float())

@@ -1,6 +1,7 @@
 """Tests of the command line: what it prints and writes, and what it says where it refuses."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_truth import deltas_of, wrap
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -160,10 +161,83 @@ def test_a_merge_that_fails_leaves_an_empty_folder_empty(llama, tmp_path, monkey
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def untouched_shard(folder: Path) -> Path:
+    """A shard of the base model that has neither blocks nor what tells base models apart: merging copies it."""
+    adapter = read_adapter(folder / "adapter")
+    places = json.loads((folder / "base/model.safetensors.index.json").read_text())["weight_map"]
+    read = {places[f"{name}.weight"] for name in adapter.blocks} | {places[name] for name in adapter.base}
+    return folder / "base" / min(set(places.values()) - read)
+
+
+def test_a_shard_that_is_cut_off_is_named_also_where_it_would_be_copied(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    shard = untouched_shard(tmp_path)
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    words = "merge", tmp_path / "adapter", "--out", tmp_path / "out"
+    assert f"{shard} is broken or cut off" in refused(*words)
+    save_file({"other": torch.zeros(1)}, shard)
+    assert f"{shard} lacks " in refused(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_merge_left_is_no_reason_to_refuse(llama, tmp_path, run):
+    save(tmp_path, llama)
+    (tmp_path / "out/.saving-killed").mkdir(parents=True)
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
+
+
+def test_a_method_without_weights_to_merge_is_refused(llama, tmp_path, refused):
+    llama.save_pretrained(tmp_path / "base")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(llama, config).save_pretrained(tmp_path / "prompt")
+    words = "merge", tmp_path / "prompt", "--base", tmp_path / "base", "--load", "--out", tmp_path / "out"
+    assert "of a method that cannot be merged into weights" in refused(*words)
+    assert "is of the method PROMPT_TUNING; patches are of SMT adapters" in refused(
+        "patch", tmp_path / "prompt", "--base", tmp_path / "base", "--out", tmp_path / "patch.safetensors"
+    )
+
+
+def test_a_patch_takes_nobodys_place_and_needs_a_folder(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    (tmp_path / "there").write_text("mine")
+    assert "is there already" in refused("patch", tmp_path / "adapter", "--out", tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "mine"
+    assert "There is no folder" in refused("patch", tmp_path / "adapter", "--out", tmp_path / "no/patch")
+
+
+def test_options_of_the_other_conversion_are_refused(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    out = "--out", tmp_path / "out"
+    assert "--num_blocks would do nothing" in refused(
+        "convert", tmp_path / "adapter", "--rank", 8, "--num_blocks", 9, *out
+    )
+    base = tmp_path / "base"
+    assert "is a model, for which --rank would do nothing" in refused(
+        "convert", base, "--base", base, "--rank", 8, *out
+    )
+
+
+def test_an_adapter_that_has_diverged_is_drawn_and_told_of(llama, tmp_path, run):
+    model = save(tmp_path, llama)
+    weight = model.get_base_model().smt_bank["default"].weight
+    weight.data[-1] = float("nan")
+    model.save_pretrained(tmp_path / "adapter")
+    assert math.isnan(run("info", tmp_path / "adapter")["largest"])
+    run("plot", tmp_path / "adapter", tmp_path / "picture.png")
+    weight.data[:] = float("nan")
+    model.save_pretrained(tmp_path / "adapter")
+    run("plot", tmp_path / "adapter", tmp_path / "other.png")
+    assert (tmp_path / "other.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("file", "text", "words", "load"),
     [
         ("base/model.safetensors.index.json", "{}", "has no weight_map", []),
+        ("base/model.safetensors.index.json", "{", "model.safetensors.index.json cannot be read", []),
+        ("adapter/adapter_config.json", "{", "adapter_config.json cannot be read", []),
         ("adapter/adapter_config.json", "[]", "holds no JSON object", []),
         (
             "adapter/adapter_config.json",
@@ -172,7 +246,7 @@ def test_a_merge_that_fails_leaves_an_empty_folder_empty(llama, tmp_path, monkey
             ["--load"],
         ),
     ],
-    ids=["index", "config", "method"],
+    ids=["index", "broken index", "broken config", "config", "method"],
 )
 def test_json_that_says_something_else_is_named(llama, tmp_path, refused, file, text, words, load):
     save(tmp_path, llama)

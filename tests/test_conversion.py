@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_truth import base_weights, deltas_of, make_config, outputs, wrap
-from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -182,6 +182,31 @@ def test_a_delta_of_zeros_has_no_error(tmp_path):
     assert (loss.error, loss.errors, loss.rank) == (0, {"q": 0}, {"q": 1})
 
 
+def test_a_converted_adapter_knows_what_the_first_knew_of_its_base(llama, tmp_path):
+    model = wrap(llama)
+    model.peft_config["default"].revision = "v1"
+    model.save_pretrained(tmp_path / "adapter")
+    convert_to_lora_files(tmp_path / "adapter", tmp_path / "lora", rank=4)
+    config = PeftConfig.from_pretrained(tmp_path / "lora")
+    assert config.revision == "v1" and config.auto_mapping["base_model_class"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("place", ["peft.LoraConfig.save_pretrained", "smt_peft.conversion.save_file"])
+def test_a_conversion_that_fails_leaves_what_was_there(llama, tmp_path, monkeypatch, place):
+    for seed, rank, folder in ((0, 4, "out"), (1, 2, "other")):
+        wrap(llama, seed=seed).save_pretrained(tmp_path / f"adapter-{seed}")
+        convert_to_lora_files(tmp_path / f"adapter-{seed}", tmp_path / folder, rank=rank)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(place, full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_to_lora_files(tmp_path / "adapter-1", tmp_path / "out", rank=2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 # --- from two checkpoints ----------------------------------------------------------------------------------------
 
 
@@ -305,6 +330,16 @@ def test_what_is_not_comparable_is_named(folders, make_llama):
     assert "Not compared: 2 tensors (lm_head.weight" in about.summary()
     with pytest.raises(ValueError, match=r"lm_head.weight is not in both checkpoints"):
         converted(base, folder, num_blocks=10, block_size=16, target_modules=["lm_head"])
+
+
+def test_an_output_projection_can_be_a_target(folders):
+    """Which PEFT would save beside the blocks, and which has no values here."""
+    base, tuned, folder = folders
+    _, model = converted(base, folder, num_blocks=9, block_size=16, target_modules=["lm_head", "q_proj"])
+    for name, delta in deltas_of(model).items():
+        wanted = differences(base, tuned, [name])[name]
+        torch.testing.assert_close(delta, torch.where(delta != 0, wanted, 0), rtol=1e-4, atol=1e-6)
+    assert deltas_of(model)["lm_head"].any()
 
 
 def test_models_that_do_not_differ_are_refused(folders):

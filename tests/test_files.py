@@ -11,7 +11,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from dense_truth import assert_base_untouched, assert_same_state, bank_of, deltas_of, outputs, state_of, train, wrap
+from dense_truth import (
+    METHODS,
+    assert_base_untouched,
+    assert_same_state,
+    bank_of,
+    deltas_of,
+    outputs,
+    state_of,
+    train,
+    wrap,
+)
 from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -508,6 +518,14 @@ def test_saving_over_an_adapter_replaces_all_of_it_and_keeps_the_card(llama, fol
     assert "By hand." in card.read_text() and card.read_text().count("import smt_peft") == 1
     for name, delta in dense(read_adapter(folder)).items():
         assert torch.equal(delta, deltas_of(model)[name])
+
+
+def test_an_adapter_whose_name_is_a_path_is_saved_and_loaded_as_loras_is(llama, batches, tmp_path):
+    for method in METHODS:
+        model = wrap(llama, method, adapter_name="team/first")
+        model.save_pretrained(tmp_path / method)
+        again = PeftModel.from_pretrained(deepcopy(llama), tmp_path / method / "team/first")
+        assert torch.equal(outputs(again, batches[0]), outputs(model, batches[0]))
 
 
 def test_adapters_of_other_names_are_saved_into_folders_of_theirs_with_one_card(llama, tmp_path):

@@ -433,3 +433,17 @@ def test_a_compiled_model_takes_a_patch(llama):
     apply_patch(plain, patch)
     apply_patch(torch.compile(llama, backend="eager"), patch)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+@pytest.mark.parametrize("side", ["rows", "cols"])
+def test_the_largest_place_that_a_patch_can_name_is_outside(make_llama, method, side):
+    """One more than the largest int16 is a negative one."""
+    patch, server = sparse_patch(wrap(make_llama(), method)), make_llama()
+    before = deepcopy(server)
+    key = [key for key in patch if key.endswith(f"/{side}")][-1]
+    patch[key] = patch[key].clone()
+    patch[key].view(-1)[-1] = torch.iinfo(patch[key].dtype).max
+    with pytest.raises(ValueError, match="The patch is broken"):
+        apply_patch(server, patch, keep_original=False)
+    assert_same(server, before)

@@ -1,0 +1,62 @@
+"""Folders that are written as a whole: what stops the writing changes nothing that was there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+UNFINISHED = ".saving-"  # what a crash may leave: a folder of this name in the one that was written to
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder inside of `folder`, whose files take their places there when all of them are on the disk."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
+            yield Path(name)
+            written = sorted((file for file in Path(name).rglob("*") if file.is_file()), key=_order)
+            for file in written:
+                _flush(file)
+            for file in written:
+                place = folder / file.relative_to(name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_is_new(folder: Path) -> None:
+    """Raise ValueError where there is a folder with something in it, or what is no folder."""
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to nothing; name another folder, or make what it links to.")
+    if folder.exists() and (
+        not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
+    ):
+        raise ValueError(f"{folder} is not empty; name another folder, or empty it.")
+
+
+def _order(file: Path) -> tuple[bool, bool, bool]:
+    """An adapter's weights first and its config after them, between which loading compares them; a model's config,
+    without which nobody takes it for a model, last."""
+    return file.name == "config.json", file.name != SAFETENSORS_WEIGHTS_NAME, file.name != CONFIG_NAME
+
+
+def _flush(file: Path) -> None:
+    """Have a full disk say so now."""
+    try:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that have no such call
+            raise
