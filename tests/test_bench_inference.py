@@ -20,3 +20,7 @@ def test_inference_is_measured_merged_and_unmerged(tmp_path, monkeypatch, capsys
     assert all(result["adapters"][name]["load_s"] > 0 for name in ("smt", "lora"))
     assert "| smt-merged |" in capsys.readouterr().out
     assert bench_inference.main() == 0 and json.loads(output.read_text()) == result, "what is complete is kept"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--rounds", "2"])
+    monkeypatch.setattr(bench_inference, "measure", lambda result, *_: result.update(complete=True, anew=True))
+    monkeypatch.setattr(bench_inference, "inference_table", lambda result: str(result["anew"]))
+    assert bench_inference.main() == 0 and "True" in capsys.readouterr().out, "other options are other figures"

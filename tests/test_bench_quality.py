@@ -152,6 +152,9 @@ def test_full_fine_tuning_runs_once_for_all_budgets_and_targets_and_whole_weight
         ({"testbeds": ["stories"]}, "no testbed stories; there are stories260K-lowercase"),
         ({"methods": {"x": SMT | {"learning_rates": [1], "warmup_testbed": "stories"}}}, "no testbed stories"),
         ({"methods": {"x": {"type": "lorax", "learning_rates": [1]}}}, "type lorax is not one of smt, full"),
+        ({"methods": {"x": SMT | {"scop": "input", "learning_rates": [1]}}}, "smt has no option scop"),
+        ({"methods": {"x": {"type": "full", "r": 4, "learning_rates": [1]}}}, "full has no option r"),
+        ({"methods": {"x": {"type": "smt", "learning_rates": [1]}}}, "smt needs a block_size"),
         ({"methods": {"x": SMT | {"ranking": "best", "learning_rates": [1]}}}, "ranking best is not one of score"),
         ({"methods": {"x": SMT | {"optimizer": "sgd", "learning_rates": [1]}}}, "optimizer sgd is not one of adamw"),
         ({"methods": {"x": SMT | {"delta_scale": "5e-1", "learning_rates": [1]}}}, "delta_scale '5e-1' is neither"),
@@ -184,6 +187,13 @@ def test_a_study_brings_its_own_testbed(sweep, short):
     valid = testbeds.load_testbed(TESTBEDS["stories260K-lowercase"], short, 32).base["old_loss"]
     assert line["testbed"] == "mine" and "old_loss" not in line
     assert line["base"]["test_loss"] == pytest.approx(valid, abs=0.05)  # the same text, cut off elsewhere
+
+
+def test_results_of_a_testbed_of_the_studys_own_are_not_those_of_another_of_that_name():
+    study = study_of(LoRA={"type": "lora"}) | {"testbeds": ["mine"]}
+    one, other = (study | {"own_testbeds": {"mine": {"model": model, "train": "rows.jsonl"}}} for model in "ab")
+    keys = [[run.key for run in bench_quality.planned(each)] for each in (one, other, study_of(LoRA={"type": "lora"}))]
+    assert not set(keys[0]) & set(keys[1]) and "source" not in keys[2][0], "known ones keep the keys that they had"
 
 
 def test_a_testbed_in_bfloat16_trains_and_measures_under_autocast(short, sweep):

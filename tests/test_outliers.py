@@ -73,3 +73,23 @@ def test_a_table_is_printed_and_the_layers_are_written(short, tmp_path, capsys):
     ]
     assert printed.splitlines()[-1].split() == ["stories260K-lowercase", "35", "0", "0", *printed.split()[-3:]]
     assert printed.split()[-2:] == [f"{share:.1%}" for share in shares]
+    outliers.main(["stories260K-gpt4", "--tokens", "8", "--shared", str(short), "--results", str(tmp_path)])
+    both = [json.loads(line) for line in (tmp_path / "outliers.jsonl").read_text().splitlines()]
+    assert both[:35] == lines and {line["testbed"] for line in both[35:]} == {"stories260K-gpt4"}
+    with pytest.raises(SystemExit, match="no testbed babylama; there are stories260K-lowercase"):
+        outliers.main(["stories260K-lowercase", "babylama", "--results", str(tmp_path)])
+
+
+def test_padding_is_no_token(short):
+    testbed = testbeds.TextTestbed(testbeds.TESTBEDS["stories260K-lowercase"], short, 32)
+    expected, batch = outliers.outliers_of(testbed), testbed.batch
+
+    def padded(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        mask = torch.nn.functional.pad(torch.ones_like(rows), (0, 50))
+        return {"input_ids": torch.nn.functional.pad(batch(rows)["input_ids"], (0, 50)), "attention_mask": mask}
+
+    testbed.batch = padded
+    found = outliers.outliers_of(testbed)
+    assert found.keys() == expected.keys()
+    for name, layer in expected.items():
+        assert found[name] == pytest.approx(layer, abs=0.11), "rounded to one digit"

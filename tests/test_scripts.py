@@ -1,5 +1,6 @@
 """Tests of scripts/finetune.py, of merging what it writes, and of the scripts that set it up and start it."""
 
+import copy
 import gc
 import json
 import re
@@ -201,6 +202,9 @@ def test_plain_transformers_loads_what_merge_writes(files, adapter):
         (["--eval_rows", "0"], "eval_rows is 0"),
         (["--questions", "0"], "questions is 0"),
         (["--max_length", "long"], "invalid int value: 'long'"),
+        (["--methods", "smt,lora", "--lora.rank", "8"], "options of lora: "),
+        (["--smt.num_blocks", "-4"], "options of smt: num_blocks=-4 is not a positive integer"),
+        (["--smt", "{block_size: 16}", "--smt.num_blocks", "4"], "--smt and --smt.num_blocks are both given"),
     ],
 )
 def test_a_wrong_option_is_named(wrong, message, capsys):
@@ -308,7 +312,7 @@ def test_the_numbers_are_written_and_the_memory_is_free_before_the_check(files, 
 def test_an_adapter_with_a_nan_does_not_pass(files, adapter, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(files / "model", pad_token="</s>")
     options = finetune.Options(str(files / "model"), "d")
-    args = SimpleNamespace(output_dir=str(tmp_path), device=torch.device("cpu"))
+    args = SimpleNamespace(per_device_eval_batch_size=8, output_dir=str(tmp_path), device=torch.device("cpu"))
     weights = load_file(adapter / "adapter_model.safetensors")
     [delta] = [value for key, value in weights.items() if "weight" in key]
     model = PeftModel.from_pretrained(finetune.load_model(options), adapter)
@@ -352,6 +356,31 @@ def test_what_is_continued_is_the_start_of_plain_text_or_questions_of_rows_or_wh
     assert len(prompts[1]) == 5 and all(each["right"][6:] in each["question"] for each in prompts[1])
     said = finetune.Options("m", "d", prompt="Say", questions=5)
     assert finetune.prompts_of(rows, said, tokenizer) == [{"prompt": "Say"}]
+
+
+def test_questions_are_answered_as_many_at_a_time_as_evaluation_takes(tokenizer):
+    class Echo:
+        """Answers with the last token of each prompt."""
+
+        device, asked = torch.device("cpu"), []
+
+        def eval(self):
+            return self
+
+        def generate(self, input_ids, attention_mask, **_):
+            self.asked.append(len(input_ids))
+            return torch.cat([input_ids, input_ids[:, -1:]], 1)
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = [{"prompt": "abcdefg"[: n + 1]} for n in range(5)]
+    model, args = Echo(), SimpleNamespace(per_device_eval_batch_size=2)
+    assert finetune.continued(model, tokenizer, prompts, args) == list("abcde") and model.asked == [2, 2, 1]
+
+
+def test_a_resumed_run_has_no_time():
+    smt = {"after": ["x"], "losses": {}, "logits_off_by": {}, "parameters": 1, "seconds": None}
+    assert finetune.report({"smt": smt}, [{"prompt": "a", "before": "b"}], "out").endswith(f"smt   {1:>12}{'-':>9}")
 
 
 def test_right_answers_are_counted_where_there_are_more_than_are_shown():
