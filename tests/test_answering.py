@@ -1,18 +1,13 @@
 """Tests of scripts/answering.py."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 from answering import PROTOCOLS, generate, mean_log_probs, most_likely
 from tasks import TASKS, prompt
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,14 @@
 
 import ast
 import re
-import sys
 from pathlib import Path
 
+import api_reference
 import pytest
 
 import smt_peft
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import api_reference  # noqa: E402
 
 LISTED = {module: names.split() for module, names in api_reference.NAMES.items()}
 SHOWN = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

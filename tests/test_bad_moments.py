@@ -71,20 +71,15 @@ def test_an_adapter_loaded_in_inference_mode_beside_one_that_is_trained(base, ba
     assert_close(outputs(model, batches[0]), outputs(saved[1], batches[0]))
 
 
-def test_an_adapter_that_inference_mode_made_is_trained_right_or_not_at_all(base, batches, saved, method):
+def test_an_adapter_that_inference_mode_made_is_right_and_not_trained(base, batches, saved, method):
     """PyTorch gives tensors of inference mode no gradient outside of it; LoRA fails there, too."""
     with torch.inference_mode():
         model = load(base, saved[0], is_trainable=True)
     with torch.no_grad():
         found = model.eval()(batches[0]["input_ids"]).logits
     assert_close(found, outputs(saved[1], batches[0]))
-    dense = dense_of(base, saved[1])
-    try:
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved|does not require grad"):
         model.train()(**batches[0]).loss.backward()
-    except (RuntimeError, ValueError):
-        return
-    dense(**batches[0]).loss.backward()
-    assert_same_gradients(model, dense)
 
 
 @pytest.mark.parametrize("where", ["the base", "both"])

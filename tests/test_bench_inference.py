@@ -2,9 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/benchmarks"))
 
 import bench_inference
 

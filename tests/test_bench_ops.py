@@ -2,15 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/benchmarks"))
 
 import bench_ops
+import pytest
 import report_benchmarks
+import torch
 
 
 @pytest.fixture

@@ -1,23 +1,20 @@
 """Tests of scripts/studies/bench_quality.py and the files in configs/study."""
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import bench_quality
 import pytest
+import recipes
+import testbeds
 import torch
 import yaml
+from recipes import Recipe
 from safetensors.torch import load_file
+from testbeds import TESTBEDS, Source
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts/studies"))
-
-import bench_quality  # noqa: E402
-import recipes  # noqa: E402
-import testbeds  # noqa: E402
-from recipes import Recipe  # noqa: E402
-from testbeds import TESTBEDS, Source  # noqa: E402
 
 STUDIES = sorted((ROOT / "configs/study").glob("*.yaml"))
 BUDGET = 3200  # on q, k and v 200 blocks of 4, or LoRA of rank 2

@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_selection
 import pytest
+import report_selection
 import torch
+from bench_selection import Half, Setting, Subject
 from peft import get_peft_model
 from torch import nn
 from tqdm import tqdm
@@ -16,11 +18,6 @@ from tqdm import tqdm
 from smt_peft import SMTConfig, select_blocks
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts/studies"))
-
-import bench_selection  # noqa: E402
-import report_selection  # noqa: E402
-from bench_selection import Half, Setting, Subject  # noqa: E402
 
 BEDS = ("stories260K-lowercase", "stories260K-gpt4")
 COUNTS = [1, 3]

@@ -8,14 +8,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_training
 import pytest
+import report_benchmarks
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts/benchmarks"))
-
-import bench_training  # noqa: E402
-import report_benchmarks  # noqa: E402
 
 ON_A_GPU = (ROOT / "scripts/benchmarks/bench_gpu.sh").read_text()
 GPU_SETTINGS = " ".join(re.findall(r"^ +training \d+ (.*)$", ON_A_GPU, re.M)).split()

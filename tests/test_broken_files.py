@@ -7,7 +7,6 @@ import pytest
 import torch
 from dense_truth import (
     add_adapter,
-    assert_close,
     assert_right,
     assert_same_state,
     bank_of,
@@ -66,6 +65,18 @@ BROKEN = {
 }
 
 
+WORDS = {  # what is said of them; of all others, that a block does not exist
+    "truncated": "incomplete metadata",
+    "a block twice": "names a block twice",
+    "fewer indices": "do not belong together",
+    "no index": "without their index",
+    "fewer blocks": "do not belong together",
+    "smaller blocks": "20 blocks of 8 x 8, .* 20 blocks of 16 x 16",
+    "a flat weight": "do not belong together",
+}
+NO_SUCH_BLOCK = "in slot 0 of the index does not exist"
+
+
 def broken(folder, how):
     BROKEN[how](folder / "adapter_model.safetensors")
     return folder
@@ -86,7 +97,7 @@ def test_a_broken_file_over_an_adapter_of_the_same_name_leaves_it_as_it_was(base
     model, folder = two
     expected, before = outputs(model, batches[0]), state_of(model)
     config = deepcopy(model.peft_config["default"].to_dict())
-    with pytest.raises((ValueError, SafetensorError), match=r"\w+ \w+ \w+"):
+    with pytest.raises((ValueError, SafetensorError), match=WORDS.get(how, NO_SUCH_BLOCK)):
         model.load_adapter(broken(folder, how), "default", is_trainable=True)
     assert torch.equal(outputs(model, batches[0]), expected)
     assert_same_state(state_of(model), before)
@@ -98,7 +109,7 @@ def test_a_broken_file_over_an_adapter_of_the_same_name_leaves_it_as_it_was(base
 def test_a_broken_file_under_a_new_name_leaves_no_trace_and_the_others_right(base, batches, two, how):
     model, folder = two
     expected, before = outputs(model, batches[0]), state_of(model)
-    with pytest.raises(ValueError, match=r"\w+ \w+ \w+"):
+    with pytest.raises(ValueError, match=WORDS.get(how, NO_SUCH_BLOCK)):
         model.load_adapter(broken(folder, how), "third")
     assert list(model.peft_config) == ["default", "other"]
     assert_same_state(state_of(model), before)
@@ -108,17 +119,13 @@ def test_a_broken_file_under_a_new_name_leaves_no_trace_and_the_others_right(bas
         assert_right(model, base, batches[0], adapter)
 
 
-def test_a_file_of_another_budget_over_an_adapter_is_refused_or_obeyed_whole(base, batches, two):
+def test_a_file_of_another_budget_over_an_adapter_is_refused(base, batches, two):
     model, folder = two
     expected = outputs(model, batches[0])
-    other = wrap(base, budget=12, seed=6)
-    other.save_pretrained(folder)
-    try:
+    wrap(base, budget=12, seed=6).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"12 blocks of 16 x 16, .* 20 blocks of 16 x 16"):
         model.load_adapter(folder, "default")
-    except (ValueError, RuntimeError):
-        assert torch.equal(outputs(model, batches[0]), expected)
-    else:
-        assert_close(outputs(model, batches[0]), outputs(other, batches[0]))
+    assert torch.equal(outputs(model, batches[0]), expected)
     assert_right(model, base, batches[0])
 
 
@@ -128,7 +135,7 @@ def test_a_config_beside_the_file_that_belongs_to_another_is_refused(base, batch
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"num_blocks": 12, "selected_blocks": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"20 blocks.*12 blocks|12"):
+    with pytest.raises(ValueError, match=r"20 blocks.* 12 blocks"):
         model.load_adapter(folder, "third")
     assert_same_state(state_of(model), before)
     assert_right(model, base, batches[0])
@@ -137,46 +144,48 @@ def test_a_config_beside_the_file_that_belongs_to_another_is_refused(base, batch
 # --- odd names ------------------------------------------------------------------------------------------
 
 
-NAMES = ["weight", "index", "fingerprint", "layers", "q_proj", "keys", "", "default.weight", "model", "smt_bank"]
+NAMES = ["weight", "index", "fingerprint", "layers", "q_proj", "model", "smt_bank"]
+IMPOSSIBLE = ["keys", "", "default.weight"]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
-def test_an_odd_name_works_or_is_refused_before_anything_changes(base, batches, tmp_path, name):
+def test_an_odd_name_works(base, batches, tmp_path, name):
     model = wrap(base)
     before, expected = state_of(model), outputs(model, batches[0])
-    try:
-        model.add_adapter(name, make_config(seed=5))
-    except ValueError as error:
-        assert len(str(error).split()) > 5
-        assert_same_state(state_of(model), before)
-        assert list(model.peft_config) == ["default"]
-    else:
-        model.double().set_adapter(name)
-        train(model, batches)
-        assert_right(model, base, batches[0], name)
-        model.save_pretrained(tmp_path, selected_adapters=[name])
-        again = PeftModel.from_pretrained(deepcopy(base), tmp_path / name).double()
-        torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
-        assert torch.equal(bank_of(again).index, bank_of(model, name).index)
-        model.delete_adapter(name)
-        model.set_adapter("default")
-        assert_same_state(state_of(model), before)
+    model.add_adapter(name, make_config(seed=5))
+    model.double().set_adapter(name)
+    train(model, batches)
+    assert_right(model, base, batches[0], name)
+    model.save_pretrained(tmp_path, selected_adapters=[name])
+    again = PeftModel.from_pretrained(deepcopy(base), tmp_path / name).double()
+    torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(bank_of(again).index, bank_of(model, name).index)
+    model.delete_adapter(name)
+    model.set_adapter("default")
+    assert_same_state(state_of(model), before)
     assert torch.equal(outputs(model, batches[0]), expected)
+    assert_right(model, base, batches[0])
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_name_is_refused_before_anything_changes(base, batches, name):
+    model, plain = wrap(base), deepcopy(base)
+    before = [state_of(one) for one in (model, plain)]
+    with pytest.raises(ValueError, match=f"An SMT adapter cannot be called '{name}'"):
+        model.add_adapter(name, make_config(seed=5))
+    with pytest.raises(ValueError, match=f"An SMT adapter cannot be called '{name}'"):
+        get_peft_model(plain, make_config(), adapter_name=name)
+    for one, state in zip((model, plain), before, strict=True):
+        assert_same_state(state_of(one), state)
+    assert list(model.peft_config) == ["default"]
     assert_right(model, base, batches[0])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
-def test_an_odd_name_of_the_first_adapter_works_or_is_refused(base, batches, tmp_path, name):
-    model = deepcopy(base)
-    before = state_of(model)
-    try:
-        wrapped = get_peft_model(model, make_config(), adapter_name=name).double().train()
-    except ValueError as error:
-        assert len(str(error).split()) > 5
-        assert_same_state(state_of(model), before)
-        return
+def test_an_odd_name_of_the_first_adapter_works(base, batches, tmp_path, name):
+    wrapped = get_peft_model(deepcopy(base), make_config(), adapter_name=name).double().train()
     train(wrapped, batches)
     assert_right(wrapped, base, batches[0], name)
     wrapped.save_pretrained(tmp_path)

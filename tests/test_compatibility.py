@@ -5,14 +5,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import compatibility
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import compatibility  # noqa: E402
 
 
 def pins(row: str) -> dict[str, str]:

@@ -2,21 +2,18 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import finetune
 import pytest
 import torch
 import yaml
+from command_line import read_options
 from peft import PeftConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import finetune  # noqa: E402
-from command_line import read_options  # noqa: E402
 
 FINETUNE = [ROOT / f"configs/{name}.yaml" for name in ("quickstart", "quickstart_smollm2", "qsmt")]
 PAPER = sorted((ROOT / "configs/paper").glob("*.yaml"))

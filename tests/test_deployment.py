@@ -101,19 +101,6 @@ def test_a_traced_model_equals_eager(plain, x, method, state, whole):
     assert_close(model(x), dense(x))
 
 
-def test_a_replicated_model_equals_eager(plain, x, method):
-    model = wrap(plain, method, **TARGETS)
-    dense = dense_of(plain, model)
-    parallel = nn.DataParallel(model)
-    for _ in range(2):
-        found, expected = parallel(x), dense(x)
-        assert_close(found, expected)
-        found.square().sum().backward()
-        expected.square().sum().backward()
-    assert_same_gradients(model, dense)
-    assert_base_untouched(model, plain)
-
-
 def test_a_call_with_other_weights_uses_them_and_leaves_the_models_own(plain, x, method):
     model = wrap(plain, method, **TARGETS)
     own = dense_of(plain, model)

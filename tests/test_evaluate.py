@@ -6,20 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate
 import pytest
+import scores
 import torch
+from answering import most_likely
 from peft import LoraConfig, PeftModel, get_peft_model
+from tasks import TASKS, load_test_rows, read_rows, training_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from smt_peft.__main__ import main as smt_peft
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import evaluate  # noqa: E402
-import scores  # noqa: E402
-from answering import most_likely  # noqa: E402
-from tasks import TASKS, load_test_rows, read_rows, training_data  # noqa: E402
-
-from smt_peft.__main__ import main as smt_peft  # noqa: E402
 
 
 def test_scores():

@@ -2,12 +2,12 @@
 
 import json
 import re
-import sys
 import tracemalloc
 import warnings
 from copy import deepcopy
 from pathlib import Path
 
+import fuzz_adapter
 import peft
 import pytest
 import torch
@@ -34,9 +34,6 @@ from smt_peft.files import read_adapter
 from smt_peft.places import Tiles
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import fuzz_adapter  # noqa: E402
 
 VERSION_1 = sorted((Path(__file__).parent / "fixtures/adapters_of_0.1").iterdir())
 BANK = "base_model.model.smt_bank."

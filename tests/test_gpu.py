@@ -11,6 +11,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from dense_truth import dense_of, in_place
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
@@ -72,18 +73,6 @@ def checkpoint(model: nn.Module, mode: str) -> None:
     if mode != "none":
         model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
         model.enable_input_require_grads()
-
-
-def spread(model: PeftModel, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The bank's `blocks` (its values or its gradient) as float32 matrices: what merging adds to weights of zero."""
-    model = deepcopy(model).float()
-    with torch.no_grad():
-        bank(model).copy_(blocks)
-        for name, module in model.named_modules():
-            if name.endswith("base_layer"):
-                module.weight.zero_()
-        merged = model.merge_and_unload()
-    return {n: m.weight for n, m in merged.named_modules() if n.rpartition(".")[2] in LINEAR}
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -166,18 +155,19 @@ CASES = [
 
 @pytest.mark.parametrize(("block_size", "dtype", "checkpointing", "arrangement"), CASES)
 def test_gradients_equal_dense_autograd(base, device, block_size, dtype, checkpointing, arrangement):
-    """Of the bank and of the model's input, beside a dense float32 model whose weights are merged."""
+    """Of the bank and of the model's input, beside a dense float32 model whose weights hold the deltas."""
     held = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model = smt(base(device, block_size, held), block_size, init_weights=False, arrangement=arrangement)
-    dense = deepcopy(model).float().merge_and_unload().requires_grad_()
+    frozen = base(device, block_size, held)
+    model = smt(deepcopy(frozen), block_size, init_weights=False, arrangement=arrangement)
+    dense = dense_of(frozen.float(), model)
     ids = tokens(device)
     checkpoint(model, checkpointing)
     found = backward(model, ids, torch.bfloat16 if dtype == "autocast" else None)
     expected = backward(dense, ids)
     limit = LIMITS[torch.float32 if dtype == "float32" else torch.bfloat16]
     assert error(found, expected) < limit
-    chosen = spread(model, torch.ones_like(bank(model)))
-    for name, gradient in spread(model, bank(model).grad).items():
+    chosen = in_place(model, torch.ones_like(bank(model)))
+    for name, gradient in in_place(model, bank(model).grad).items():
         truth = dense.get_submodule(name).weight.grad * chosen[name]
         assert 0 < chosen[name].mean() < 1 and error(gradient, truth) < limit, name
 
@@ -228,17 +218,18 @@ def test_scores_of_the_warm_up_are_means_of_dense_gradients(base, device, block_
 
 
 def test_float16_trains_with_a_gradient_scaler(base, device):
-    model = smt(base(device, 64, torch.float16), 64)
-    dense = deepcopy(model).float().merge_and_unload().requires_grad_()
+    frozen = base(device, 64, torch.float16)
+    model = smt(deepcopy(frozen), 64)
+    dense = frozen.float().requires_grad_()  # the deltas are zero
     ids, scaler = tokens(device), torch.amp.GradScaler(device, init_scale=2.0**10)
     optimizer, losses = torch.optim.AdamW([bank(model)], lr=1e-2), []
     backward(dense, ids)
-    chosen = spread(model, torch.ones_like(bank(model)))
+    chosen = in_place(model, torch.ones_like(bank(model)))
     for step in range(5):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        for name, gradient in spread(model, bank(model).grad).items() if step == 0 else ():
+        for name, gradient in in_place(model, bank(model).grad).items() if step == 0 else ():
             assert error(gradient, dense.get_submodule(name).weight.grad * chosen[name]) < LIMITS[torch.float16], name
         scaler.step(optimizer)
         scaler.update()

@@ -1,17 +1,12 @@
 """Tests of scripts/studies/importance.py: concentration and agreement against what a hand computes."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
 
 import importance
+import pytest
+import torch
 from importance import Watched, agreement, concentration, held
+from torch import nn
 
 
 def test_held_is_the_share_of_the_largest_values():

@@ -2,11 +2,11 @@
 
 import inspect
 import re
-import sys
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
+import live_sync
 import pytest
 import torch
 from dense_truth import bank_of, wrap
@@ -17,9 +17,6 @@ from smt_peft import select_blocks
 from smt_peft.patches import sparse_patch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import live_sync  # noqa: E402
 
 FIRST, RECEIVER, FUSED, TRL = re.findall(r"```python\n(.*?)```", (ROOT / "docs/sync.md").read_text(), re.DOTALL)
 

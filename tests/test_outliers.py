@@ -1,21 +1,18 @@
 """Tests of scripts/studies/outliers.py."""
 
 import json
-import sys
 from copy import deepcopy
 from pathlib import Path
 
+import outliers
 import pytest
+import testbeds
 import torch
 from peft import get_peft_model
 
 from smt_peft import SMTConfig
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/studies")]
-
-import outliers  # noqa: E402
-import testbeds  # noqa: E402
 
 
 def test_an_input_far_above_the_median_is_found(short):

@@ -1,10 +1,10 @@
 """Tests of scripts/plan.py: against what autograd saves on the CPU, and against peaks measured on a GPU."""
 
 import json
-import sys
 from pathlib import Path
 from textwrap import indent
 
+import plan
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,10 +13,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
 from smt_peft import SMTConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
-import plan
 
 QV, LINEAR = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEFT = {"model": "llama-3.2-3b", "num_blocks": 140, "block_size": 256, "batch_size": 4, "tokens": 768}

@@ -1,14 +1,9 @@
 """Tests of scripts/studies/quality_pictures.py: what is drawn, and whether it can be read."""
 
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
-
 import quality_pictures
 from bench_quality import planned
 from made_up_study import SMT, STUDY, lines_of

@@ -1,12 +1,6 @@
 """Tests of scripts/studies/quality_results.py: what is compared with what."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
-
 from made_up_study import STUDY, lines_of
 from quality_results import Result, against_lora, forgets_more, results_of, runs_of
 

@@ -1,18 +1,13 @@
 """Tests of scripts/studies/recipes.py: what the quality study's methods do, against direct computations."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
 
 import bench_quality
+import pytest
 import recipes
 import testbeds
+import torch
 from recipes import Recipe
 
 from smt_peft.warmup import find_adapter

@@ -2,15 +2,10 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/studies"))
-
 import report_quality
+import yaml
 from made_up_study import RESULTS, SMT, STUDY, lines_of
 
 PAGE = "before\n<!-- quality_overview -->\nold\n<!-- /quality_overview -->\nafter\n"

@@ -11,8 +11,12 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import finetune
 import pytest
+import stdlib_text
+import tasks
 import torch
+from command_line import read_options
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -26,15 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from smt_peft.__main__ import main as smt_peft
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import finetune  # noqa: E402
-import stdlib_text  # noqa: E402
-import tasks  # noqa: E402
-from command_line import read_options  # noqa: E402
-
-from smt_peft.__main__ import main as smt_peft  # noqa: E402
 
 KINDS = (finetune.Options, TrainingArguments)
 ROWS = [{"instruction": f"Say {n}.", "input": "Now." * (n % 2), "output": f"It is {n}."} for n in range(12)]

@@ -278,15 +278,12 @@ def replica_of(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_replica_of_data_parallel_trains(base, batches, method):
     model = wrap(base, method)
-    expected = model(**batches[0]).loss
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    loss = replica_of(model)(**batches[0]).loss
+    dense = dense_of(base, model)
+    loss, expected = replica_of(model)(**batches[0]).loss, dense(**batches[0]).loss
+    assert_close(loss, expected)
     loss.backward()
-    torch.testing.assert_close(loss, expected)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+    expected.backward()
+    assert_same_gradients(model, dense)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,13 +1,8 @@
 """Tests of scripts/tasks.py."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 import tasks
 from tasks import GROUPS, TASKS, choose, load_test_rows, prompt, read_rows, training_data
 

@@ -2,20 +2,17 @@
 
 import json
 import math
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import smollm2
+import testbeds
 import torch
+from testbeds import TESTBEDS, Completion, Source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts/studies")]
-
-import smollm2  # noqa: E402
-import testbeds  # noqa: E402
-from testbeds import TESTBEDS, Completion, Source  # noqa: E402
 
 TINY = str(ROOT / "scripts/tiny_llama")
 CHOICE = (

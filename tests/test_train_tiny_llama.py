@@ -1,15 +1,9 @@
 """Tests of scripts/train_tiny_llama.py: the model that it writes, from short texts."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-
 import train_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DOCUMENTATION = [f"Return the {number}th item of a list, or raise an error." for number in range(40)]
 SOURCE_CODE = [f"def item_{number}(values):\n    return values[{number}]" for number in range(40)]

@@ -116,23 +116,24 @@ def test_wrapping_a_model_that_is_wrapped_gives_a_working_adapter_or_an_error_in
 # --- configs that are refused ----------------------------------------------------------------------------------------
 
 
-REFUSED = {
-    "a block size that divides nothing": {"block_size": 24},
-    "a budget above all blocks": {"budget": 4000},
-    "targets that do not exist": {"target_modules": ["no_such_module"]},
-    "blocks of a module that is no target": {"selected_blocks": {"lm_head": [[0, 0]]}, "num_blocks": 1},
-    "blocks outside of the weight": {
-        "selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 99]]},
-        "num_blocks": 1,
-    },
-    "a target that has no weight": {"target_modules": ["act_fn", "q_proj"]},
+OUTSIDE = {"selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 99]]}, "num_blocks": 1}
+REFUSED = {  # options, and what is said of them
+    "a block size that divides nothing": ({"block_size": 24}, "block_size=24 does not divide"),
+    "a budget above all blocks": ({"budget": 4000}, "A budget of 4000 blocks is above the 64"),
+    "targets that do not exist": ({"target_modules": ["no_such_module"]}, "no_such_module"),
+    "blocks of a module that is no target": (
+        {"selected_blocks": {"lm_head": [[0, 0]]}, "num_blocks": 1},
+        "names 'lm_head', which is not among the 6",
+    ),
+    "blocks outside of the weight": (OUTSIDE, r"names block \[0, 99\]"),
+    "a target that has no weight": ({"target_modules": ["act_fn", "q_proj"]}, "is a SiLUActivation"),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["as another adapter", "around the same base"])
-@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
-def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches, options, how):
+@pytest.mark.parametrize("options, words", REFUSED.values(), ids=REFUSED)
+def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches, options, words, how):
     cell = deepcopy(base)
     model = get_peft_model(cell, make_config()).double().train()
     train(model, batches)
@@ -140,7 +141,7 @@ def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches
     before, expected = state_of(model), outputs(model, batches[0])
     names = list(model.peft_config)
     bad = make_config(**options)
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError), match=words):
         model.add_adapter("bad", bad) if how == "as another adapter" else get_peft_model(cell, bad)
     assert_same_state(state_of(model), before)
     assert list(model.peft_config) == names and model.active_adapter == "default"
@@ -151,13 +152,13 @@ def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches
     assert_right(model, base, batches[0], "bad")
 
 
-@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
-def test_a_config_that_is_refused_leaves_a_plain_model_as_it_was(base, batches, options):
+@pytest.mark.parametrize("options, words", REFUSED.values(), ids=REFUSED)
+def test_a_config_that_is_refused_leaves_a_plain_model_as_it_was(base, batches, options, words):
     model = deepcopy(base)
     before = state_of(model)
     model.lm_head.weight.requires_grad_(False)
     before["flags"]["lm_head.weight"] = False
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError), match=words):
         get_peft_model(model, make_config(**options))
     assert_same_state(state_of(model), before)
     assert_right(get_peft_model(model, make_config()).double(), base, batches[0])
