@@ -19,10 +19,10 @@ NAMES = {  # module: its names, in the order of the page
         SMTConfig select_blocks SMTWarmupCallback SMTMonitorCallback Selection Selection.load Selection.save
         Selection.rebudget Selection.overlap Selection.summary Selection.blocks Selection.counts_by_type
         Selection.counts_by_layer SMTModel SMTModel.add_weighted_adapter BlockMuon""",
-    "smt_peft.files": "read_adapter StoredAdapter Blocks",
+    "smt_peft.files": "read_adapter write_adapter StoredAdapter Blocks",
     "smt_peft.inspection": "describe compare",
     "smt_peft.merging": "merge_files merge_loaded",
-    "smt_peft.combining": "combine_adapters write_adapter",
+    "smt_peft.combining": "combine_adapters",
     "smt_peft.conversion": """
         convert_to_lora_files lora_errors Loss Loss.summary adapter_of_difference Difference Difference.summary""",
     "smt_peft.patches": "sparse_patch apply_patch fused_rows",

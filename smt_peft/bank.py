@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from smt_peft import files, ops
-from smt_peft.files import Target
+from smt_peft import checks, ops
+from smt_peft.checks import Target
 
 
 class Group(NamedTuple):
@@ -86,7 +86,7 @@ class DeltaBank(nn.Module):
             index_device = "cpu" if device.type == "meta" else device
             width = 1 + 2 * (block_size if is_sorted else 1)
             self.register_buffer("index", torch.full((num_blocks, width), -1, dtype=torch.int32, device=index_device))
-            fingerprint = torch.tensor([files.fingerprint(block_size, self.targets)], device=index_device)
+            fingerprint = torch.tensor([checks.fingerprint(block_size, self.targets)], device=index_device)
             self.register_buffer("fingerprint", fingerprint)
         self.base: dict[str, list[float]] = {}  # a sample of the base model, see `bases.sample`
         self.in_warmup = False
@@ -219,7 +219,7 @@ class DeltaBank(nn.Module):
         self._check_index(on_cpu)
         if not (on_cpu[:, 0] >= 0).all():
             return Layout(index, _version(index), [], [], None, {})
-        files.check_fingerprint(self.fingerprint, self.block_size, self.targets)
+        checks.check_fingerprint(self.fingerprint, self.block_size, self.targets)
         order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[order, 1:] if index.shape[1] == 3 else on_cpu[order, 1:].unflatten(1, (2, -1))
@@ -244,19 +244,19 @@ class DeltaBank(nn.Module):
     def check(self, weight: Tensor | None, index: Tensor | None, fingerprint: Tensor | None) -> None:
         """Raise ValueError where what a checkpoint holds does not fit this bank."""
         if weight is not None:
-            files.check_weight(weight, self.num_blocks, self.block_size)
+            checks.check_weight(weight, self.num_blocks, self.block_size)
             if index is None or fingerprint is None:
                 raise ValueError(
                     "The checkpoint holds deltas without their index; the file is broken, or it has the trained "
                     "parameters alone: keep the bank's buffers beside them, or copy the values into the parameter."
                 )
         if fingerprint is not None:
-            files.check_fingerprint(fingerprint, self.block_size, self.targets)
+            checks.check_fingerprint(fingerprint, self.block_size, self.targets)
         if index is not None:
             self._check_index(index)
 
     def _check_index(self, index: Tensor) -> None:
-        files.check_index(index, *self.index.shape, self.block_size, self.targets)
+        checks.check_index(index, *self.index.shape, self.block_size, self.targets)
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
         self._forget_views()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from smt_peft.files import BANK, FLOATS
+from smt_peft.checks import BANK, FLOATS
 
 WEIGHTS, VALUES, ROWS = 4, 8, 64  # how many are looked at, of each how many values, in how many of the first rows
 ROUNDING = 2**-7  # how far a value may move when its model is loaded in another dtype, bfloat16 being the coarsest

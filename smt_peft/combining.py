@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank, Group
+from smt_peft.bank import DeltaBank
 from smt_peft.bases import other_base
+from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
-from smt_peft.files import BANK, PREFIX, Blocks, StoredAdapter, Target, manifest, narrow, read_adapter
-from smt_peft.selected import SELECTION_FILE
-from smt_peft.writing import written_whole
+from smt_peft.files import Blocks, StoredAdapter, fill, read_adapter, write_adapter
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel
@@ -120,7 +117,7 @@ def add_weighted_adapter(
     model.peft_config[adapter_name] = _config_of_sum(configs, [list(part.shapes) for part in parts], blocks)
     try:
         model.inject_adapter(model.model, adapter_name)
-        _fill(getattr(model.model, BANK)[adapter_name], blocks)
+        fill(getattr(model.model, BANK)[adapter_name], blocks)
     except BaseException:
         del model.peft_config[adapter_name]
         raise
@@ -137,13 +134,6 @@ def _of_bank(bank: DeltaBank) -> StoredAdapter:
             rows, cols = ops.entries(plan, size)
             blocks[bank.targets[position].name] = Blocks(rows[:, :, 0], cols[:, 0], deltas.detach().cpu())
     return StoredAdapter({}, shapes, blocks, {}, {})
-
-
-def _fill(bank: DeltaBank, blocks: dict[str, Blocks]) -> None:
-    """Give a bank its blocks; it stays frozen."""
-    deltas = torch.cat([blocks[target.name].deltas for target in bank.targets if target.name in blocks])
-    bank.weight = nn.Parameter(deltas.to(bank.weight.device), requires_grad=False)
-    bank.set_index(_index([target.name for target in bank.targets], blocks, bank.index.shape[1]))
 
 
 # --- in folders ------------------------------------------------------------------------------------------------------
@@ -200,32 +190,6 @@ def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
         raise ValueError(f"{out} is an adapter that is read; write into another folder.")
 
 
-def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
-    """Write an adapter without its model; what `read_adapter` reads, and PEFT loads.
-
-    Raises:
-        ValueError: where the blocks do not fit the shapes or the configuration.
-    """
-    config = SMTConfig.from_peft_type(**{**adapter.config, "selected_blocks": None})
-    size, is_sorted = config.block_size, config.arrangement == "sorted"
-    targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]
-    count = sum(len(blocks.deltas) for blocks in adapter.blocks.values())
-    bank = DeltaBank(size, targets, [Group(list(range(len(targets))), count)], torch.device("cpu"), is_sorted)
-    _fill(bank, adapter.blocks)
-    config.num_blocks, config.num_blocks_pattern, config.trainable_ratio = count, {}, None
-    config.selected_blocks = bank.selected_blocks()
-    config.inference_mode = True
-    index = narrow(bank.index)
-    parts = {"weight": bank.weight.data, "index": index, "fingerprint": bank.fingerprint}
-    others = [key.removeprefix(PREFIX) for key in adapter.others]
-    parts["manifest"] = manifest(config, targets, index, others, adapter.base)
-    tensors = {f"{PREFIX}{BANK}.{part}": tensor for part, tensor in parts.items()}
-    with written_whole(Path(folder)) as new:
-        save_file({**tensors, **adapter.others}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        config.save_pretrained(str(new))
-    Path(folder, SELECTION_FILE).unlink(missing_ok=True)  # of what was there before
-
-
 # --- what both need --------------------------------------------------------------------------------------------------
 
 
@@ -273,17 +237,6 @@ def _are_tiles(blocks: Blocks) -> bool:
         bool((side[:, 0] % size == 0).all() and (side == side[:, :1] + torch.arange(size, device="cpu")).all())
         for side in (blocks.rows, blocks.cols)
     )
-
-
-def _index(names: list[str], blocks: dict[str, Blocks], width: int) -> Tensor:
-    """int32 [n, width], the index of a bank with targets of these names."""
-    parts = []
-    for position, name in enumerate(names):
-        if name in blocks:
-            rows, cols, _ = blocks[name]
-            sides = [rows, cols] if width > 3 else [side[:, :1] // side.shape[1] for side in (rows, cols)]
-            parts.append(pad(torch.cat(sides, 1), (1, 0), value=position))
-    return torch.cat(parts).int()
 
 
 # --- the sum ---------------------------------------------------------------------------------------------------------

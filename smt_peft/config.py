@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from smt_peft import files
+from smt_peft import checks
 from smt_peft.places import Tiles, parse_sorted
 from smt_peft.selected import Selection
 from smt_peft.selection import Scope
@@ -98,11 +98,11 @@ class SMTConfig(PeftConfig):
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
         weights = _weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
-            parts = files.take_apart(files.load(weights))
+            parts = checks.take_apart(checks.load(weights))
             if config.num_blocks is not None and config.block_size != "auto":
                 count = config.num_blocks + sum(config.num_blocks_pattern.values())
-                files.check_weight(parts.weight, count, config.block_size)
-            files.check_config(vars(config), parts)
+                checks.check_weight(parts.weight, count, config.block_size)
+            checks.check_config(vars(config), parts)
         return config
 
     def __post_init__(self) -> None:

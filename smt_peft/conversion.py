@@ -21,9 +21,10 @@ from tqdm import tqdm
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.bases import far_apart, sample
+from smt_peft.checks import BANK, PREFIX
 from smt_peft.combining import refuse_same_folder
 from smt_peft.config import SMTConfig
-from smt_peft.files import BANK, PREFIX, Blocks, read_adapter
+from smt_peft.files import Blocks, read_adapter
 from smt_peft.layer import Linear
 from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.ops import reduce_blocks

@@ -31,9 +31,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from smt_peft import files
+from smt_peft import checks
+from smt_peft.checks import PREFIX
 from smt_peft.config import DOWNLOAD, SMTConfig
-from smt_peft.files import PREFIX
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -105,7 +105,7 @@ def _remove_selection_of_another(folder: Path) -> None:
     """Remove the record of a warm-up that did not choose the blocks of the adapter in a folder."""
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a broken one
         chosen = Selection.load(folder).features().long()
-        if torch.equal(chosen, files.take_apart(files.load(folder / SAFETENSORS_WEIGHTS_NAME)).index.long()):
+        if torch.equal(chosen, checks.take_apart(checks.load(folder / SAFETENSORS_WEIGHTS_NAME)).index.long()):
             return
     (folder / SELECTION_FILE).unlink(missing_ok=True)
 

@@ -10,7 +10,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from smt_peft.files import PREFIX, Blocks, read_adapter
+from smt_peft.checks import PREFIX
+from smt_peft.files import Blocks, read_adapter
 from smt_peft.selected import layers_of, places_of
 
 OPTIONS = {  # that a rule of selection has, beside the scope

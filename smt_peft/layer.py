@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank, Share
-from smt_peft.files import FLOATS
+from smt_peft.checks import FLOATS
 from smt_peft.quantized import Original, dequantized
 
 

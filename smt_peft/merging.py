@@ -30,7 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from smt_peft.bases import other_base, sample
-from smt_peft.files import PREFIX, Blocks, StoredAdapter, adapter_config, read_adapter, read_json
+from smt_peft.checks import PREFIX
+from smt_peft.files import Blocks, StoredAdapter, adapter_config, read_adapter, read_json
 from smt_peft.writing import check_is_new, written_whole
 
 TRAINING_DATA = "training_data.json"  # scripts/ name there what a model was trained on

@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
 from smt_peft.bank import Banks, DeltaBank, Target
+from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
-from smt_peft.files import BANK
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from smt_peft.files import Target, check_index
+from smt_peft.checks import Target, check_index
 from smt_peft.ops import tile_features
 from smt_peft.selection import Lines, Scope, arrange, select
 

@@ -10,12 +10,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from smt_peft import files
+from smt_peft import checks
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.bases import base_weights, other_base, sample
+from smt_peft.checks import PREFIX
 from smt_peft.config import SMTConfig
 from smt_peft.diagnostics import warn
-from smt_peft.files import PREFIX
 from smt_peft.places import short
 
 
@@ -33,11 +33,11 @@ def to_save(
     if missing:
         raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter!r}.")
     chosen = {key: state_dict[key] for key in keys}
-    index = chosen[keys[1]] = files.narrow(chosen[keys[1]])
+    index = chosen[keys[1]] = checks.narrow(chosen[keys[1]])
     biases = BaseTuner._get_learnable_bias_state_dict(model, state_dict, config)
     others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter)]
     others = [key.removeprefix(PREFIX) for key in others]
-    manifest = files.manifest(config, bank.targets, index, others, bank.base)
+    manifest = checks.manifest(config, bank.targets, index, others, bank.base)
     return {**chosen, manifest_key: manifest, **biases}
 
 
@@ -51,10 +51,10 @@ def to_load(
         ValueError: where the file is broken, or does not belong to this model and config.
     """
     bank, keys = _bank_and_keys(model, adapter)
-    parts = files.in_order_of(bank.targets, files.take_apart(state_dict))
+    parts = checks.in_order_of(bank.targets, checks.take_apart(state_dict))
     bank.check(parts.weight, parts.index, parts.fingerprint)
     if config.awaits_weights and config.stored_blocks is not None:
-        files.names_of(parts.index, config.stored_blocks, bank.targets)
+        checks.names_of(parts.index, config.stored_blocks, bank.targets)
     others = _own_weights(model, config, adapter, parts, [target.name for target in bank.targets])
     config.stop_waiting()
     values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
@@ -68,7 +68,7 @@ def to_load(
 
 
 def _own_weights(
-    model: nn.Module, config: SMTConfig, adapter: str, parts: files.Parts, targets: list[str]
+    model: nn.Module, config: SMTConfig, adapter: str, parts: checks.Parts, targets: list[str]
 ) -> dict[str, torch.Tensor]:
     """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
     saved whole."""
@@ -79,7 +79,7 @@ def _own_weights(
         own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
     found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
     # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
-    own_base = tuple(f"{target}.base_layer." for target in targets if files.is_embedding(target))
+    own_base = tuple(f"{target}.base_layer." for target in targets if checks.is_embedding(target))
     foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
     foreign = [key for key in foreign if ".modules_to_save." not in key]
     if foreign:
@@ -90,11 +90,11 @@ def _own_weights(
         )
     for name in own & set(found):
         held, wanted = others[found[name]], state[name]
-        is_float = held.dtype in files.FLOATS or not wanted.is_floating_point()
+        is_float = held.dtype in checks.FLOATS or not wanted.is_floating_point()
         if not is_float or (wanted.numel() and held.shape != wanted.shape):
             raise ValueError(
-                f"The file holds {short(name)} as {files.form(held)}, where the model has "
-                f"{files.form(wanted)}; the file is broken, or belongs to another model."
+                f"The file holds {short(name)} as {checks.form(held)}, where the model has "
+                f"{checks.form(wanted)}; the file is broken, or belongs to another model."
             )
     return {name: others[key] for name, key in found.items() if name in own}
 
@@ -115,9 +115,9 @@ def _find_banks(model: nn.Module) -> tuple[str, Banks]:
 
 
 def _bank_and_keys(model: nn.Module, adapter: str) -> tuple[DeltaBank, list[str]]:
-    """An adapter's bank, and the keys of `files.PARTS`."""
+    """An adapter's bank, and the keys of `checks.PARTS`."""
     home, banks = _find_banks(model)
-    return banks[adapter], [f"{home}.{adapter}.{part}" for part in files.PARTS]
+    return banks[adapter], [f"{home}.{adapter}.{part}" for part in checks.PARTS]
 
 
 def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:

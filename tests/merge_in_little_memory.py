@@ -16,8 +16,7 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from smt_peft.__main__ import main  # noqa: E402
-from smt_peft.combining import write_adapter  # noqa: E402
-from smt_peft.files import Blocks, StoredAdapter  # noqa: E402
+from smt_peft.files import Blocks, StoredAdapter, write_adapter  # noqa: E402
 
 LAYERS, HIDDEN, BLOCK = 8, 256, 64
 TARGETS = [f"model.layers.{layer}.mlp.{kind}_proj" for layer in (2, 5) for kind in ("up", "down")]

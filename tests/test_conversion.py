@@ -19,9 +19,8 @@ from transformers import (
 )
 
 from smt_peft import SMTConfig
-from smt_peft.combining import write_adapter
 from smt_peft.conversion import adapter_of_difference, convert_to_lora_files, lora_errors
-from smt_peft.files import Blocks, StoredAdapter
+from smt_peft.files import Blocks, StoredAdapter, write_adapter
 
 PAGE = Path(__file__).parents[1] / "docs/convert.md"
 

@@ -1,0 +1,351 @@
+"""What an adapter's file holds, and what is refused: the manifest, and checks that need no model.
+
+Files come from strangers, and break on the way. Every check here raises ValueError before anything is changed.
+docs/format.md describes the files for other readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smt_peft.places import Tiles, places_in, short
+
+VERSION = 2
+BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
+PREFIX = "base_model.model."  # that PEFT gives the keys of a file
+PARTS = ("weight", "index", "fingerprint", "manifest")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int16, torch.int32, torch.int64)
+AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats
+
+
+class Target(NamedTuple):
+    """A weight that an adapter may train: its module's name and its grid of blocks."""
+
+    name: str
+    rows: int
+    cols: int
+
+
+# --- the manifest ----------------------------------------------------------------------------------------------------
+
+
+def manifest(
+    config: object, targets: Sequence[Target], index: Tensor, others: Iterable[str] = (), base: Mapping | None = None
+) -> Tensor:
+    """What the other tensors alone do not say, as a uint8 tensor: a SHA-256 in hex, a line break, and UTF-8 JSON.
+
+    The checksum is that of the JSON and of the index as little-endian int32. A tensor and no metadata, because PEFT
+    and transformers write the file themselves.
+
+    Args:
+        config: the adapter's SMTConfig, resolved.
+        index: as `DeltaBank.index`.
+        others: the keys of all other tensors of the file, without `PREFIX`.
+        base: a sample of the base model, see `bases.sample`.
+    """
+    content = {
+        "version": VERSION,
+        **{name: _agreed(getattr(config, name)) for name in AGREED},
+        "targets": targets,
+        "others": sorted(others),
+        "base": base or {},
+    }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    return torch.frombuffer(bytearray(_checksum(text, index) + b"\n" + text), dtype=torch.uint8)
+
+
+def narrow(index: Tensor) -> Tensor:
+    """The index as a file holds it: int16 where that suffices, 0.6 % of the values at tiles of 16."""
+    return index.to(torch.int16) if index.max() <= torch.iinfo(torch.int16).max else index
+
+
+def _agreed(value: object) -> object:
+    """The same for what means the same, whatever JSON made of it."""
+    return (sorted(map(str, set(value))) if isinstance(value, (list, tuple, set)) else value) or None
+
+
+def _checksum(text: bytes, index: Tensor) -> bytes:
+    digest = hashlib.sha256(text)
+    digest.update(index.detach().cpu().int().contiguous().numpy().astype("<i4").tobytes())
+    return digest.hexdigest().encode()
+
+
+def _read_manifest(tensor: Tensor) -> tuple[bytes, bytes, dict]:
+    """The checksum that it holds, its JSON, and what this says."""
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise ValueError(f"The file's manifest is {form(tensor)}, not bytes; the file is broken.")
+    checksum, _, text = tensor.cpu().numpy().tobytes().partition(b"\n")
+    try:
+        content = json.loads(text)
+        version = content["version"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ValueError("The file's manifest cannot be read; the file is broken.") from None
+    if version != VERSION:
+        raise ValueError(
+            f"The file has version {short(version)} of the format, which this smt_peft does not know (it knows 1 and "
+            f"{VERSION}); update smt_peft, or the file is broken."
+        )
+    if not _is_sound(content):
+        raise ValueError("The file's manifest lacks something, or says what cannot be; the file is broken.")
+    content["targets"] = [Target(*target) for target in content["targets"]]
+    return checksum, text, content
+
+
+def _is_sound(content: dict) -> bool:
+    size, targets, base = (content.get(name) for name in ("block_size", "targets", "base"))
+    if not (type(size) is int and size > 0 and _is_list(targets, list) and isinstance(base, dict)):
+        return False
+    return (
+        all([type(part) for part in target] == [str, int, int] for target in targets)
+        and all(0 < side <= 2**31 // size for target in targets for side in target[1:])
+        and len({target[0] for target in targets}) == len(targets) > 0
+        and all(name in content for name in AGREED)
+        and _is_list(content.get("others"), str)
+        and all(_is_list(values, float) for values in base.values())
+    )
+
+
+def _is_list(value: object, of: type) -> bool:
+    return isinstance(value, list) and all(type(item) is of for item in value)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(block_size: int, targets: Sequence[Target]) -> int:
+    """A hash of the targets' names and grids, an int64."""
+    text = repr([block_size, *map(tuple, targets)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+
+
+def check_fingerprint(found: Tensor, block_size: int, targets: Sequence[Target]) -> None:
+    """Refuse what was made for other targets."""
+    if found.numel() != 1 or found.dtype != torch.int64 or int(found.item()) != fingerprint(block_size, targets):
+        raise ValueError(
+            f"The checkpoint was made for other target modules than this adapter's {len(targets)} targets "
+            f"({short(targets[0].name)}, ...) with blocks of {block_size}: another base model, target_modules "
+            "or block size. Load it with the adapter_config.json saved beside it, on its own base model."
+        )
+
+
+def check_weight(weight: Tensor, num_blocks: int, block_size: int) -> None:
+    """Refuse deltas that are no floating-point numbers, or are not as many as configured."""
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"The deltas of the checkpoint are {str(weight.dtype).removeprefix('torch.')}; an adapter's are float32, "
+            "or another floating-point type of two bytes or more. The file is broken, or was made by other means."
+        )
+    if weight.numel() and tuple(weight.shape) != (num_blocks, block_size, block_size):
+        held = f"{weight.shape[0]} blocks of {' x '.join(map(str, weight.shape[1:]))}"
+        raise ValueError(
+            f"The checkpoint holds {held if weight.ndim == 3 else form(weight)}, but the adapter was configured for "
+            f"{num_blocks} blocks of {block_size} x {block_size} (num_blocks, block_size); use the "
+            "adapter_config.json that was saved with it."
+        )
+
+
+def check_index(index: Tensor, num_blocks: int, width: int, block_size: int, targets: Sequence[Target]) -> None:
+    """Refuse an index of another shape, and blocks that do not exist, come twice, or overlap. All -1: no selection."""
+    if index.dtype not in INTEGERS:
+        raise ValueError(f"The index is {form(index)}; an adapter's holds integers. The file is broken.")
+    if tuple(index.shape) != (num_blocks, width):
+        if index.ndim == 2 and len(index) == num_blocks:
+            kinds = {3: "tiles"}
+            raise ValueError(
+                f"The checkpoint holds {kinds.get(index.shape[1], 'sorted blocks')} (an index {index.shape[1]} wide), "
+                f"but the adapter was configured for {kinds.get(width, 'sorted blocks')} of {block_size} "
+                "(arrangement, block_size); use the adapter_config.json saved with it."
+            )
+        held = f"{len(index)} blocks" if index.ndim == 2 else f"an index that is {form(index)}"
+        raise ValueError(
+            f"The checkpoint holds {held}, but the adapter's budget is {num_blocks}; "
+            "use the adapter_config.json that was saved with it."
+        )
+    index = index.detach().cpu().long()
+    if (index < 0).all():
+        return
+    target = index[:, 0].clamp(0, len(targets) - 1)
+    sides = index[:, 1:].unflatten(1, (2, -1))
+    unit = block_size if sides.shape[2] > 1 else 1  # what an entry of the index counts: features, or tiles
+    grids = unit * torch.tensor([(t.rows, t.cols) for t in targets], device="cpu")[target]
+    is_outside = (sides >= grids[:, :, None]).flatten(1).any(1)
+    wrong = ((index < 0).any(1) | (index[:, 0] != target) | is_outside).nonzero()
+    if len(wrong):
+        raise ValueError(
+            f"Block {short(index[wrong[0, 0]].tolist())} (target, row, column) in slot {wrong[0, 0]} of the index "
+            f"does not exist among the {len(targets)} targets of this model; the file is broken or belongs to "
+            "another model or block size."
+        )
+    sides = sides.sort(2).values
+    if len(torch.cat([target[:, None], sides.flatten(1)], 1).unique(dim=0)) != len(index):
+        raise ValueError("The index names a block twice; the file is broken.")
+    for side in sides.unbind(1) if unit > 1 else ():
+        lines = torch.cat([target[:, None], side], 1).unique(dim=0)
+        features = lines[:, :1] * int(grids.max()) + lines[:, 1:]
+        if len(features.unique()) != features.numel():
+            raise ValueError(
+                "Blocks of the index share some of their rows or columns, but not all, or name one twice; the "
+                "file is broken. Two blocks of a matrix must have the same rows or none in common, and columns "
+                "alike."
+            )
+
+
+class Parts(NamedTuple):
+    """The parts of an adapter in a file that has been checked as far as it can be without a model.
+
+    Attributes:
+        content: of the manifest; None in files of version 1.
+        others: all tensors that are no part of the bank, by their keys.
+    """
+
+    weight: Tensor
+    index: Tensor
+    fingerprint: Tensor
+    content: dict | None
+    others: dict[str, Tensor]
+
+
+def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
+    """Check what a file holds.
+
+    Raises:
+        ValueError: where a part is missing, unknown, or of another type or shape than it must be, where the parts do
+            not belong together, or where there is no selection.
+    """
+    parts, others, prefixes = {}, {}, set()
+    for key, tensor in tensors.items():
+        prefix, bank, part = key.rpartition(f"{BANK}.")
+        if not bank:
+            others[key] = tensor
+        elif part not in PARTS or {prefix} != prefixes | {prefix}:
+            raise ValueError(
+                f"The checkpoint holds {short(key)}, which is no part of one SMT adapter; it holds several, or it is "
+                "broken."
+            )
+        else:
+            prefixes.add(prefix)
+            parts[part] = tensor
+    if not parts:
+        found = ", ".join(map(short, sorted(others)[:3])) or "nothing"
+        raise ValueError(
+            f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs "
+            "to another PEFT method, or it is broken."
+        )
+    if "weight" not in parts:
+        raise ValueError("The checkpoint holds an index without deltas; the file is broken.")
+    if "index" not in parts or "fingerprint" not in parts:
+        raise ValueError("The checkpoint holds deltas without their index; the file is broken.")
+    weight, index = parts["weight"], parts["index"]
+    if weight.ndim != 3 or index.ndim != 2 or len(index) != len(weight) or not weight.numel() or not index.numel():
+        raise ValueError(
+            f"The deltas of the checkpoint are {form(weight)} and their index {form(index)}, which do not belong "
+            "together; the file is broken."
+        )
+    check_weight(weight, len(weight), weight.shape[1])
+    if index.dtype in INTEGERS and (index < 0).all() and weight.any():
+        raise ValueError(
+            "The checkpoint's index is -1 throughout, though it has deltas: nothing says where they belong; the file "
+            "is broken."
+        )
+    content = None
+    if "manifest" in parts:
+        checksum, text, content = _read_manifest(parts["manifest"])
+        size, targets = content["block_size"], content["targets"]
+        width = 3 if content["arrangement"] == "tiles" else 1 + 2 * size
+        check_weight(weight, len(weight), size)
+        check_index(index, len(weight), width, size, targets)
+        check_fingerprint(parts["fingerprint"], size, targets)
+        if _checksum(text, index) != checksum:
+            raise ValueError("The checksum of the index is wrong; the file is broken. Copy or download it again.")
+    return Parts(weight, index, parts["fingerprint"], content, others)
+
+
+def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
+    """The same adapter for a model that has the same targets in another order; unchanged where they are others."""
+    held = parts.content["targets"] if parts.content else []
+    if held == targets or sorted(held) != sorted(targets):
+        return parts
+    index, position = parts.index.clone(), {target: i for i, target in enumerate(targets)}
+    index[:, 0] = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
+    order = torch.argsort(index[:, 0], stable=True)
+    hashed = torch.tensor([fingerprint(parts.content["block_size"], targets)])
+    return parts._replace(weight=parts.weight[order], index=index[order], fingerprint=hashed)
+
+
+def check_config(config: Mapping, parts: Parts) -> None:
+    """Refuse a config that is not the one which was saved with the weights, and weights that have lost a part.
+
+    Args:
+        config: the fields of an SMTConfig.
+    """
+    content, selected = parts.content, config.get("selected_blocks")
+    for name in AGREED if content else ():
+        said, meant = _agreed(config.get(name)), content[name]
+        if said != meant:
+            raise ValueError(
+                f"adapter_config.json says {name}={short(said)}, but the weights beside it were saved with "
+                f"{name}={short(meant)}: they are of two adapters. Take both files from one save."
+            )
+    present = {key.removeprefix(PREFIX) for key in parts.others}
+    missing = [name for name in content["others"] if name not in present] if content else []
+    if missing:
+        raise ValueError(f"The file lacks {short(missing[0])}, which was saved with it; it is broken.")
+    if selected is not None:
+        names_of(parts.index, selected, content and content["targets"])
+
+
+def names_of(
+    index: Tensor, selected: Mapping[str, Tiles | Sequence], targets: Sequence[Target] | None = None
+) -> dict[int, list[str]]:
+    """Which targets the positions in the index may be, by a config's selection, which must be that of the index."""
+    index = index.detach().cpu().long()
+    found = {int(position): _same(index[index[:, 0] == position, 1:]) for position in index[:, 0].unique()}
+    given = {name: _same(places_in(blocks).long()) for name, blocks in selected.items()}
+    names: dict[int, list[str]] = {}
+    for position, places in found.items():
+        called = given if targets is None else [target.name for target in targets[position : position + 1]]
+        names[position] = [name for name in called if given.get(name) == places]
+    if Counter(found.values()) != Counter(given.values()) or not all(names.values()):
+        raise ValueError(
+            "selected_blocks in adapter_config.json contradicts the index of the weights beside it: they are of two "
+            "adapters. Take both files from one save."
+        )
+    return names
+
+
+def _same(places: Tensor) -> bytes:
+    """Equal for the same blocks in any order."""
+    return hashlib.sha256(places.unique(dim=0).numpy().tobytes()).digest()
+
+
+def form(tensor: Tensor) -> str:
+    """Its dtype and shape, for a message."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+# --- a file ----------------------------------------------------------------------------------------------------------
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; they are read where they are looked at."""
+    try:
+        return load_file(file)
+    except (SafetensorError, KeyError, AttributeError) as error:  # the last two: a dtype that PyTorch lacks
+        raise ValueError(f"{file} is broken or cut off ({short(str(error))}); copy or download it again.") from None
+
+
+def is_embedding(module: str) -> bool:
+    """Whether PEFT saves the base weight of such a target beside the adapter."""
+    return module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
