@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from smt_peft.selected import Selection, places_of
+from smt_peft.selected import Selection, locations_of
 
 CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
 FEWEST_BLOCKS = 20  # fewer say nothing about where a ranking leads
@@ -21,11 +21,11 @@ def warn_of_concentration(selection: Selection) -> None:
     Among modules that read one input (q, k, v) the ranking was never clearly worse than an even share: V is no fault.
     """
     inputs = selection.inputs
-    counts, places = Counter(selection.index[:, 0].tolist()), places_of(selection.names)
+    counts, locations = Counter(selection.index[:, 0].tolist()), locations_of(selection.names)
     for members, budget in selection.groups:
         readers: dict[int, set[str]] = {}
         for member in members:
-            readers.setdefault(inputs[member], set()).add(places[member].kind)
+            readers.setdefault(inputs[member], set()).add(locations[member].kind)
         chosen, candidates = Counter(), Counter()
         for member in members:
             together = " ".join(sorted(readers[inputs[member]]))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, read_adapter
-from smt_peft.selected import layers_of, places_of
+from smt_peft.selected import layers_of, locations_of
 
 OPTIONS = {  # that a rule of selection has, beside the scope
     "gradient": ["score", "accumulation", "warmup_steps"],
@@ -25,12 +25,12 @@ def describe(folder: Path) -> dict:
     """An adapter's base model, its blocks, how they were selected, where they are, and how large their deltas are."""
     adapter = read_adapter(folder)
     names = adapter.names
-    config, places = adapter.config, places_of(names)
+    config, locations = adapter.config, locations_of(names)
     deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
     rule = config.get("selection", "gradient")
     options = [f"{name} {config[name]}" for name in ("scope", *OPTIONS.get(rule, [])) if name in config]
-    kinds = {name: place.kind for name, place in zip(names, places, strict=True)}
-    layers = {name: place.layer_name for name, place in zip(names, places, strict=True)}
+    kinds = {name: location.kind for name, location in zip(names, locations, strict=True)}
+    layers = {name: location.layer_name for name, location in zip(names, locations, strict=True)}
     return {
         "base_model": config.get("base_model_name_or_path"),
         "blocks": sum(map(len, deltas.values())),
@@ -45,7 +45,7 @@ def describe(folder: Path) -> dict:
         "also_trained": sorted(key.removeprefix(PREFIX) for key in adapter.others),
         "bytes": (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         "by_type": _by_group(deltas, kinds, dict.fromkeys(kinds.values())),
-        "by_layer": _by_group(deltas, layers, layers_of(places)),
+        "by_layer": _by_group(deltas, layers, layers_of(locations)),
     }
 
 
@@ -76,7 +76,7 @@ def compare(folder: Path, other_folder: Path) -> dict:
     one, other = read_adapter(folder), read_adapter(other_folder)
     names = list(dict.fromkeys([*one.names, *other.names]))
     by_type, total = {}, Counter()
-    for name, place in zip(names, places_of(names), strict=True):
+    for name, location in zip(names, locations_of(names), strict=True):
         shapes = [of.shapes[name] for of in (one, other) if name in of.shapes or name in of.blocks]
         if shapes[0] != shapes[-1]:
             raise ValueError(
@@ -84,7 +84,7 @@ def compare(folder: Path, other_folder: Path) -> dict:
                 "made for different models, and cannot be compared."
             )
         sums = _products(*(_entries(of.blocks.get(name), shapes[0][1]) for of in (one, other)))
-        by_type.setdefault(place.kind, Counter()).update(sums)
+        by_type.setdefault(location.kind, Counter()).update(sums)
         total.update(sums)
     return {
         "base_models": [adapter.config.get("base_model_name_or_path") for adapter in (one, other)],

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d, pad
 
 from smt_peft.files import StoredAdapter
-from smt_peft.selected import Place, Selection, layers_of, places_of
+from smt_peft.selected import Location, Selection, layers_of, locations_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,9 +94,11 @@ def _sheet(selection: Selection, title: str, scales: dict[str, list[str]]) -> Fi
 
 def plot_shares(selection: Selection, path: str | Path | None = None) -> Figure:
     """Draw the share of the selected blocks in each layer, in a bar that is divided by module type."""
-    places = places_of(selection.names)
-    chosen = Counter((places[target].layer_name, places[target].kind) for target in selection.index[:, 0].tolist())
-    layers = layers_of(places)
+    locations = locations_of(selection.names)
+    chosen = Counter(
+        (locations[target].layer_name, locations[target].kind) for target in selection.index[:, 0].tolist()
+    )
+    layers = layers_of(locations)
     figure = _figure(min(max(4.5, 2.5 + 0.25 * len(layers)), 11), 3.2)
     ax = figure.subplots()
     below = [0.0] * len(layers)
@@ -222,28 +224,28 @@ class _Row(NamedTuple):
 
 def _arrange(selection: Selection) -> tuple[list[_Row], float]:
     """Rows of modules, and the width of a module: as few abreast, from eight on, as fit the height of the page."""
-    places = places_of(selection.names)
-    if len(set(places)) < len(places):
-        places = places_of(selection.names, numbered=True)
-    layers = len(layers_of(places))
+    locations = locations_of(selection.names)
+    if len(set(locations)) < len(locations):
+        locations = locations_of(selection.names, numbered=True)
+    layers = len(layers_of(locations))
     for abreast in range(min(8, layers), layers + 1):
-        rows = _rows(places, selection.scores, abreast)
+        rows = _rows(locations, selection.scores, abreast)
         width = max(NARROWEST, min(WIDEST, PAGE[0] / abreast - BESIDE))
         if sum(row.height(width) for row in rows) <= PAGE[1]:
             break
     return rows, width
 
 
-def _rows(places: list[Place], scores: list[torch.Tensor], abreast: int) -> list[_Row]:
+def _rows(locations: list[Location], scores: list[torch.Tensor], abreast: int) -> list[_Row]:
     """A row per type for every so many layers; stacks do not share rows, nor layers with what is outside of them."""
-    rows, positions = [], {place: position for position, place in enumerate(places)}
-    for stack, is_outside in dict.fromkeys((place.stack, place.layer is None) for place in places):
-        here = [place for place in places if (place.stack, place.layer is None) == (stack, is_outside)]
-        layers = sorted({place.layer for place in here})
+    rows, positions = [], {location: position for position, location in enumerate(locations)}
+    for stack, is_outside in dict.fromkeys((location.stack, location.layer is None) for location in locations):
+        here = [location for location in locations if (location.stack, location.layer is None) == (stack, is_outside)]
+        layers = sorted({location.layer for location in here})
         for band in (layers[start : start + abreast] for start in range(0, len(layers), abreast)):
             headings = [] if is_outside else [f"{stack or 'layer'} {band[0]}", *map(str, band[1:])]
-            for kind in dict.fromkeys(place.kind for place in here if place.layer in band):
-                targets = [positions.get(Place(stack, layer, kind)) for layer in band]
+            for kind in dict.fromkeys(location.kind for location in here if location.layer in band):
+                targets = [positions.get(Location(stack, layer, kind)) for layer in band]
                 shapes = [scores[target].shape for target in targets if target is not None]
                 steepness = max(height / width for height, width in shapes)
                 rows.append(_Row(kind, targets, headings, max(FLATTEST, min(steepness, STEEPEST))))

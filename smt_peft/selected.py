@@ -187,7 +187,7 @@ class Selection:
             raise ValueError("its index is -1 throughout: nothing is selected")
 
     def counts_by_type(self) -> dict[str, int]:
-        """Blocks per module type (see `Place`), most first."""
+        """Blocks per module type (see `Location`), most first."""
         kinds = kinds_of(self.names)
         counts = Counter(dict.fromkeys(kinds, 0))
         counts.update(kinds[target] for target in self.index[:, 0].tolist())
@@ -195,9 +195,9 @@ class Selection:
 
     def counts_by_layer(self) -> dict[str, int]:
         """Blocks per layer that has any: "3", or "decoder.3" where layers are counted more than once; "-" outside."""
-        places = places_of(self.names)
-        counts = Counter(places[target].layer_name for target in self.index[:, 0].tolist())
-        return {layer: counts[layer] for layer in layers_of(places) if layer in counts}
+        locations = locations_of(self.names)
+        counts = Counter(locations[target].layer_name for target in self.index[:, 0].tolist())
+        return {layer: counts[layer] for layer in layers_of(locations) if layer in counts}
 
     def overlap(self, other: Selection) -> float:
         """Share of the weights that both have in blocks, by module name: |A and B| / max(|A|, |B|)."""
@@ -233,7 +233,7 @@ class Selection:
 _SETTINGS = [field.name for field in fields(Selection) if field.name not in ("index", "scores", "lines")]
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a module is in its model."""
 
     stack: str  # "encoder", "decoder" where a model counts layers more than once; otherwise ""
@@ -245,9 +245,9 @@ class Place(NamedTuple):
         return "-" if self.layer is None else f"{self.stack}.{self.layer}".lstrip(".")
 
 
-def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
-    """The place of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
-    modules are in one place."""
+def locations_of(names: Sequence[str], numbered: bool = False) -> list[Location]:
+    """The location of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
+    modules are in one location."""
     parts = [_split(name) for name in names]
     if not numbered:
         parts = [(stack, layer, re.sub(r"\b\d+\b", "*", inside)) for stack, layer, inside in parts]
@@ -255,14 +255,14 @@ def places_of(names: Sequence[str], numbered: bool = False) -> list[Place]:
     common = set.intersection(*map(set, stacks.values())) if stacks else set()
     kinds = {inside: _kind(inside, {of for _, _, of in parts}) for _, _, inside in parts}
     return [
-        Place("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
+        Location("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
         for stack, layer, inside in parts
     ]
 
 
 def kinds_of(names: Sequence[str]) -> list[str]:
-    """The kind of every module, see `Place`."""
-    return [place.kind for place in places_of(names)]
+    """The kind of every module, see `Location`."""
+    return [location.kind for location in locations_of(names)]
 
 
 def _kind(name: str, names: set[str]) -> str:
@@ -274,11 +274,11 @@ def _kind(name: str, names: set[str]) -> str:
     return next((end for end in ends if sum(f".{of}".endswith(f".{end}") for of in names) == 1), name)
 
 
-def layers_of(places: Sequence[Place]) -> list[str]:
+def layers_of(locations: Sequence[Location]) -> list[str]:
     """The names of all layers in their order, after what is outside of layers."""
-    stacks = list(dict.fromkeys(place.stack for place in places))
-    in_order = sorted(places, key=lambda at: (at.layer is not None, stacks.index(at.stack), at.layer))
-    return list(dict.fromkeys(place.layer_name for place in in_order))
+    stacks = list(dict.fromkeys(location.stack for location in locations))
+    in_order = sorted(locations, key=lambda at: (at.layer is not None, stacks.index(at.stack), at.layer))
+    return list(dict.fromkeys(location.layer_name for location in in_order))
 
 
 def _split(name: str) -> tuple[str, int | None, str]:

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.selected import places_of
+from smt_peft.selected import locations_of
 from smt_peft.selection import Lines, apportion, select
 from smt_peft.warmup import apply_selection
 
@@ -175,12 +175,12 @@ def test_no_kind_and_no_part_of_a_model_is_passed_over(total):
 @pytest.mark.parametrize("rule", ["random", "magnitude", "diagonal"])
 def test_fewer_blocks_than_modules_are_spread_over_kinds_and_layers(make_llama, rule):
     blocks = selected(make_llama(num_hidden_layers=8), selection=rule, scope="module", num_blocks=12)
-    places = places_of([*blocks])
-    assert {kind: sum(place.kind == kind for place in places) for kind in ("q_proj", "k_proj", "v_proj")} == {
+    locations = locations_of([*blocks])
+    assert {kind: sum(location.kind == kind for location in locations) for kind in ("q_proj", "k_proj", "v_proj")} == {
         "q_proj": 6, "k_proj": 3, "v_proj": 3
     }  # fmt: skip
-    assert {place.layer for place in places if place.kind == "k_proj"} & {0, 1, 2, 3}
-    assert {place.layer for place in places if place.kind == "k_proj"} & {4, 5, 6, 7}
+    assert {location.layer for location in locations if location.kind == "k_proj"} & {0, 1, 2, 3}
+    assert {location.layer for location in locations if location.kind == "k_proj"} & {4, 5, 6, 7}
 
 
 def test_overlap_is_the_share_of_common_blocks_by_name():
@@ -478,5 +478,5 @@ def test_layers_that_are_counted_more_than_once_are_not_added_up():
 )
 def test_a_type_says_as_much_as_tells_it_from_others_of_its_layer(modules, kinds):
     names = [f"model.layers.{layer}.{module}" for layer in (3, 4) for module in modules]
-    assert places_of(names) == [("", layer, kind) for layer in (3, 4) for kind in kinds]
-    assert len({*places_of(names, numbered=True)}) == len(names)
+    assert locations_of(names) == [("", layer, kind) for layer in (3, 4) for kind in kinds]
+    assert len({*locations_of(names, numbered=True)}) == len(names)

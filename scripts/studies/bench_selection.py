@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
-from smt_peft.selected import Selection, kinds_of, places_of
+from smt_peft.selected import Selection, kinds_of, locations_of
 from smt_peft.selection import random_scores, select
 
 RATIO = 0.022  # the budget: what LoRA has with rank 1 on all linear layers of stories260K
@@ -259,8 +259,8 @@ class Subject:
 
     def kinds(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for i, place in enumerate(places_of([*self.modules])):
-            found.setdefault(place.kind, []).append(i)
+        for i, location in enumerate(locations_of([*self.modules])):
+            found.setdefault(location.kind, []).append(i)
         return found
 
     def places(self) -> dict[str, list[float]]:
