@@ -286,13 +286,12 @@ def _shaded(scale: LogNorm, shades: list[str]) -> ScalarMappable:
 
 def _draw_scales(figure: Figure, x: float, scale: LogNorm, scales: dict[str, list[str]]) -> None:
     """The bars, beside one another; numbers stand at those that have a label."""
-    from matplotlib.ticker import LogLocator
-
     across, down = figure.get_size_inches()
+    ends_and_middle = [scale.vmin, (scale.vmin * scale.vmax) ** 0.5, scale.vmax]
     for place, (label, shades) in enumerate(scales.items()):
         ax = figure.add_axes(((x + 0.14 * place) / across, 1 - 2.6 / down, 0.12 / across, 1.8 / down))
-        ticks = {"ticks": LogLocator(subs=(1, 2, 5)) if label else [], "format": "{x:.2g}"}
-        figure.colorbar(_shaded(scale, shades), ax, extend="both", label=label, **ticks)
+        ticks = ends_and_middle if label else []
+        figure.colorbar(_shaded(scale, shades), ax, extend="both", label=label, ticks=ticks, format="{x:.2g}")
         ax.minorticks_off()
 
 
