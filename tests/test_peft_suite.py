@@ -22,10 +22,10 @@ import smt_peft
 FILES = {
     "test_config": 25,
     "test_custom_models": 650,
-    "test_decoder_models": 330,
-    "test_encoder_decoder_models": 90,
+    "test_decoder_models": 165,
+    "test_encoder_decoder_models": 45,
     "test_feature_extraction_models": 110,
-    "test_seq_classifier": 50,
+    "test_seq_classifier": 25,
 }
 
 

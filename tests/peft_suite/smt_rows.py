@@ -20,6 +20,7 @@ from smt_peft import SMTConfig
 # Rules that need no data: PEFT's tests know no warm-up.
 RANDOM = {"selection": "random", "num_blocks": 10}
 DIAGONAL = {"selection": "diagonal", "num_blocks": 5}
+BY_SIZE = {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.03}
 
 CUSTOM_MODELS = [
     (f"{name} SMT", model, SMTConfig, options)
@@ -51,13 +52,10 @@ def _two_adapters(first: list[str], second: list[str]) -> list[dict]:
     return [{**options, "target_modules": first}, {**options, "target_modules": second, "seed": 1}]
 
 
-def _transformers_rows(task_type: str) -> list[tuple]:
+def _transformers_rows(task_type: str, *more: dict) -> list[tuple]:
     return [
         (SMTConfig, {"task_type": task_type, "target_modules": None, "block_size": 8, **options})
-        for options in (
-            {**RANDOM, "num_blocks": 30},
-            {"selection": "magnitude", "scope": "module", "trainable_ratio": 0.03},
-        )
+        for options in ({**RANDOM, "num_blocks": 30}, *more)
     ]
 
 
@@ -77,7 +75,7 @@ ROWS = {
     },
     "test_decoder_models": {"ALL_CONFIGS": _transformers_rows("CAUSAL_LM")},
     "test_encoder_decoder_models": {"ALL_CONFIGS": _transformers_rows("SEQ_2_SEQ_LM")},
-    "test_feature_extraction_models": {"ALL_CONFIGS": _transformers_rows("FEATURE_EXTRACTION")},
+    "test_feature_extraction_models": {"ALL_CONFIGS": _transformers_rows("FEATURE_EXTRACTION", BY_SIZE)},
     "test_seq_classifier": {"ALL_CONFIGS": _transformers_rows("SEQ_CLS")},
     "test_config": {"ALL_CONFIG_CLASSES": [(SMTConfig, {})], "LAYER_INDEXING_CONFIG_CLASSES": [(SMTConfig, {})]},
 }
