@@ -41,7 +41,8 @@ def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None 
         and weight.numel()
         and weight.device.type != "meta"
     }
-    return {name: _values(usable[name]) for name in names or far_apart(list(usable)) if name in usable}
+    names = far_apart(list(usable)) if names is None else names
+    return {name: _values(usable[name]) for name in names if name in usable}
 
 
 def far_apart(names: list[str]) -> list[str]:
