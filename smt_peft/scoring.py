@@ -184,22 +184,27 @@ class ScoreCollector(Collector):
 
 
 class FeatureCollector(Collector):
-    """How much the rows and columns of each target matter: the norms of dY and of x over the tokens of a batch, for
-    which no dW is formed; where there is only that, its own norms. Modules that read one input rank columns alike."""
+    """How much the rows and columns of each target matter: the norms of dY and of x over the tokens of a batch that
+    have a gradient, for which no dW is formed; where there is only that, its own norms. Modules that read one input
+    rank its columns alike, by the sum of what each of them says."""
 
     def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         dy = dy.float()
-        cols = dy.norm(dim=0) if x is None else self.scale * x.float().norm(dim=0)
-        return torch.cat([dy.norm(dim=1 if x is None else 0), cols])
+        if x is None:
+            return torch.cat([dy.norm(dim=1), dy.norm(dim=0)])
+        x = x.float().masked_fill(~dy.any(1, keepdim=True), 0)  # padding adds nothing to dW, large as it may be
+        return torch.cat([dy.norm(dim=0), self.scale * x.norm(dim=0)])
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return (layer.out_features + layer.in_features,)
 
     def lines(self, block_size: int) -> list[Lines]:
-        return [
-            sort_lines(*mean.split([layer.out_features, layer.in_features]), block_size)
-            for layer, mean in zip(self.layers, self.means(), strict=True)
-        ]
+        shapes = [(layer.out_features, layer.in_features) for layer in self.layers]
+        rows, cols = zip(*(mean.split(shape) for mean, shape in zip(self.means(), shapes, strict=True)), strict=True)
+        of_input: dict[int, torch.Tensor] = {}
+        for first, norms in zip(self.inputs, cols, strict=True):
+            of_input[first] = of_input[first] + norms if first in of_input else norms
+        return [sort_lines(row, of_input[first], block_size) for row, first in zip(rows, self.inputs, strict=True)]
 
 
 class ActivationCollector(Collector):

@@ -25,19 +25,31 @@ def warmed_up(base, batches, **options):
 
 
 def feature_norms(base, names, batches) -> dict[str, list[torch.Tensor]]:
-    """The norms of each target's dY and x over the tokens of a batch, summed over the batches."""
+    """The norms of each target's dY and x over the tokens of a batch that have a gradient, summed over the batches; of
+    x over all modules that read it, too."""
     dense, found = deepcopy(base).train().requires_grad_(), {name: [0, 0] for name in names}
 
     def watch(name, x, y):
-        found[name][1] += x.detach().flatten(0, 1).square().sum(0).sqrt()
-        y.register_hook(
-            lambda dy: found[name].__setitem__(0, found[name][0] + dy.flatten(0, 1).square().sum(0).sqrt())
-        )
+        def look(dy):
+            seen = dy.flatten(0, 1).square().sum(1) > 0
+            for side, matrix in enumerate((dy, x)):
+                found[name][side] = found[name][side] + matrix.detach().flatten(0, 1)[seen].square().sum(0).sqrt()
+
+        y.register_hook(look)
 
     for name in names:
         dense.get_submodule(name).register_forward_hook(lambda module, x, y, name=name: watch(name, x[0], y))
     for batch in batches:
         dense(**batch).loss.backward()
+    inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    readers: dict[str, list[str]] = {}
+    for name in names:
+        path, _, module = name.rpartition(".")
+        readers.setdefault(f"{path}.{inputs.get(module, module)}", []).append(name)
+    for together in readers.values():
+        total = sum(found[name][1] for name in together)
+        for name in together:
+            found[name][1] = total
     return found
 
 
@@ -247,3 +259,23 @@ def test_a_checkpoint_of_the_other_arrangement_is_refused(llama, saved, other):
     states = {kind: wrap(llama, arrangement=kind) for kind in (saved, other)}
     with pytest.raises(ValueError, match="arrangement"):
         states[other].load_state_dict(states[saved].state_dict())
+
+
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+def test_padding_changes_nothing(llama, batches, arrangement):
+    """Neither scores nor, sorted, the order: the inputs of padding may be larger than all others."""
+    llama.model.embed_tokens.weight.data[0] *= 50  # of the padding token
+    padded = []
+    for batch in batches:
+        ids = torch.nn.functional.pad(batch["input_ids"], (0, 6))
+        labels = torch.nn.functional.pad(batch["labels"], (0, 6), value=-100)
+        padded.append({"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()})
+    config = SMTConfig(
+        block_size=8, num_blocks=30, arrangement=arrangement, target_modules="all-linear", warmup_steps=4
+    )
+    found, expected = (
+        select_blocks(get_peft_model(deepcopy(llama), config), data, progress_bar=False) for data in (padded, batches)
+    )
+    assert torch.equal(found.features(), expected.features())
+    for score, wanted in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(score, wanted)
