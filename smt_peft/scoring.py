@@ -89,9 +89,10 @@ class Collector:
         return layer.register_forward_hook(watch).remove
 
     def _read(self, position: int, x: torch.Tensor) -> None:
-        """Note which layers read one input, one after the other."""
-        if self._last is None or self._last[0] is not x:
-            self._last = x, position
+        """Note which layers read one input, one after the other; DeepSpeed ZeRO-3 hands each a view of its own."""
+        last = None if self._last is None else self._last[0]
+        if last is None or last.data_ptr() != x.data_ptr() or last.shape != x.shape:
+            self._last = x, position  # held, so that nothing else comes to lie there
         self.inputs[position] = self._last[1]
 
     def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> None:

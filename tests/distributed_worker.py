@@ -42,6 +42,7 @@ class Cell:
     uneven_labels: bool = False  # a different number of labels in every sample
     selection: str = "gradient"
     arrangement: str = "tiles"
+    scope: str = "model"
     dropout: float = 0.0
     resume: bool = True  # train a second time from the checkpoint in the middle
     die_at: int = 0  # SIGKILL `die_on` in this step ...
@@ -208,6 +209,7 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torc
         warmup_steps=4 // world,
         selection=cell.selection,
         arrangement=cell.arrangement,
+        scope=cell.scope,
     )
     trainer = CrashingTrainer(
         get_peft_model(model, smt),

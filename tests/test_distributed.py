@@ -15,7 +15,7 @@ MATRIX = {
     f"{mode}-{n}": {"checkpointing": mode, "accumulation": n} for mode in ("none", "non-reentrant") for n in (1, 2)
 }
 REENTRANT = {f"reentrant-{n}": {"checkpointing": "reentrant", "accumulation": n} for n in (1, 2)}
-SORTED = {"sorted": {"arrangement": "sorted"}}
+SORTED = {"sorted": {"arrangement": "sorted", "scope": "input"}}
 CELLS = {
     **MATRIX,
     **SORTED,

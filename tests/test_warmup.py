@@ -272,3 +272,21 @@ def test_the_selection_fills_bank_and_config(llama, batches):
     selection = warm_up(model, batches)
     assert model.peft_config["default"].selected_blocks == selection.blocks()
     assert torch.equal(model.base_model.model.smt_bank["default"].index, selection.index)
+
+
+@pytest.mark.parametrize("selection", ["gradient", "activation"])
+def test_modules_that_get_views_of_one_input_read_one_input(llama, batches, selection):
+    """As under DeepSpeed ZeRO-3, whose hooks hand each module a view of its own."""
+    config = SMTConfig(block_size=16, num_blocks=20, target_modules="all-linear", scope="input", warmup_steps=2,
+                       selection=selection)  # fmt: skip
+    found = []
+    for views in (False, True):
+        model = get_peft_model(deepcopy(llama), config)
+        for module in model.modules():
+            if views and isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, args: (args[0].view_as(args[0]),))
+            if views and hasattr(module, "smt_blocks"):
+                module.register_forward_pre_hook(lambda _, args: (args[0].view_as(args[0]),))
+        found.append(select_blocks(model, batches, progress_bar=False))
+    assert found[0].inputs == found[1].inputs and len({*found[0].inputs}) == 8
+    assert torch.equal(found[0].index, found[1].index)
