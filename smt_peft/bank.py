@@ -139,7 +139,8 @@ class DeltaBank(nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             if hasattr(weight, "ds_id"):
                 weight = self()
-                weight.register_hook(self._end_backward) if weight.requires_grad else None
+                if weight.requires_grad:
+                    weight.register_hook(self._end_backward)
             elif isinstance(weight, DTensor):
                 weight = weight.full_tensor()
             return _split(weight, layout)

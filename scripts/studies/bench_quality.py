@@ -56,10 +56,13 @@ class Run:
     source: str = ""  # of a testbed of the study's own, as JSON
 
     @property
+    def line(self) -> dict:
+        """What a line of results says of it; that of a known testbed has no source."""
+        return {name: value for name, value in asdict(self).items() if name != "source" or value}
+
+    @property
     def key(self) -> str:
-        return json.dumps(
-            {name: value for name, value in asdict(self).items() if name != "source" or value}, sort_keys=True
-        )
+        return json.dumps(self.line, sort_keys=True)
 
 
 def main(argv: list[str]) -> None:
@@ -87,7 +90,7 @@ class Results:
     def fill(self, runs: list[Run], name: str, known: dict[str, Source], shared: Path) -> None:
         """Train what is missing."""
         for run in tqdm([run for run in runs if run.key not in self.of], desc=name, unit="run"):
-            self.of[run.key] = {"key": run.key, **asdict(run), **train(run, known, shared)}
+            self.of[run.key] = {"key": run.key, **run.line, **train(run, known, shared)}
             with self.path.open("a") as file:
                 file.write(json.dumps(self.of[run.key]) + "\n")
 
