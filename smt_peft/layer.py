@@ -270,9 +270,9 @@ class Linear(nn.Module, BaseTunerLayer):
 
 def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a training step may compute the base layer's product itself: a frozen Linear that nobody looks into."""
-    if type(base_layer) is not nn.Linear or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if type(base_layer) is not nn.Linear or not torch.is_grad_enabled():
         return False
-    if ops.is_watched():
+    if not torch.compiler.is_compiling() and ops.is_watched():  # a compiler sees what is changed in place
         return False
     # Replicas of DataParallel and parametrised layers have none of their own.
     weight, bias = base_layer._parameters.get("weight"), base_layer._parameters.get("bias")

@@ -27,7 +27,7 @@ def measure(tmp_path, monkeypatch):
 
 def test_every_op_is_right_and_timed_on_tiles_and_sorted_blocks(measure):
     status, result = measure()
-    assert status == 0 and len(result["ops"]) == 4 + 4, "no gather of tiles in all columns"
+    assert status == 0 and len(result["ops"]) == 4 + 5, "no gather of tiles in all columns"
     assert all(row["error"] < 1e-6 and row["seconds"] > 0 for row in result["ops"])
     assert {row["size"] for row in result["ops"]} == {
         f"[64, 32], 8 tokens, 3 {kind} of 16" for kind in ("blocks", "sorted blocks")
@@ -46,7 +46,7 @@ def test_an_op_that_is_wrong_is_not_timed_and_tried_again(measure, monkeypatch, 
     right = [row for row in result["ops"] if "seconds" in row]
     status, result = measure()
     assert status == 0 and result["ops"][: len(right)] == right, "what is there is not measured again"
-    assert len(result["ops"]) == 8
+    assert len(result["ops"]) == 9
 
 
 def test_no_row_starts_after_the_limit(measure, tmp_path):

@@ -221,14 +221,20 @@ def test_every_column_of_a_gpu_is_filled(measure, monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(bench_training.Trial, "__init__", start)
     numbers = {"max_memory_allocated": 2**31, "reset_peak_memory_stats": None, "synchronize": None}
-    for name, number in numbers.items():
+    for name, number in {**numbers, "empty_cache": None, "Stream": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda number=number: number)
+    replays = []
+    graph = SimpleNamespace(replay=lambda: replays.append(1), reset=lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     status, result = measure("peft", "--rehearse")
     assert status == 0
     for method, figure in result["runs"][0]["methods"].items():
         assert "note" not in figure and figure["synced_s"]
         if method != "smt-warmup":
             assert figure["launches"] == 3 and figure["device_s"] == pytest.approx(3 * 12.5e-6)
+            assert len(figure["captured_s"]) == 4 and replays
             assert figure["peak_bytes"] == 2**30 and len(figure["step_s"]) == len(figure["host_s"]) == 2
     (row,) = [line for line in report_benchmarks.training_table(result).splitlines() if "| smt |" in line]
     assert "| - |" not in row.rpartition(" | - |")[0], "only the note is empty"

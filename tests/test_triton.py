@@ -132,12 +132,15 @@ def test_every_element_is_written_and_nothing_waits(kernels, block_size, tokens,
 
 @here
 @pytest.mark.parametrize("config", range(4))
-@pytest.mark.parametrize(("block_size", "lists"), [(16, True), (96, False), (256, False)])
-def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, block_size, lists):
+@pytest.mark.parametrize(
+    ("block_size", "lists", "rounded"), [(16, True, False), (96, False, True), (256, False, False)]
+)
+def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, block_size, lists, rounded):
+    monkeypatch.setattr(kernels, "_CAST_PRODUCTS", 0 if rounded else 1 << 62)
     for kernel, configs in [
         (kernels._block_add_kernel, kernels._ADD_CONFIGS),
-        (kernels._block_grad_kernel, kernels._SUM_CONFIGS),
-        (kernels._block_scores_kernel, kernels._SUM_CONFIGS),
+        (kernels._block_grad_kernel, kernels._GRAD_CONFIGS),
+        (kernels._block_scores_kernel, kernels._SCORE_CONFIGS),
     ]:
         rows, cols, step, warps, stages = configs[config]
         shape = {"ROWS": rows, "COLS": cols, "STEP": step}

@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,7 @@ SIZES = {  # per device: [(out, in, tokens, block size, blocks, arrangement)], t
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
 SELECTION = "selection_of_a_million_blocks_s"
 KINDS = {"tiles": "blocks", "sorted": "sorted blocks"}
+CAPTURED = 50  # calls in one graph: launching the graph itself is then no part of a call's time
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -83,6 +85,7 @@ def main() -> int:
             rates = {name_of(dtype): matmul_rate(dtype, command) for dtype in dtypes}
             seconds = selection_seconds(command)
             result |= {"bytes_per_s": copy_rate(command), "flops_per_s": rates, SELECTION: seconds}
+            result["launch_s"] = launch_seconds(command)
         rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in result["flops_per_s"].items())
         print(f"{result['bytes_per_s'] / 1e9:,.0f} GB/s, {rates}")
         print(f"{'op':16} {'dtype':8} {'size':56} {'us':>8} {'ratio':>6} {'error':>7}  first call, s", flush=True)
@@ -132,19 +135,24 @@ def cases(
 
     sparse = torch.zeros(out, in_, dtype=torch.float64, device=device)
     sparse[entries] = delta.to(dtype).double()
-    at = plan.inner.at if plan.inner.at.ndim == 2 else orders[1].to(device)[plan.inner.at]
     gather = kernels(device).gather
-    if gather(x, plan.inner.at, block) is not x:  # else all lines are read, and nothing is to do
-        yield Op("gather", lambda: gather(x, plan.inner.at, block), x.double()[:, at.flatten()], 2 * read, 0)
+    for name, matrix, side, order in (("x", x, plan.inner, orders[1]), ("dy", dy, plan.out, orders[0])):
+        if (matrix is dy and arrangement == "tiles") or gather(matrix, side.at, block) is matrix:
+            continue  # it is read where it is
+        at = side.at if side.at.ndim == 2 else order.to(device)[side.at]
+        yield Op(f"gather {name}", partial(gather, matrix, side.at, block), matrix.double()[:, at.flatten()],
+                 2 * (read if matrix is x else written), 0)  # fmt: skip
 
-    kept, y, dx = reference.gather(x, plan.inner.at, block), dy.clone(), torch.zeros_like(x)
+    y, dx = dy.clone(), torch.zeros_like(x)
+    kept = reference.gather(x, plan.inner.at, block)
+    back = reference.gather(dy, plan.out.at, block) if arrangement == "sorted" else dy
     yield Op("block_add_", lambda: added(y, kept, delta, plan.out, plan.kept), dy.double() + x.double() @ sparse.T,
              read + 2 * written + delta.nbytes, flops)  # fmt: skip
-    yield Op("block_add_ to dx", lambda: added(dx, dy, delta.mT, plan.inner, plan.out), dy.double() @ sparse,
+    yield Op("block_add_ to dx", lambda: added(dx, back, delta.mT, plan.inner, plan.read), dy.double() @ sparse,
              written + 2 * read + delta.nbytes, flops)  # fmt: skip
 
     dense = dy.double().T @ x.double()
-    yield Op("block_grad", lambda: ops.block_grad(dy, kept, plan.out, plan.kept, block), dense[entries],
+    yield Op("block_grad", lambda: ops.block_grad(back, kept, plan.read, plan.kept, block), dense[entries],
              written + read + delta.nbytes, flops)  # fmt: skip
     if arrangement == "tiles":  # sorted ones are scored so, too, on dy and x in order
         scores = dense.abs().unflatten(0, (grid[0], block)).unflatten(2, (grid[1], block)).mean((1, 3))
@@ -201,24 +209,33 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def median_seconds(call: Callable[[], object], command: Command) -> float:
-    """Median time of a call, warm caches, after it ran a few times. On a GPU by events around each call."""
+    """Median time of a call, warm caches, after it ran a few times.
+
+    On a GPU many are captured in one CUDA graph, so that nothing waits for the host: what is left is the kernels, and
+    the microsecond or so from one to the next.
+    """
     for _ in range(5):
         call()
-    seconds, end = [], time.perf_counter() + command.seconds
+    seconds, calls = [], 1
+    if command.device == "cuda":
+        calls, call = CAPTURED, captured(call).replay
+    end = time.perf_counter() + command.seconds
     while len(seconds) < 10 or time.perf_counter() < end:
-        if command.device == "cuda":
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            torch.cuda._sleep(2_000_000)  # a millisecond: let the host queue the call before the device comes to it
-            marks[0].record()
-            call()
-            marks[1].record()
-            torch.cuda.synchronize()
-            seconds.append(marks[0].elapsed_time(marks[1]) / 1e3)
-        else:
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
+        start = results.clock(command.device)
+        call()
+        seconds.append((results.clock(command.device) - start) / calls)
     return statistics.median(seconds)
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Calls one after the other, as one launch."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(CAPTURED):
+            call()
+    graph.replay()
+    return graph
 
 
 def copy_rate(command: Command) -> float:
@@ -231,6 +248,11 @@ def matmul_rate(dtype: torch.dtype, command: Command) -> float:
     side = 8192 if command.device == "cuda" else 1536
     a, b = (torch.randn(side, side, device=command.device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / median_seconds(lambda: a @ b, command)
+
+
+def launch_seconds(command: Command) -> float:
+    """Of a call that does nearly nothing: no op of one kernel can take less."""
+    return median_seconds(torch.zeros(1, device=command.device).zero_, command)
 
 
 def selection_seconds(command: Command) -> float:

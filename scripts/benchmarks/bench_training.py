@@ -8,9 +8,9 @@ Weights are random in real shapes: cost does not depend on values. The floor is 
 flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
 All methods stand on the same base weights within one process and take turns (rounds), so that a slow moment of the
 machine hits all of them; compare ratios. In every forward transformers waits for the device once, to see if sequences
-are packed, for all methods alike. Each setting writes `training_SETTING.json` as it goes, keeps what this machine and
-commit have written there before, and stops at a limit in seconds; exit status 3 says that something is missing or has
-failed.
+are packed, for all methods alike; not in a step that is captured in a CUDA graph. Each setting writes
+`training_SETTING.json` as it goes, keeps what this machine and commit have written there before, and stops at a limit
+in seconds; exit status 3 says that something is missing or has failed.
 `scripts/benchmarks/report_benchmarks.py` turns these files into tables and pictures.
 """
 
@@ -40,8 +40,9 @@ from report_benchmarks import host_table, training_table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from transformers.hf_argparser import HfArg
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from smt_peft import SMTConfig, select_blocks
 
@@ -57,7 +58,10 @@ SHAPES = {  # in the order of SIZES
     "llama-13b": (5120, 13824, 40, 40, 40, 32000),
 }
 METHODS = ["floor", "smt", "lora", "dora", "miss", "shira", "full", "smt-warmup"]
+VARIANTS = ["lora-bf16", "smt-sorted"]  # not in every setting
 QV, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
+UNMASKED = "unmasked_sdpa"  # transformers makes no mask for an attention that it does not know, and waits for nothing
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 NO_TIME, NO_MEMORY, NOT_COMPARABLE = "no time was left", "out of memory", "not comparable"
 ENOUGH_ROUNDS = 3  # fewer, where more are asked for, are no figure yet
 LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -107,8 +111,8 @@ SETTINGS = {
              "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
     "host-gpu": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
                  "rounds": 40, "dtype": "bfloat16", "sweep": "target_modules", "values": ["q,v", "all linear"]},
-    "peft": {**PEFT, "methods": ["floor", "smt", "lora", "lora-bf16", "dora", "miss", "full", "smt-warmup", "shira"]},
-    "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", "lora-bf16"], "rounds": 6},
+    "peft": {**PEFT, "methods": ["floor", "smt", "lora", *VARIANTS, "dora", "miss", "full", "smt-warmup", "shira"]},
+    "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", *VARIANTS], "rounds": 6},
     "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
     "compile": {**PAPER, **THREE, "layers": 4, "compile": True, "rounds": 6},
     "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "4096", "8192"], "batch_size": 1},
@@ -137,8 +141,8 @@ def main() -> int:
         parser = HfArgumentParser((Command, Options))
         parser.set_defaults(**SETTINGS[name])
         options = parser.parse_args_into_dataclasses()[1]
-        if unknown := set(options.methods) - {*METHODS, "lora-bf16"}:
-            raise SystemExit(f"--methods {unknown.pop()} is not one of {', '.join(METHODS)} and lora-bf16.")
+        if unknown := set(options.methods) - {*METHODS, *VARIANTS}:
+            raise SystemExit(f"--methods {unknown.pop()} is not one of {', '.join([*METHODS, *VARIANTS])}.")
         if command.rehearse:
             options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, options.values))
         path = Path(command.results, f"training_{name}.json") if command.results else None
@@ -320,6 +324,7 @@ def attach(base: LlamaForCausalLM, method: str, options: Options) -> tuple[nn.Mo
     shira.mask_fn = random_mask
     configs = {
         "smt": smt,
+        "smt-sorted": replace(smt, arrangement="sorted"),
         "smt-warmup": replace(smt, selection="gradient"),
         "lora": lora,
         "lora-bf16": lora,
@@ -368,7 +373,9 @@ class Trial:
                 layer.compile()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # As the Trainer's.
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True) if self.trained else None
+        self.optimizer = (
+            torch.optim.AdamW(self.trained, lr=1e-5, fused=True, capturable=self.on_gpu) if self.trained else None
+        )
 
     def backward(self, batch: torch.Tensor | None = None) -> None:
         batch = self.batch if batch is None else batch
@@ -378,7 +385,7 @@ class Trial:
         self.backward(batch)
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad()  # takes the gradients away, so that each step makes them anew
 
     def clock(self) -> float:
         if self.on_gpu:
@@ -401,6 +408,9 @@ class Trial:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             figure["peak_bytes"] = torch.cuda.max_memory_allocated() - self.others
+            # Checkpointing asks for the state of random numbers, which cannot be captured; sweeps have no time for it.
+            if self.options.checkpointing == "none" and self.options.sweep is None:
+                figure["captured_s"] = self.captured() or self.captured()
             figure |= self.profile()
         elif not self.options.compile:
             with CountLaunches() as counter:
@@ -428,6 +438,31 @@ class Trial:
             "device_s": sum(seconds for _, seconds in kernels.values()),
             "kernels": {name[:160]: values for name, values in longest[:40]},
         }
+
+    def captured(self) -> list[float]:
+        """Seconds of a step that is captured in a CUDA graph and replayed, in which the host takes no part.
+
+        Nothing where it could not be captured.
+        """
+        self.llama.set_attn_implementation(UNMASKED)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:
+            self.clock()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self.step()
+            self.clock()
+            with torch.cuda.graph(graph, stream=stream):
+                self.step()
+            graph.replay()
+            return [self.timed(lambda: [graph.replay() for _ in range(3)]) / 3 for _ in range(4)]
+        except RuntimeError:  # costs the run this figure alone
+            traceback.print_exc()
+            return []
+        finally:
+            self.llama.set_attn_implementation("sdpa")
+            graph.reset()
+            torch.cuda.empty_cache()
 
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages, other than weights, that a forward saves for its backward."""

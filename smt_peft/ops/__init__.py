@@ -138,14 +138,16 @@ def _backward(dy: Tensor, dx: Tensor | None, kept: Tensor | None, delta: Tensor,
     if _is_short(dy, kept, delta, plan):
         return reference.short_backward(dy, dx, kept, delta, plan)
     dy, size = dy.reshape(-1, dy.shape[-1]), delta.shape[1]
-    _, add_, grad = _functions(size, dy, dy if dx is None else dx)
+    gather, add_, grad = _functions(size, dy, dy if dx is None else dx)
+    if plan.out.at.ndim == 2:  # read twice, so copied out once
+        dy = gather(dy, plan.out.at, size)
     if dx is not None:
-        add_(dx.view(-1, dx.shape[-1]), dy, delta.mT, plan.inner, plan.out)
+        add_(dx.view(-1, dx.shape[-1]), dy, delta.mT, plan.inner, plan.read)
     if kept is None:
         return None
     features = plan.inner.at.shape[0] * size if plan.gathers else kept.shape[-1]
     kept = kept.reshape(dy.shape[0], features)
-    return grad(dy, kept, plan.out, plan.kept, size).to(delta.dtype)
+    return grad(dy, kept, plan.read, plan.kept, size).to(delta.dtype)
 
 
 def _functions(block_size: int, *operands: Tensor) -> tuple[Callable, Callable, Callable]:

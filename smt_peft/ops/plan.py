@@ -41,6 +41,8 @@ class Plan(NamedTuple):
         inner: along the input features.
         kept: along the input features that are kept for backward: `inner` where the input itself is kept, otherwise
             its lines, one after the other.
+        read: along the output features that backward reads: `out`; of features in any order, its lines, one after the
+            other, as they are copied out for that.
         gathers: whether the lines that are read are copied out of the input, so that the rest of it need not be kept.
         in_order: whether block i is on line i of `kept`, so that nothing need be looked up.
     """
@@ -48,6 +50,7 @@ class Plan(NamedTuple):
     out: Side
     inner: Side
     kept: Side
+    read: Side
     gathers: bool
     in_order: bool
 
@@ -90,10 +93,16 @@ def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
     """
     inner = side(cols)
     in_order = not keep_input and inner.member.tolist() == list(range(len(inner.at)))
-    return Plan(side(rows), inner, inner if keep_input else _apart(inner), not keep_input, in_order)
+    return _with_operands(side(rows), inner, not keep_input, in_order)
+
+
+def _with_operands(out: Side, inner: Side, gathers: bool, in_order: bool) -> Plan:
+    kept = _apart(inner) if gathers else inner
+    read = out if out.at.ndim == 1 else _apart(out)
+    return Plan(out, inner, kept, read, gathers, in_order)
 
 
 def move(plan: Plan, device: torch.device) -> Plan:
     """The same plan with its tensors on `device`."""
     out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in (plan.out, plan.inner))
-    return plan._replace(out=out, inner=inner, kept=_apart(inner) if plan.gathers else inner)
+    return _with_operands(out, inner, plan.gathers, plan.in_order)

@@ -20,11 +20,12 @@ from triton.compiler import CompiledKernel
 from . import reference
 from .plan import Side
 
-# ROWS, COLS, STEP, num_warps, num_stages, of sums over features and over tokens. The first, for wide blocks of 16 bit,
-# reads least from the L2 cache, which bounds large products. The third is for small ones: over tokens these are few
-# programs, of which each must have many bytes on their way. The last needs little shared memory.
-_ADD_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 32, 4, 2))
-_SUM_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 128, 4, 4), (64, 64, 32, 4, 2))
+# ROWS, COLS, STEP, num_warps, num_stages. The first, for wide blocks of 16 bit, reads least from the L2 cache, which
+# bounds large products. The third is for small ones: those over tokens are few programs, of which each must have many
+# bytes on their way. The last needs little shared memory.
+_ADD_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 128, 4, 2), (64, 64, 32, 4, 2))
+_GRAD_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (64, 64, 128, 4, 4), (64, 64, 32, 4, 2))
+_SCORE_CONFIGS = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 128, 4, 4), (64, 64, 32, 4, 2))
 # Edge of the squares over which block_scores sums in registers; it divides every tile.
 _SCORE_SPAN = 64
 # Programs of a 128 x 128 tile that fill a large GPU about twice. A constant, so that all devices sum in one order.
@@ -42,7 +43,7 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # Triton compiles anew where 16 divides a number or an address, or does not. Not for these: it would gain nothing.
 _UNSPECIALIZED = {
     "do_not_specialize": ["tokens", "bucket"],
-    "do_not_specialize_on_alignment": ["at", "out_at", "order", "starts", "out_place", "in_at", "in_place"],
+    "do_not_specialize_on_alignment": ["at", "out_at", "order", "starts", "out_place", "in_place"],
 }
 _ready: dict[tuple, tuple] = {}  # see `_launch`
 _tuning = Lock()
@@ -95,15 +96,13 @@ def _features(place, i, at, BLOCK: tl.constexpr, TILES: tl.constexpr):
     return place * BLOCK + i if TILES else tl.load(at + place * BLOCK + i, mask=i < BLOCK, other=0)
 
 
-@_tuned(_SUM_CONFIGS, "bucket", "BLOCK", "SPLITS")
+@_tuned(_GRAD_CONFIGS, "bucket", "BLOCK", "SPLITS")
 @triton.jit(**_UNSPECIALIZED)
 def _block_grad_kernel(
     product,  # [SPLITS, n, b, b] float32
     dy,
     x,
-    out_at,
     out_place,
-    in_at,
     in_place,
     tokens,
     bucket,  # only a key for the tuner
@@ -114,8 +113,6 @@ def _block_grad_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     SPLITS: tl.constexpr,
-    OUT_TILES: tl.constexpr,
-    IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -129,8 +126,8 @@ def _block_grad_kernel(
     split = tl.program_id(2)
     i = tl.program_id(1) // PARTS * HEIGHT + tl.arange(0, HEIGHT)
     j = tl.program_id(1) % PARTS * WIDTH + tl.arange(0, WIDTH)
-    dy += _features(tl.load(out_place + block), i, out_at, BLOCK, OUT_TILES) * dy_feature
-    x += _features(tl.load(in_place + block), j, in_at, BLOCK, IN_TILES) * x_feature
+    dy += (tl.load(out_place + block) * BLOCK + i) * dy_feature
+    x += (tl.load(in_place + block) * BLOCK + j) * x_feature
     run = tl.cdiv(tokens, SPLITS)
     last = tl.minimum(split * run + run, tokens)
     total = _sum_over_tokens(dy, x, i < BLOCK, j < BLOCK, split * run, last, dy_token, x_token, STEP, PRECISION)
@@ -147,7 +144,6 @@ def _block_add_kernel(
     out_at,
     order,
     starts,
-    in_at,
     in_place,
     tokens,
     bucket,  # only a key for the tuner
@@ -161,7 +157,6 @@ def _block_add_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     OUT_TILES: tl.constexpr,
-    IN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -177,7 +172,9 @@ def _block_add_kernel(
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = token < tokens
     token = tl.minimum(token, tokens - 1).to(tl.int64)  # reads need no mask: what is beyond is not stored
-    total = tl.zeros([SPAN, ROWS], dtype=tl.float32)
+    # Deltas of 32 bit are rounded on their way: in registers, which only a product's first operand may be in.
+    DELTA_FIRST: tl.constexpr = delta.dtype.element_ty.primitive_bitwidth == 32
+    total = tl.zeros([SPAN, ROWS] if DELTA_FIRST else [ROWS, SPAN], dtype=tl.float32)
     # One loop over the steps of all blocks of the line, and not one in another, so that loads run ahead across blocks.
     # They run further ahead if they wait for no others, so each step looks up where the next one reads.
     first = tl.load(starts + line).to(tl.int32) * STEPS
@@ -186,7 +183,7 @@ def _block_add_kernel(
     place = tl.load(in_place + block)
     for step in range(first, last):
         j = step % STEPS * DEPTH + tl.arange(0, DEPTH)
-        x_tile = x + token * x_token + _features(place, j, in_at, BLOCK, IN_TILES)[None, :] * x_feature
+        x_tile = x + token * x_token + (place * BLOCK + j)[None, :] * x_feature
         delta_tile = delta + block * delta_block + i[:, None] * delta_row + j[None, :] * delta_col
         if BLOCK == PADDED:
             x_tile = tl.load(x_tile)
@@ -194,16 +191,21 @@ def _block_add_kernel(
         else:
             x_tile = tl.load(x_tile, mask=(j < BLOCK)[None, :], other=0.0)
             delta_tile = tl.load(delta_tile, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :], other=0.0)
-        total = _add_product(total, delta_tile.to(x_tile.dtype), tl.trans(x_tile), PRECISION)
+        delta_tile = delta_tile.to(x_tile.dtype)
+        if DELTA_FIRST:
+            total = _add_product(total, delta_tile, tl.trans(x_tile), PRECISION)
+        else:
+            total = _add_product(total, x_tile, tl.trans(delta_tile), PRECISION)
         block = tl.load(order + tl.minimum(step + 1, last - 1) // STEPS)
         place = tl.load(in_place + block)
     place = tl.load(out_at + line) if OUT_TILES else line
     y += token * y_token + _features(place, i, out_at, BLOCK, OUT_TILES)[None, :] * y_feature
     mask = inside & (i < BLOCK)[None, :]
-    tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + tl.trans(total), mask=mask)
+    total = tl.trans(total) if DELTA_FIRST else total
+    tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
 
 
-@_tuned(_SUM_CONFIGS, "bucket", "BLOCK")
+@_tuned(_SCORE_CONFIGS, "bucket", "BLOCK")
 @triton.jit(**_UNSPECIALIZED)
 def _block_scores_kernel(
     sums,  # [R * PARTS, C * PARTS] float32, PARTS = ceil(b / SPAN)
@@ -298,6 +300,7 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
     lines = out.at.shape[0]
     if not tokens or not lines:
         return
+    x, in_place = _by_line(x, inner, block_size)
     if delta.dtype != x.dtype and tokens * delta.numel() >= _CAST_PRODUCTS:
         delta = delta.to(x.dtype)
 
@@ -307,10 +310,10 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
     _launch(
         _block_add_kernel,
         (y, x, delta),
-        (out.at, out.order, out.starts, inner.at, inner.place),
+        (out.at, out.order, out.starts, in_place),
         tokens,
         (_bucket(tokens), *y.stride(), *x.stride(), *delta.stride()),
-        (block_size, _padded(block_size), out.at.ndim == 1, inner.at.ndim == 1, _precision(x.dtype)),
+        (block_size, _padded(block_size), out.at.ndim == 1, _precision(x.dtype)),
         grid,
     )
     torch.autograd.graph.increment_version(y)  # PyTorch does not see that a kernel writes
@@ -322,6 +325,7 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
     if not tokens or not blocks:
         return dy.new_zeros(blocks, block_size, block_size, dtype=torch.float32)
     x = x if x.dtype == dy.dtype else x.to(dy.dtype)
+    (dy, out_place), (x, in_place) = _by_line(dy, out, block_size), _by_line(x, inner, block_size)
     # Few blocks make few programs, each with a long sum: split the tokens until there are enough programs.
     splits = min(_ENOUGH_PROGRAMS // (blocks * (-(-block_size // 128)) ** 2), tokens // _SPLIT_TOKENS)
     splits = 1 << max(splits, 1).bit_length() - 1  # rounded down, to tune for few values
@@ -333,10 +337,10 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
     _launch(
         _block_grad_kernel,
         (product, dy, x),
-        (out.at, out.place, inner.at, inner.place),
+        (out_place, in_place),
         tokens,
         (_bucket(tokens), *dy.stride(), *x.stride()),
-        (block_size, _padded(block_size), splits, out.at.ndim == 1, inner.at.ndim == 1, _precision(x.dtype)),
+        (block_size, _padded(block_size), splits, _precision(x.dtype)),
         grid,
     )
     return product[0] if splits == 1 else product.sum(0)
@@ -359,6 +363,12 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     constants = block_size, span, score == "l2", _precision(x.dtype)
     _launch(_block_scores_kernel, (sums, dy, x), (), tokens, numbers, constants, grid)
     return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
+
+
+def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
+    """A matrix to read blocks' features from, and each block's line there. Features in any order are copied out first:
+    read one by one in a product, nothing of them is on its way while the product is computed."""
+    return (matrix, side.place) if side.at.ndim == 1 else (gather(matrix, side.at, block_size), side.member)
 
 
 def _launch(
