@@ -112,6 +112,7 @@ class DeltaBank(nn.Module):
             state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
             if kept.state == state:
                 return kept.plans[target], kept.views[target]
+        del kept  # or its graph would live on in the new one, with the stream that it began on
         plan = self.plan(target, device)
         if plan is None:
             return None, None

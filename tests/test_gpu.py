@@ -327,7 +327,8 @@ def test_two_models_on_two_streams_compute_what_they_compute_alone(base, device,
 
 @pytest.mark.parametrize("method", ["lora", "smt"])
 def test_a_captured_step_replays_as_eager_steps(base, gpu, method):
-    """Forward, backward and AdamW in one CUDA graph; LoRA shows what is PyTorch's and transformers' part in it."""
+    """Forward, backward and AdamW in one CUDA graph, after a step on another stream; LoRA shows what is PyTorch's and
+    transformers' part in it."""
     frozen, ids = base(gpu, 64, torch.bfloat16), tokens(gpu)
     if method == "lora":
         torch.manual_seed(0)
@@ -336,6 +337,8 @@ def test_a_captured_step_replays_as_eager_steps(base, gpu, method):
         model = smt(frozen, 64)
     eager = deepcopy(model)
     options = {"fused": True, "capturable": True}
+    for one in (eager, model):
+        train(one, ids, 1, **options)
     train(eager, ids, 3 + 4, **options)
 
     side = torch.cuda.Stream()

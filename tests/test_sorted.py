@@ -264,7 +264,7 @@ def test_a_checkpoint_of_the_other_arrangement_is_refused(llama, saved, other):
 @pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
 def test_padding_changes_nothing(llama, batches, arrangement):
     """Neither scores nor, sorted, the order: the inputs of padding may be larger than all others."""
-    llama.model.embed_tokens.weight.data[0] *= 50  # of the padding token
+    llama.double().model.embed_tokens.weight.data[0] *= 50  # of the padding token
     padded = []
     for batch in batches:
         ids = torch.nn.functional.pad(batch["input_ids"], (0, 6))

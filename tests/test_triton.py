@@ -303,6 +303,13 @@ def sides():
     return ops.plan(torch.tensor([0, 2]), torch.tensor([3, 0]), keep_input=True)[:2]
 
 
+@pytest.fixture
+def uncopied(kernels, monkeypatch):
+    """For what copies lines first: they are at one address in all calls."""
+    monkeypatch.setattr(kernels, "gather", lambda matrix, at, block_size: matrix)
+    monkeypatch.setattr(kernels, "_copy", lambda *_, back: None)
+
+
 def each_varied(call, **options):
     """Calls with the first of all options, and with each other option alone."""
     base = {name: values[0] for name, values in options.items()}
@@ -312,7 +319,7 @@ def each_varied(call, **options):
 
 @compiling
 @pytest.mark.parametrize("names_constants", [True, False])
-def test_what_is_added_is_launched_as_compiled(kernels, monkeypatch, sides, names_constants):
+def test_what_is_added_is_launched_as_compiled(kernels, monkeypatch, sides, uncopied, names_constants):
     kernel = Kernel(kernels, "_block_add_kernel", monkeypatch, names_constants)
     deltas = torch.zeros(1000)
     deltas = [deltas[offset : 512 + offset].view(2, 16, 16) for offset in (0, 1)]
@@ -329,7 +336,7 @@ def test_what_is_added_is_launched_as_compiled(kernels, monkeypatch, sides, name
 
 
 @compiling
-def test_gradients_and_scores_are_launched_as_compiled(kernels, monkeypatch, sides):
+def test_gradients_and_scores_are_launched_as_compiled(kernels, monkeypatch, sides, uncopied):
     out, inner = map(namings, sides)
     options = {"dy": matrices(), "x": matrices(), "block_size": [16, 32]}
     kernel = Kernel(kernels, "_block_grad_kernel", monkeypatch)
@@ -342,7 +349,7 @@ def test_gradients_and_scores_are_launched_as_compiled(kernels, monkeypatch, sid
 
 @compiling
 def test_gathers_are_launched_as_compiled(kernels, monkeypatch, sides):
-    kernel = Kernel(kernels, "_gather_kernel", monkeypatch)
+    kernel = Kernel(kernels, "_copy_kernel", monkeypatch)
     options = {"matrix": [*matrices(), *matrices(torch.float32)], "at": [side.at for side in namings(sides[0])]}
     check_launches(kernels, kernel, each_varied(kernels.gather, **options, block_size=[16, 8]))
 
@@ -361,7 +368,7 @@ def test_other_batches_are_launched_as_compiled(kernels, monkeypatch, sides):
 
 @compiling
 def test_every_device_has_launches_of_its_own(kernels, monkeypatch, sides):
-    kernel = Kernel(kernels, "_gather_kernel", monkeypatch)
+    kernel = Kernel(kernels, "_copy_kernel", monkeypatch)
     state = {"current": 0, "tensor": 0}
 
     @contextlib.contextmanager
@@ -384,7 +391,7 @@ def test_every_device_has_launches_of_its_own(kernels, monkeypatch, sides):
 @compiling
 def test_what_is_kept_ready_has_a_bound(kernels, monkeypatch, sides):
     """The stride of a transposed matrix is its number of tokens, of which there are many."""
-    Kernel(kernels, "_gather_kernel", monkeypatch)
+    Kernel(kernels, "_copy_kernel", monkeypatch)
     monkeypatch.setattr(kernels, "_MOST_READY", 3)
     for tokens in range(1, 9):
         kernels.gather(torch.zeros(64, tokens).T, sides[0].at, 16)

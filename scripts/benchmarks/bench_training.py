@@ -8,7 +8,7 @@ Weights are random in real shapes: cost does not depend on values. The floor is 
 flowing down to the outputs of the lowest adapted layers: no method that trains inside the layers can be cheaper.
 All methods stand on the same base weights within one process and take turns (rounds), so that a slow moment of the
 machine hits all of them; compare ratios. In every forward transformers waits for the device once, to see if sequences
-are packed, for all methods alike; not in a step that is captured in a CUDA graph. Each setting writes
+are packed, for all methods alike; not in compiled steps, and those captured in a CUDA graph. Each setting writes
 `training_SETTING.json` as it goes, keeps what this machine and commit have written there before, and stops at a limit
 in seconds; exit status 3 says that something is missing or has failed.
 `scripts/benchmarks/report_benchmarks.py` turns these files into tables and pictures.
@@ -367,6 +367,8 @@ class Trial:
         self.others = torch.cuda.memory_allocated() - weights if self.on_gpu else 0
         self.model, self.llama = attach(base, method, options)
         self.model.train()
+        self.attention = UNMASKED if options.compile else "sdpa"  # with another, compiled layers are compiled anew
+        self.llama.set_attn_implementation(self.attention)
         if options.compile:
             torch._dynamo.config.recompile_limit = 64  # shared by all methods: they run the same decoder layer
             for layer in self.llama.model.layers:
@@ -460,7 +462,7 @@ class Trial:
             traceback.print_exc()
             return []
         finally:
-            self.llama.set_attn_implementation("sdpa")
+            self.llama.set_attn_implementation(self.attention)
             graph.reset()
             torch.cuda.empty_cache()
 
@@ -496,7 +498,7 @@ class Trial:
             print(f"{self.method}: FLOPs not counted: {error!r}")
             return None
         finally:
-            self.llama.set_attn_implementation("sdpa")
+            self.llama.set_attn_implementation(self.attention)
             self.model.zero_grad()
 
     def take_turn(self, figure: dict) -> None:

@@ -34,8 +34,8 @@ _ENOUGH_PROGRAMS = 256
 _SPLIT_TOKENS = 4096
 # Multiplications from which it pays to round the deltas once, and not in every program.
 _CAST_PRODUCTS = 1 << 31
-# Elements that a program of the gather copies.
-_GATHER_ELEMENTS = 4096
+# Elements that a program copies.
+_COPY_ELEMENTS = 4096
 # Most launches that are kept ready; a model has some ten, but strides that are token counts could make more.
 _MOST_READY = 1024
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -88,12 +88,6 @@ def _sum_over_tokens(
         x_tile = tl.load(x[None, :] + token * x_step, mask=inside & x_mask[None, :], other=0.0)
         total = _add_product(total, tl.trans(dy_tile), x_tile, PRECISION)
     return total
-
-
-@triton.jit
-def _features(place, i, at, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """The features `i` of a place."""
-    return place * BLOCK + i if TILES else tl.load(at + place * BLOCK + i, mask=i < BLOCK, other=0)
 
 
 @_tuned(_GRAD_CONFIGS, "bucket", "BLOCK", "SPLITS")
@@ -156,13 +150,13 @@ def _block_add_kernel(
     delta_col,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
-    OUT_TILES: tl.constexpr,
+    APART: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of y: ROWS tokens by (part of) one line that has blocks."""
+    """One tile of y: ROWS tokens by (part of) one line that has blocks. APART: y has these lines alone."""
     SPAN: tl.constexpr = COLS if COLS < PADDED else PADDED
     PARTS: tl.constexpr = (BLOCK + SPAN - 1) // SPAN
     DEPTH: tl.constexpr = STEP if STEP < PADDED else PADDED
@@ -198,8 +192,8 @@ def _block_add_kernel(
             total = _add_product(total, x_tile, tl.trans(delta_tile), PRECISION)
         block = tl.load(order + tl.minimum(step + 1, last - 1) // STEPS)
         place = tl.load(in_place + block)
-    place = tl.load(out_at + line) if OUT_TILES else line
-    y += token * y_token + _features(place, i, out_at, BLOCK, OUT_TILES)[None, :] * y_feature
+    place = line if APART else tl.load(out_at + line)
+    y += token * y_token + (place * BLOCK + i)[None, :] * y_feature
     mask = inside & (i < BLOCK)[None, :]
     total = tl.trans(total) if DELTA_FIRST else total
     tl.store(y, tl.load(y, mask=mask, other=0.0).to(tl.float32) + total, mask=mask)
@@ -255,8 +249,8 @@ def _block_scores_kernel(
 
 @triton.autotune([triton.Config({}, num_warps=4)], [])
 @triton.jit(**_UNSPECIALIZED)
-def _gather_kernel(
-    gathered,  # [T, m * b]
+def _copy_kernel(
+    lines,  # [T, m * b]
     matrix,
     at,
     tokens,
@@ -265,33 +259,41 @@ def _gather_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     TILES: tl.constexpr,
+    BACK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """ROWS tokens of one line."""
+    """ROWS tokens of one line, out of the matrix or back into it."""
     line = tl.program_id(1)
     i = tl.arange(0, PADDED)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     mask = (token < tokens) & (i < BLOCK)[None, :]
     token = token.to(tl.int64)
-    place = tl.load(at + line) if TILES else line
-    matrix += token * matrix_token + _features(place, i, at, BLOCK, TILES)[None, :] * matrix_feature
-    gathered += token * (tl.num_programs(1) * BLOCK) + line * BLOCK + i[None, :]
-    tl.store(gathered, tl.load(matrix, mask=mask), mask=mask)
+    feature = tl.load(at + line) * BLOCK + i if TILES else tl.load(at + line * BLOCK + i, mask=i < BLOCK, other=0)
+    matrix += token * matrix_token + feature[None, :] * matrix_feature
+    lines += token * (tl.num_programs(1) * BLOCK) + line * BLOCK + i[None, :]
+    if BACK:
+        tl.store(matrix, tl.load(lines, mask=mask), mask=mask)
+    else:
+        tl.store(lines, tl.load(matrix, mask=mask), mask=mask)
 
 
 def gather(matrix: Tensor, at: Tensor, block_size: int) -> Tensor:
     """See `reference.gather`."""
-    tokens, lines, tiles = matrix.shape[0], at.shape[0], at.ndim == 1
-    if tiles and lines * block_size == matrix.shape[1]:
+    if at.ndim == 1 and at.shape[0] * block_size == matrix.shape[1]:
         return matrix
-    gathered = matrix.new_empty(tokens, lines * block_size)
-    if gathered.numel():
-        padded = _padded(block_size)
-        rows = max(1, _GATHER_ELEMENTS // padded)
-        constants = block_size, padded, tiles, rows
-        grid = -(-tokens // rows), lines, 1
-        _launch(_gather_kernel, (gathered, matrix), (at,), tokens, matrix.stride(), constants, lambda meta: grid)
-    return gathered
+    lines = matrix.new_empty(matrix.shape[0], at.shape[0] * block_size)
+    _copy(lines, matrix, at, block_size, back=False)
+    return lines
+
+
+def _copy(lines: Tensor, matrix: Tensor, at: Tensor, block_size: int, back: bool) -> None:
+    """Fill `lines` [T, m * b] with the features of the lines `at` of a matrix, or these with `lines`."""
+    if lines.numel():
+        tokens, padded = lines.shape[0], _padded(block_size)
+        rows = max(1, _COPY_ELEMENTS // padded)
+        constants = block_size, padded, at.ndim == 1, back, rows
+        grid = -(-tokens // rows), at.shape[0], 1
+        _launch(_copy_kernel, (lines, matrix), (at,), tokens, matrix.stride(), constants, lambda meta: grid)
 
 
 def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> None:
@@ -301,6 +303,9 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
     if not tokens or not lines:
         return
     x, in_place = _by_line(x, inner, block_size)
+    matrix, apart = y, out.at.ndim == 2
+    if apart:
+        y = gather(matrix, out.at, block_size)
     if delta.dtype != x.dtype and tokens * delta.numel() >= _CAST_PRODUCTS:
         delta = delta.to(x.dtype)
 
@@ -313,10 +318,12 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         (out.at, out.order, out.starts, in_place),
         tokens,
         (_bucket(tokens), *y.stride(), *x.stride(), *delta.stride()),
-        (block_size, _padded(block_size), out.at.ndim == 1, _precision(x.dtype)),
+        (block_size, _padded(block_size), apart, _precision(x.dtype)),
         grid,
     )
-    torch.autograd.graph.increment_version(y)  # PyTorch does not see that a kernel writes
+    if apart:
+        _copy(y, matrix, out.at, block_size, back=True)
+    torch.autograd.graph.increment_version(matrix)  # PyTorch does not see that a kernel writes
 
 
 def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -> Tensor:
@@ -367,7 +374,8 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
 
 def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
     """A matrix to read blocks' features from, and each block's line there. Features in any order are copied out first:
-    read one by one in a product, nothing of them is on its way while the product is computed."""
+    read one by one in a product, nothing of them is on its way while the product is computed, and written so, their
+    many addresses take the registers that it needs."""
     return (matrix, side.place) if side.at.ndim == 1 else (gather(matrix, side.at, block_size), side.member)
 
 
