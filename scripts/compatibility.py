@@ -29,7 +29,10 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 COUNTED = ("tests", "failures", "errors", "skipped")
-TESTS = ("keystone", "lifecycle", "warmup", "files", "sorted", "selection", "trainer")
+TESTS = [
+    f"tests/test_{name}.py" for name in ("keystone", "lifecycle", "warmup", "files", "sorted", "selection", "trainer")
+]
+TESTS.append("tests/test_compile.py::test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager")
 REPORT = """
 import importlib.metadata, json, platform, sys
 print(json.dumps({"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in sys.argv[1:]}))
@@ -84,11 +87,10 @@ def run_row(name: str, folder: Path) -> dict:
         sys.exit("There is no uv on the PATH: pip install uv")
     pins.write_text("\n".join(constraints(row)) + "\n")
     report.unlink(missing_ok=True)
-    tests = [f"tests/test_{test}.py" for test in TESTS]
     commands = [
         [uv, "venv", "--clear", "--python", row.python, environment],
         [uv, "pip", "install", "--python", environment, "--constraint", pins, "--editable", ROOT, "pytest"],
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *TESTS],
     ]
     with log.open("w") as output:
         codes = []

@@ -104,7 +104,8 @@ class DeltaBank(nn.Module):
         any. What uses the deltas brings gradients to `weight`, also where they are made under no_grad.
 
         Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
-        values needs no new ones; a training step makes new ones all the same, since autograd's graph has been used.
+        values needs no new ones; what changes its version, and each forward of the whole model that builds a graph,
+        makes new ones all the same.
         """
         weight, index, kept = self._parameters["weight"], self._buffers["index"], self._kept
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
@@ -112,7 +113,7 @@ class DeltaBank(nn.Module):
             state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
             if kept.state == state:
                 return kept.plans[target], kept.views[target]
-        del kept  # or its graph would live on in the new one, with the stream that it began on
+        del kept  # or the old graph would live on in the new one
         plan = self.plan(target, device)
         if plan is None:
             return None, None
@@ -171,6 +172,8 @@ class DeltaBank(nn.Module):
             self._forget_views()
         first = next(target for target, count in enumerate(self.layout().counts) if count)
         device = self._parameters["weight"].device
+        if torch.is_grad_enabled():
+            self._forget_views()  # each forward that may be trained on has a graph, and with it a stream, of its own
         if device.type != "meta":  # else it is offloaded, and read where it is needed
             self.parts(first, device)
 

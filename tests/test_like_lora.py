@@ -42,11 +42,12 @@ def assert_same_outputs(model, dense, batches):
 # --- steps one after the other -----------------------------------------------------------------------------------
 
 
-def test_a_step_keeps_nothing_of_the_graph_of_the_one_before(base, batches, method):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_keeps_nothing_of_the_graph_of_the_one_before(base, batches, method, fused):
     """Whatever is kept, its stream is kept with it: a step on another stream could not be captured in a CUDA graph."""
     model = wrap(base, method)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=fused)  # fused ones change no version
     for step in range(3):
         loss = model(**batches[0]).loss
         ends = [torch.autograd.graph.get_gradient_edge(p).node.metadata for p in trained]

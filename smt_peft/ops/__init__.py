@@ -162,8 +162,9 @@ def _functions(block_size: int, *operands: Tensor) -> tuple[Callable, Callable, 
 
 
 def is_autocast(device: str) -> bool:
-    """Whether autocast is on; there is none on some devices, such as meta."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on; there is none on some devices, such as meta, for which no compiler can ask."""
+    is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return is_available and torch.is_autocast_enabled(device)
 
 
 def is_watched() -> bool:
