@@ -290,4 +290,4 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
 
 def _is_looked_into(base_layer: nn.Module) -> bool:
     """Whether somebody sees what the base layer returns: by a hook, or a forward of its own, as accelerate's hooks."""
-    return bool(base_layer._forward_hooks) or "forward" in vars(base_layer)
+    return bool(base_layer._forward_hooks) or "forward" in base_layer.__dict__

@@ -20,6 +20,10 @@ from smt_peft import ops
 from smt_peft.experts import ParamWrapper
 from smt_peft.selection import Lines, sort_lines
 
+# The share of a batch's longest gradient of a token up to which there is none but for rounding, as for padding and for
+# the query of a first token, which attends to itself alone.
+ROUNDED = 1e-5
+
 
 class Watch(torch.autograd.Function):
     """Identity on y [..., out] that keeps x [..., in], and hands both dY and x to `consume` as matrices.
@@ -193,7 +197,9 @@ class FeatureCollector(Collector):
         dy = dy.float()
         if x is None:
             return torch.cat([dy.norm(dim=1), dy.norm(dim=0)])
-        x = x.float().masked_fill(~dy.any(1, keepdim=True), 0)  # padding adds nothing to dW, large as it may be
+        length = dy.norm(dim=1, keepdim=True)
+        least = ROUNDED * length.max() if len(length) else 0  # no token may be routed to an expert
+        x = x.float().masked_fill(length <= least, 0)  # adds nothing to dW, large as it may be
         return torch.cat([dy.norm(dim=0), self.scale * x.norm(dim=0)])
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:

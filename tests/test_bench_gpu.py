@@ -42,7 +42,7 @@ def seconds(printed: str) -> list[int]:
 
 def test_every_part_runs_once_within_its_hundred_seconds_and_twelve_minutes_together(start, tmp_path):
     status, printed, asked = start("100000")
-    assert status == 0 and len(asked) == 13 and "pytest tests/test_gpu.py" in asked[0] and "--setting peft" in asked[1]
+    assert status == 0 and len(asked) == 9 and "pytest tests/test_gpu.py" in asked[0] and "--setting peft" in asked[1]
     assert max(seconds(printed)) <= 100 and sum(seconds(printed)) <= 720
     archived = subprocess.run(["tar", "tzf", tmp_path / "all.tgz"], capture_output=True, text=True).stdout
     assert "progress.txt" in archived and "gpu_tests.txt" in archived
@@ -51,12 +51,12 @@ def test_every_part_runs_once_within_its_hundred_seconds_and_twelve_minutes_toge
 
 def test_another_commit_is_measured_anew(start):
     start("100000")
-    assert len(start("100000", commit="def")[2]) == 13
+    assert len(start("100000", commit="def")[2]) == 9
 
 
 def test_no_part_starts_that_may_not_end_in_time(start):
     status, printed, asked = start("61")
-    assert status == 3 and max(seconds(printed)) <= 61 and len(asked) == len(seconds(printed)) > 5
+    assert status == 3 and max(seconds(printed)) <= 61 and len(asked) == len(seconds(printed)) == 3
     assert "Missing or failed: correctness peft linear" in printed
     assert start("10")[2] == []
 

@@ -31,7 +31,8 @@ def feature_norms(base, names, batches) -> dict[str, list[torch.Tensor]]:
 
     def watch(name, x, y):
         def look(dy):
-            seen = dy.flatten(0, 1).square().sum(1) > 0
+            length = dy.flatten(0, 1).norm(dim=1)
+            seen = length > 1e-5 * length.max()
             for side, matrix in enumerate((dy, x)):
                 found[name][side] = found[name][side] + matrix.detach().flatten(0, 1)[seen].square().sum(0).sqrt()
 
@@ -279,3 +280,24 @@ def test_padding_changes_nothing(llama, batches, arrangement):
     assert torch.equal(found.features(), expected.features())
     for score, wanted in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(score, wanted)
+
+
+def test_a_layer_that_sees_no_token_is_ranked_like_any_other():
+    """As an expert to which nothing is routed."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(SIZE * 2, SIZE * 2), torch.nn.Linear(SIZE * 2, SIZE * 2)
+
+        def forward(self, x):
+            return self.used(x).square().mean() + self.idle(x[:0]).sum()
+
+    config = SMTConfig(
+        target_modules=["used", "idle"], block_size=SIZE, num_blocks=3, arrangement="sorted", warmup_steps=2
+    )
+    data = torch.randn(2, 5, SIZE * 2)
+    selection = select_blocks(
+        get_peft_model(Routed(), config), data, progress_bar=False, loss_function=lambda model, x: model(x)
+    )
+    assert selection.index[:, 0].tolist() == [selection.names.index("used")] * 3

@@ -50,14 +50,17 @@ part() {
     [[ -z ${ARCHIVE:-} ]] || tar cz -C "$results" . >"$ARCHIVE"
 }
 
-# training SECONDS SETTING: ends itself some seconds before it would be ended.
+# training SECONDS SETTING...: in one process, which ends itself some seconds before it would be ended.
 training() {
-    part "$2" "$1" scripts/benchmarks/bench_training.py --setting "$2" --results "$results" --seconds $(($1 - 15)) "${toy[@]}"
+    local seconds=$1
+    shift
+    part "$*" "$seconds" scripts/benchmarks/bench_training.py --setting "$@" --results "$results" \
+        --seconds $(((seconds - 15) / $#)) "${toy[@]}"
 }
 
 correctness() {
     local log=$results/gpu_tests.txt
-    OMP_NUM_THREADS=1 part correctness 85 -m pytest tests/test_gpu.py "${tests[@]}" -v --durations 5 \
+    OMP_NUM_THREADS=1 part correctness 100 -m pytest tests/test_gpu.py "${tests[@]}" -v --durations 5 \
         -p no:cacheprovider -W ignore >"$log.part" 2>&1
     [[ ! -s $log.part ]] || { mv "$log.part" "$log" && grep -E '^(---|FAILED|ERROR|E  )|passed|failed|No module|s (call|setup)' "$log"; }
     rm -f "$log.part"
@@ -65,18 +68,14 @@ correctness() {
 
 for turn in new old; do # what an earlier start has begun in vain comes last
     correctness
-    training 85 peft
-    training 50 linear
+    training 90 peft
+    training 75 linear
     training 60 7b-paper
-    part ops 55 scripts/benchmarks/bench_ops.py --output "$results/ops_cuda.json" --limit_s 38 "${toy_ops[@]}"
-    training 55 compile
-    training 35 context
-    training 30 budgets
-    training 30 blocks
-    training 30 checkpointing
-    training 45 sizes
+    part ops 65 scripts/benchmarks/bench_ops.py --output "$results/ops_cuda.json" --limit_s 48 "${toy_ops[@]}"
+    training 60 compile
+    training 90 context budgets blocks
     part inference 45 scripts/benchmarks/bench_inference.py --output "$results/inference.json" --seconds 30 "${toy[@]}"
-    training 25 host-gpu
+    training 90 sizes checkpointing host-gpu
 done
 echo
 "$python" scripts/benchmarks/report_benchmarks.py --summary "$results"

@@ -102,7 +102,7 @@ PEFT = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4,
 PAPER = {"shape": "llama-7b", "trainable_ratio": 0.0086, "target_modules": QKV, "block_size": 256, "batch_size": 2,
          "tokens": 1024, "dtype": "bfloat16"}  # fmt: skip
 THREE = {"methods": ["floor", "smt", "lora"]}
-SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 3, "rounds": 2}
+SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 3, "rounds": 1}
 BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "0.025", "0.05"], "target_modules": QKV}
 SETTINGS = {
     "cpu-small": {},
@@ -115,12 +115,12 @@ SETTINGS = {
     "linear": {**PEFT, "target_modules": LINEAR, "methods": ["floor", "smt", "lora", *VARIANTS], "rounds": 6},
     "7b-paper": {**PAPER, "checkpointing": "non-reentrant", "methods": [*THREE["methods"], "full"], "rounds": 5},
     "compile": {**PAPER, **THREE, "layers": 4, "compile": True, "rounds": 6},
-    "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "4096", "8192"], "batch_size": 1},
-    "budgets": {**SWEEP, **BUDGETS, "block_size": 128},
-    "blocks": {**SWEEP, "sweep": "block_size", "values": ["32", "64", "128", "256"]},
-    "checkpointing": {**PEFT, **THREE, "sweep": "checkpointing", "values": ["none", "non-reentrant"], "rounds": 2},
+    "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "8192"], "batch_size": 1},
+    "budgets": {**SWEEP, **BUDGETS, "values": ["0.001", "0.0086", "0.05"], "block_size": 128},
+    "blocks": {**SWEEP, "sweep": "block_size", "values": ["32", "64", "256"]},
+    "checkpointing": {**PEFT, **THREE, "sweep": "checkpointing", "values": ["none", "non-reentrant"], "rounds": 1},
     "sizes": {**SWEEP, "layers": None, "sweep": "shape", "batch_size": 1,
-              "values": ["llama-3.2-1b", "llama-3.2-3b", "llama-7b", "llama-13b"]},
+              "values": ["llama-3.2-1b", "llama-7b", "llama-13b"]},
 }  # fmt: skip
 TOY = {"shape": "tiny", "layers": None, "trainable_ratio": None, "rank": 16, "block_size": 16, "batch_size": 1,
        "tokens": 32, "steps": 2, "rounds": 2, "device": "cpu"}  # fmt: skip

@@ -43,8 +43,10 @@ def main(docs: Path) -> None:
         if start in page and end in page:
             before, after = page.partition(start)[0], page.partition(end)[2]
             page = f"{before}{start}\n{provenance(result)}{table(result, LONG)}\n{end}{after}"
-        if "runs" in result:
-            (draw_sweep if result["sweep"] else draw_methods)(result, path.with_suffix(".png"))
+        if result.get("sweep"):
+            draw_sweep(result, path.with_suffix(".png"))
+        elif "runs" in result and all(len(ratios(result["runs"][0], one, "floor")) > 1 for one in ("smt", "lora")):
+            draw_methods(result, path.with_suffix(".png"))
         print(path.stem)
     (docs / "benchmarks.md").write_text(page)
     made_by = "Made by `scripts/benchmarks/report_benchmarks.py`; [what they mean](../benchmarks.md)."
