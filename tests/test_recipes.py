@@ -129,6 +129,27 @@ def test_a_ranking_of_this_script_does_not_know_who_reads_one_input(own):
         Recipe.parse(SMT | own | {"scope": "input"})
 
 
+def test_single_entries_are_those_of_the_largest_gradients_and_are_trained(short, testbed):
+    recipe = Recipe.parse({"type": "shira", "best_entries": 2})
+    dense, batches = testbed.model, bench_quality.batches(RUN, testbed, 2)
+    sums = {}
+    for batch in batches:
+        dense.requires_grad_().zero_grad()
+        dense(**batch).loss.backward()
+        for name, p in dense.named_parameters():
+            sums[name] = sums.get(name, 0) + p.grad.abs()
+    dense.requires_grad_(False)
+    model = recipes.adapted(recipe, testbed.model, QKV, BUDGET, 0, None)
+    assert recipes.warm_up(recipe, model, lambda count: batches[:count]) is None
+    model(**batches[0]).loss.backward()
+    for name, layer in model.named_modules():
+        if isinstance(layer, recipes.ShiraLayer):
+            entries, trained = layer.shira_indices["default"].long(), layer.shira_weight["default"]
+            found = sums[f"{name.removeprefix('base_model.model.')}.weight"]
+            assert set(found[tuple(entries)].tolist()) == set(found.flatten().topk(len(trained)).values.tolist())
+            assert trained.grad.abs().max() > 0 and not layer.get_base_layer().weight.requires_grad
+
+
 def test_half_a_budget_in_low_rank_factors_trains_both(select, testbed):
     model, _, selection = select(SMT | {"lora_share": 0.5})
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -182,6 +203,8 @@ def test_a_scaled_delta_trains_as_autograd_on_base_plus_scale_times_values(selec
     """The bank holds scale * values: after steps of AdamW on the dense truth's values, with their weight decay."""
     settings = SMT | {"delta_scale": 3.0, "optimizer_options": {"weight_decay": 0.5}}
     model, bank, _ = select(settings)
+    for one in (model, testbed.model):
+        one.double()
     data = bench_quality.batches(RUN, testbed, 3)
     optimizer = recipes.make_optimizer(Recipe.parse(settings), model, 1e-2, None, 0.0)
     dense, values = testbed.model.requires_grad_(False), torch.zeros_like(bank.weight).requires_grad_()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from peft import LoraConfig, MissConfig, ShiraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.shira.layer import ShiraLayer
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
@@ -42,6 +43,8 @@ class Recipe:
         tile: [rows, columns] of the tiles that are selected, put together from blocks of 1 x 1.
         quantile: [low, high], keep blocks that rank between these quantiles of the score instead of the best.
         leave_out: [rows, columns] of blocks at the head of a sorted arrangement that are never selected.
+        best_entries: shira: not random entries, but those of each module with the largest |gradient| over so many
+            batches; as many of each as LoRA would train.
         lora_share: share of the budget that becomes LoRA factors on the same modules.
         restart: {steps, keep, warm}: select anew at these steps; what was trained is kept in the weights, or dropped;
             with `warm` the learning rate rises and falls again after each.
@@ -58,6 +61,7 @@ class Recipe:
     tile: list[int] | None = None
     quantile: list[float] | None = None
     leave_out: list[int] | None = None
+    best_entries: int = 0
     lora_share: float = 0.0
     restart: dict | None = None
     optimizer: str = "adamw"
@@ -85,6 +89,8 @@ class Recipe:
             raise SystemExit(f"restart {recipe.restart} needs steps, a list, and keep, true or false.")
         if recipe.leave_out and recipe.config.get("arrangement") != "sorted":
             raise SystemExit(f"leave_out {recipe.leave_out} needs arrangement: sorted, whose head it leaves out.")
+        if recipe.best_entries and recipe.type != "shira":
+            raise SystemExit(f"best_entries is for shira, not for {recipe.type}.")
         if recipe.ranks_itself and recipe.config.get("scope") == "input":
             raise SystemExit("scope input is seen by the package's own warm-up; with a ranking, a tile or a quantile "
                              "of this script take model or module.")  # fmt: skip
@@ -160,6 +166,8 @@ def rank_for(model: nn.Module, targets: list[str], budget: float, method: str) -
 
 def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict]]) -> Selection | None:
     """Select, by the package's rule or by one of this script's. `batches(count)` gives the first batches."""
+    if recipe.best_entries:
+        choose_entries(model, batches(recipe.best_entries))
     if not recipe.needs_warmup:
         return None
     bank, config = find_adapter(model, "default")
@@ -194,6 +202,21 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
     selection = Selection(selection.names, bank.block_size, index)
     apply_selection(model, "default", selection)
     return selection
+
+
+def choose_entries(model: nn.Module, data: list[dict]) -> None:
+    """Give SHiRA's layers the entries of their weights with the largest sum of |gradient|."""
+    layers = [module for module in model.modules() if isinstance(module, ShiraLayer)]
+    weights = [layer.get_base_layer().weight.requires_grad_() for layer in layers]
+    sums = [torch.zeros_like(weight) for weight in weights]
+    with model.disable_adapter():  # computes with the weights themselves; the adapter is zero
+        for batch in data:
+            for total, gradient in zip(sums, torch.autograd.grad(model(**batch).loss, weights), strict=True):
+                total += gradient.abs()
+    for layer, weight, total in zip(layers, weights, sums, strict=True):
+        weight.requires_grad_(False)
+        best = total.flatten().topk(len(layer.shira_weight["default"])).indices.sort().values
+        layer.shira_indices["default"] = torch.stack([best // total.shape[1], best % total.shape[1]]).int()
 
 
 def movements(model: nn.Module, names: list[str], size: int, data: list[dict]) -> list[torch.Tensor]:
