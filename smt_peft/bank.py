@@ -269,8 +269,10 @@ class DeltaBank(nn.Module):
 
     def _forget_views(self) -> None:
         """Let go of the old graph, and of the old storage."""
-        self._kept = self.running = None
-        self._make_ready(None)
+        self.running = None
+        if self._kept is not None:
+            self._kept = None
+            self._make_ready(None)
 
     def _make_ready(self, kept: Kept | None) -> None:
         for share in filter(None, (reference() for reference in self.shares or ())):
