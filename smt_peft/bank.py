@@ -166,14 +166,13 @@ class DeltaBank(nn.Module):
         if hasattr(self._parameters["weight"], "ds_id") or torch.compiler.is_compiling():
             self.running = self.split()
             return
+        if torch.is_grad_enabled() or self.shares is None:
+            self._forget_views()  # each forward that may be trained on has a graph, and with it a stream, of its own
         if self.shares is None:
             shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
             self.shares = [weakref.ref(share) for share in shares]
-            self._forget_views()
         first = next(target for target, count in enumerate(self.layout().counts) if count)
         device = self._parameters["weight"].device
-        if torch.is_grad_enabled():
-            self._forget_views()  # each forward that may be trained on has a graph, and with it a stream, of its own
         if device.type != "meta":  # else it is offloaded, and read where it is needed
             self.parts(first, device)
 
@@ -335,7 +334,7 @@ class Share(nn.Module):
         bank = self.banks._modules[self.adapter]
         if not torch.compiler.is_compiling():
             return bank.parts(self.target, device)
-        if bank.running is None and self.ready is not None:
+        if bank.running is None and self.ready is not None and self.ready[1].device == device:
             return self.ready  # tensors of its own: layers can share a graph
         plan = bank.plan(self.target, device)
         return plan, None if plan is None else (bank.running or bank.split())[self.target]

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, SMTWarmupCallback
+from smt_peft import SMTConfig, SMTWarmupCallback, ops
 
 IDS = Samples().ids[:4]
 
@@ -73,6 +73,25 @@ def test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager(base, backend
         compiled_layers(adapted(base, arrangement=arrangement), backend)
     )  # fullgraph=True raises at a graph break
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "hook", "trained"])
+def test_compiled_layers_of_every_kind_train_as_eager(base, monkeypatch, kind):
+    """A product is computed with the base layer's where nobody looks into that, and beside it elsewhere."""
+    results = []
+    monkeypatch.setattr(ops, "add_blocks" if kind in ("plain", "bias") else "linear_add_blocks", None)  # not called
+    for compiled in (False, True):
+        model = adapted(base)
+        for name, module in model.named_modules():
+            if name.endswith("_proj.base_layer"):
+                if kind == "bias":
+                    module.bias = torch.nn.Parameter(torch.full([module.out_features], 0.1), requires_grad=False)
+                elif kind == "hook":
+                    module.register_forward_hook(lambda module, args, output: output * 1.5)
+                elif kind == "trained":
+                    module.weight.requires_grad_()
+        results.append(steps(compiled_layers(model, "aot_eager") if compiled else model))
+    assert_equal(*results[::-1])
 
 
 def test_compiled_layers_share_a_graph_where_the_first_target_has_no_blocks(base):

@@ -325,7 +325,7 @@ def test_two_models_on_two_streams_compute_what_they_compute_alone(base, device,
         assert error(bank(model).grad, gradient) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["lora", "smt"])
+@pytest.mark.parametrize("method", ["lora", "tiles", "sorted"])
 def test_a_captured_step_replays_as_eager_steps(base, gpu, method):
     """Forward, backward and AdamW in one CUDA graph, after a step on another stream; LoRA shows what is PyTorch's and
     transformers' part in it."""
@@ -334,7 +334,7 @@ def test_a_captured_step_replays_as_eager_steps(base, gpu, method):
         torch.manual_seed(0)
         model = get_peft_model(frozen, LoraConfig(r=8, target_modules=LINEAR)).train()
     else:
-        model = smt(frozen, 64)
+        model = smt(frozen, 64, arrangement=method)
     eager = deepcopy(model)
     options = {"fused": True, "capturable": True}
     for one in (eager, model):

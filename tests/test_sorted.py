@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
+from smt_peft.scoring import FeatureCollector
 from smt_peft.selection import arrange, select, sort_lines
 
 SIZE = 16
@@ -280,6 +281,16 @@ def test_padding_changes_nothing(llama, batches, arrangement):
     assert torch.equal(found.features(), expected.features())
     for score, wanted in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(score, wanted)
+
+
+def test_a_gradient_that_is_rounding_is_none():
+    """Beside the longest 1e-7 is, 1e-4 is not: the inputs of such a token say nothing, or what they say."""
+    collector = FeatureCollector.__new__(FeatureCollector)
+    collector.scale = 1.0
+    dy, x = torch.zeros(3, 2), torch.zeros(3, 4)
+    dy[0, 0], dy[1, 1], dy[2, 1] = 1.0, 1e-7, 1e-4
+    x[0, 0], x[1, 1], x[2, 2] = 1.0, 1e6, 2.0
+    assert collector.measure(0, dy, x)[2:].tolist() == [1, 0, 2, 0]
 
 
 def test_a_layer_that_sees_no_token_is_ranked_like_any_other():

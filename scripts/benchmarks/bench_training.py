@@ -63,6 +63,7 @@ QV, QKV = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]
 UNMASKED = "unmasked_sdpa"  # transformers makes no mask for an attention that it does not know, and waits for nothing
 AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 NO_TIME, NO_MEMORY, NOT_COMPARABLE = "no time was left", "out of memory", "not comparable"
+CAPTURE_S = 3  # for each method
 ENOUGH_ROUNDS = 3  # fewer, where more are asked for, are no figure yet
 LINEAR = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -102,7 +103,7 @@ PEFT = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4,
 PAPER = {"shape": "llama-7b", "trainable_ratio": 0.0086, "target_modules": QKV, "block_size": 256, "batch_size": 2,
          "tokens": 1024, "dtype": "bfloat16"}  # fmt: skip
 THREE = {"methods": ["floor", "smt", "lora"]}
-SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 3, "rounds": 1}
+SWEEP = {**PAPER, **THREE, "layers": 8, "steps": 2, "rounds": 2}
 BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "0.025", "0.05"], "target_modules": QKV}
 SETTINGS = {
     "cpu-small": {},
@@ -118,7 +119,8 @@ SETTINGS = {
     "context": {**SWEEP, "sweep": "tokens", "values": ["512", "1024", "2048", "8192"], "batch_size": 1},
     "budgets": {**SWEEP, **BUDGETS, "values": ["0.001", "0.0086", "0.05"], "block_size": 128},
     "blocks": {**SWEEP, "sweep": "block_size", "values": ["32", "64", "256"]},
-    "checkpointing": {**PEFT, **THREE, "sweep": "checkpointing", "values": ["none", "non-reentrant"], "rounds": 1},
+    "checkpointing": {**PEFT, **THREE, "sweep": "checkpointing", "steps": 2,
+                      "rounds": 2, "values": ["none", "non-reentrant"]},
     "sizes": {**SWEEP, "layers": None, "sweep": "shape", "batch_size": 1,
               "values": ["llama-3.2-1b", "llama-7b", "llama-13b"]},
 }  # fmt: skip
@@ -219,6 +221,8 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
         count = partial(counted, base, method, options, batch, figures[method])
         guarded(figures[method], lambda count=count: trials.append(count()), max(20, 0.6 * left))
         write()
+    # Checkpointing asks for the state of random numbers, which a CUDA graph cannot; sweeps have no time for one.
+    captures = options.checkpointing == "none" and options.sweep is None and any(trial.on_gpu for trial in trials)
     gc.freeze()  # a process with one method has a tenth of these objects to go through
     for turn in range(options.rounds):
         left = deadline - time.monotonic()
@@ -226,8 +230,11 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
             if "note" not in figures[trial.method]:
                 guarded(figures[trial.method], partial(trial.take_turn, figures[trial.method]), max(20, 0.6 * left))
         write()
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline - (CAPTURE_S * len(trials) if captures else 0):
             break
+    if captures:  # last: what fails in it spoils what comes after
+        steady = [trial for trial in trials if "note" not in figures[trial.method] and trial.method != "smt-warmup"]
+        all(trial.capture(figures[trial.method]) for trial in steady)
     if options.sweep == "target_modules":
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
     run["complete"] = turn + 1 >= min(ENOUGH_ROUNDS, options.rounds) and all(map(is_final, figures.values()))
@@ -374,7 +381,7 @@ class Trial:
             for layer in self.llama.model.layers:
                 layer.compile()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        # As the Trainer's.
+        # As the Trainer's, but for what a CUDA graph needs.
         self.optimizer = (
             torch.optim.AdamW(self.trained, lr=1e-5, fused=True, capturable=self.on_gpu) if self.trained else None
         )
@@ -410,9 +417,6 @@ class Trial:
             torch.cuda.reset_peak_memory_stats()
             self.step()
             figure["peak_bytes"] = torch.cuda.max_memory_allocated() - self.others
-            # Checkpointing asks for the state of random numbers, which cannot be captured; sweeps have no time for it.
-            if self.options.checkpointing == "none" and self.options.sweep is None:
-                figure["captured_s"] = self.captured() or self.captured()
             figure |= self.profile()
         elif not self.options.compile:
             with CountLaunches() as counter:
@@ -441,14 +445,14 @@ class Trial:
             "kernels": {name[:160]: values for name, values in longest[:40]},
         }
 
-    def captured(self) -> list[float]:
-        """Seconds of a step that is captured in a CUDA graph and replayed, in which the host takes no part.
+    def capture(self, figure: dict) -> bool:
+        """Time a step that is captured in a CUDA graph and replayed, in which the host takes no part.
 
-        Nothing where it could not be captured.
+        Returns whether it could be captured. PyTorch goes on in a capture that failed: nothing may come after it.
         """
-        self.llama.set_attn_implementation(UNMASKED)
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         try:
+            self.llama.set_attn_implementation(UNMASKED)
             self.clock()
             with torch.cuda.stream(stream):
                 for _ in range(2):
@@ -457,14 +461,14 @@ class Trial:
             with torch.cuda.graph(graph, stream=stream):
                 self.step()
             graph.replay()
-            return [self.timed(lambda: [graph.replay() for _ in range(3)]) / 3 for _ in range(4)]
-        except RuntimeError:  # costs the run this figure alone
+            figure["captured_s"] = [self.timed(lambda: [graph.replay() for _ in range(3)]) / 3 for _ in range(4)]
+        except RuntimeError:
             traceback.print_exc()
-            return []
-        finally:
-            self.llama.set_attn_implementation(self.attention)
-            graph.reset()
-            torch.cuda.empty_cache()
+            return False
+        self.llama.set_attn_implementation(self.attention)
+        graph.reset()
+        torch.cuda.empty_cache()
+        return True
 
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages, other than weights, that a forward saves for its backward."""
