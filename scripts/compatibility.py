@@ -29,10 +29,9 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 COUNTED = ("tests", "failures", "errors", "skipped")
-TESTS = [
-    f"tests/test_{name}.py" for name in ("keystone", "lifecycle", "warmup", "files", "sorted", "selection", "trainer")
-]
-TESTS.append("tests/test_compile.py::test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager")
+FILES = ("keystone", "lifecycle", "warmup", "files", "sorted", "selection", "trainer")
+COMPILED = "tests/test_compile.py::test_a_compiled_decoder_layer_is_one_graph_and_trains_as_eager"
+TESTS = [*(f"tests/test_{name}.py" for name in FILES), COMPILED]
 REPORT = """
 import importlib.metadata, json, platform, sys
 print(json.dumps({"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in sys.argv[1:]}))

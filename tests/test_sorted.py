@@ -1,6 +1,7 @@
 """Sorted blocks: rows and columns in the order of their importance, against dense gradients."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,12 +286,10 @@ def test_padding_changes_nothing(llama, batches, arrangement):
 
 def test_a_gradient_that_is_rounding_is_none():
     """Beside the longest 1e-7 is, 1e-4 is not: the inputs of such a token say nothing, or what they say."""
-    collector = FeatureCollector.__new__(FeatureCollector)
-    collector.scale = 1.0
     dy, x = torch.zeros(3, 2), torch.zeros(3, 4)
     dy[0, 0], dy[1, 1], dy[2, 1] = 1.0, 1e-7, 1e-4
     x[0, 0], x[1, 1], x[2, 2] = 1.0, 1e6, 2.0
-    assert collector.measure(0, dy, x)[2:].tolist() == [1, 0, 2, 0]
+    assert FeatureCollector.measure(SimpleNamespace(scale=1.0), 0, dy, x)[2:].tolist() == [1, 0, 2, 0]
 
 
 def test_a_layer_that_sees_no_token_is_ranked_like_any_other():

@@ -232,12 +232,14 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
         write()
         if time.monotonic() > deadline - (CAPTURE_S * len(trials) if captures else 0):
             break
-    if captures:  # last: what fails in it spoils what comes after
-        steady = [trial for trial in trials if "note" not in figures[trial.method] and trial.method != "smt-warmup"]
-        all(trial.capture(figures[trial.method]) for trial in steady)
     if options.sweep == "target_modules":
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
     run["complete"] = turn + 1 >= min(ENOUGH_ROUNDS, options.rounds) and all(map(is_final, figures.values()))
+    for trial in trials if captures else ():  # last: what comes after a capture that failed may fail, too
+        figure = figures[trial.method]
+        if "note" not in figure and trial.method != "smt-warmup":
+            # It costs this figure alone.
+            guarded({}, lambda trial=trial, figure=figure: figure.update(captured_s=trial.captured()), 60)
     trials.clear()
     gc.unfreeze()
     gc.collect()
@@ -445,30 +447,22 @@ class Trial:
             "kernels": {name[:160]: values for name, values in longest[:40]},
         }
 
-    def capture(self, figure: dict) -> bool:
-        """Time a step that is captured in a CUDA graph and replayed, in which the host takes no part.
-
-        Returns whether it could be captured. PyTorch goes on in a capture that failed: nothing may come after it.
-        """
+    def captured(self) -> list[float]:
+        """Seconds of a step that is captured in a CUDA graph and replayed, in which the host takes no part."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        try:
-            self.llama.set_attn_implementation(UNMASKED)
-            self.clock()
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self.step()
-            self.clock()
-            with torch.cuda.graph(graph, stream=stream):
+        self.llama.set_attn_implementation(UNMASKED)
+        self.clock()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
                 self.step()
-            graph.replay()
-            figure["captured_s"] = [self.timed(lambda: [graph.replay() for _ in range(3)]) / 3 for _ in range(4)]
-        except RuntimeError:
-            traceback.print_exc()
-            return False
-        self.llama.set_attn_implementation(self.attention)
+        self.clock()
+        with torch.cuda.graph(graph, stream=stream):
+            self.step()
+        graph.replay()
+        seconds = [self.timed(lambda: [graph.replay() for _ in range(3)]) / 3 for _ in range(4)]
         graph.reset()
         torch.cuda.empty_cache()
-        return True
+        return seconds
 
     def saved_bytes(self) -> int:
         """Bytes of the distinct storages, other than weights, that a forward saves for its backward."""
