@@ -5,6 +5,7 @@
 tests/test_api.py fails where the page is not what this writes.
 """
 
+import argparse
 import dataclasses
 import importlib
 import inspect
@@ -97,4 +98,5 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(), encoding="utf-8")

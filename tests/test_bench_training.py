@@ -47,16 +47,6 @@ def test_a_setting_for_a_gpu_is_in_the_script_that_runs_them_all():
     assert set(GPU_SETTINGS) == set(bench_training.SETTINGS) - on_a_cpu
 
 
-def test_every_part_of_the_script_leaves_its_setting_time_to_begin(measure, monkeypatch):
-    """The seconds that it gives, less those for the start of the process."""
-    monkeypatch.setattr(bench_training, "measure_run", lambda run, *_: run.update(complete=True))
-    for seconds, settings in re.findall(r"^ +training (\d+) (.*)$", ON_A_GPU, re.M):
-        each = str((int(seconds) - 15) // len(settings.split()))
-        for setting in set(settings.split()) - {"compile"}:
-            _, result = measure(setting, "--rehearse", *THREE, "--rounds", "1", "--seconds", each)
-            assert result["runs"], setting
-
-
 def test_the_methods_train_equally_many_parameters(measure):
     figures = measure("cpu-small", "--rehearse")[1]["runs"][0]["methods"]
     trained = {name: figure["trainable_parameters"] for name, figure in figures.items()}

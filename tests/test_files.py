@@ -63,6 +63,10 @@ def by_peft(base, folder):
     return PeftModel.from_pretrained(base, folder)
 
 
+def by_peft_with_little_memory(base, folder):
+    return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+
+
 def by_transformers(base, folder):
     base.load_adapter(str(folder))
     return base
@@ -194,7 +198,16 @@ def with_version(version):
 
 
 TWO_ADAPTERS = "of two adapters"
+LORA = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 REFUSED = {
+    "a LoRA checkpoint": (
+        lambda folder: save_file({LORA: torch.zeros(2, 64)}, folder / WEIGHTS),
+        "holds no SMT adapter",
+    ),
+    "another block size": (
+        with_config(block_size=8),
+        "8 blocks of 16 x 16.*configured for|block_size=8.*of two adapters",
+    ),
     "int8 deltas": (with_part("weight", lambda weight: weight.to(torch.int8)), "are int8; an adapter's are float32"),
     "bool deltas": (with_part("weight", lambda weight: weight > 0), "are bool"),
     "complex deltas": (with_part("weight", lambda weight: weight.to(torch.complex64)), "are complex64"),
@@ -235,7 +248,7 @@ REFUSED = {
 }
 
 
-@doors
+@pytest.mark.parametrize("load", [by_peft, by_peft_with_little_memory, by_transformers])
 @pytest.mark.parametrize("damage, words", REFUSED.values(), ids=REFUSED)
 def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load, damage, words):
     base = deepcopy(llama)
@@ -300,12 +313,12 @@ def test_a_state_dict_by_hand_is_refused_where_its_index_is_bad(llama):
             model.load_state_dict(state)
 
 
-@pytest.mark.parametrize("door", ["PEFT", "transformers"])
-def test_a_few_dozen_broken_files_neither_crash_nor_change_the_base(door):
-    results = [result for result in fuzz_adapter.fuzz(limit=60, seed=7) if result.case.door == door]
-    assert len(results) > 20
+def test_a_few_dozen_broken_files_neither_crash_nor_change_the_base():
+    results = fuzz_adapter.fuzz(limit=60, seed=7)
     assert [result for result in results if result.outcome in fuzz_adapter.WRONG] == []
-    assert sum(result.outcome == "refused" for result in results) > len(results) / 2
+    for door in ("PEFT", "transformers"):
+        outcomes = [result.outcome for result in results if result.case.door == door]
+        assert outcomes.count("refused") > len(outcomes) / 2 > 10
 
 
 # --- whose weights -----------------------------------------------------------------------------------------------

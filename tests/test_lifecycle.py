@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from smt_peft import SMTConfig, select_blocks
+from smt_peft import SMTConfig
 from smt_peft.layer import Linear
 
 OTHER = {"block_size": 8, "num_blocks": 30, "seed": 5, "target_modules": ["v_proj", "down_proj"]}
@@ -140,19 +140,6 @@ def test_adapter_names_that_do_not_fit_are_refused(two, batches, names, message)
         two.eval()(batches[0]["input_ids"], adapter_names=names)
 
 
-def test_a_reference_adapter_made_as_trl_does_equals_the_policy(llama, batches, logits):
-    model = get_peft_model(llama, config(selection="gradient", warmup_steps=4, init_weights=True))
-    select_blocks(model, batches, progress_bar=False)
-    torch.nn.init.normal_(model.base_model.model.smt_bank["default"].weight)
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    policy = logits(model)
-    model.set_adapter("ref")
-    assert torch.equal(logits(model), policy)
-
-
 def test_status_tells_what_is_active_and_trainable(two, tmp_path):
     status = two.get_model_status()
     assert status.adapter_model_type == "SMTModel" or status.peft_types["default"] == "SMT"
@@ -251,16 +238,6 @@ def test_a_copy_of_a_model_in_use_is_equal_and_independent(llama, base, batches,
         assert_equal_weights(twin, base)
     twin.train()(**batches[0]).loss.backward()
     assert twin.base_model.model.smt_bank["default"].weight.grad.any()
-
-
-def test_the_state_dict_of_a_model_in_use_holds_base_weights(llama, base, logits):
-    model = wrap(llama)
-    expected = logits(model)
-    state = deepcopy(model.state_dict())
-    assert torch.equal(logits(model), expected), "and saving does not disturb the model"
-    for name, weight in base.state_dict().items():
-        key = f"base_model.model.{name}"
-        assert torch.equal(state[key if key in state else key.replace(".weight", ".base_layer.weight")], weight)
 
 
 def test_base_weights_loaded_into_a_model_in_use_get_the_deltas(llama, make_llama, logits):

@@ -302,24 +302,3 @@ def test_a_second_adapter_gets_its_own_warm_up(base, make_trainer):
     assert torch.equal(bank(first).weight, trained), "the adapter that was not active stays as it was"
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     assert sum(int(layer.get_delta_weight("second").any()) for layer in layers) == len(callback.selection.blocks())
-
-
-class PastTheVersionCounter(torch.optim.Optimizer):
-    """Writes through `.data`, which autograd's version counter does not see, as bitsandbytes' optimizers do."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {})
-
-    def step(self):
-        for parameter in self.param_groups[0]["params"]:
-            parameter.data.sub_(parameter.grad)
-
-
-def test_a_step_that_autograd_does_not_see_still_reaches_the_next_forward(base, batches, logits):
-    model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=30, selection="random"))
-    weight = model.base_model.model.smt_bank["default"].weight
-    model.train()(**batches[0]).loss.backward()
-    PastTheVersionCounter([weight]).step()
-    stepped = logits(model)
-    assert weight.any()
-    torch.testing.assert_close(stepped, logits(model.merge_and_unload()), rtol=1e-4, atol=1e-5)

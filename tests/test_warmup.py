@@ -156,31 +156,6 @@ def test_weights_flags_modes_and_random_states_are_untouched(make_llama, batches
         assert before[kind] == after[kind]
 
 
-def test_gradients_that_were_there_stay_and_none_is_left_behind(llama, batches):
-    model = wrap(llama, modules_to_save=["lm_head"])
-    parameters = dict(model.named_parameters())
-    marked = next(p for n, p in parameters.items() if "modules_to_save" in n)
-    marked.grad = torch.ones_like(marked)
-    warm_up(model, batches)
-    assert torch.equal(marked.grad, torch.ones_like(marked))
-    assert all(p.grad is None for p in parameters.values() if p is not marked)
-
-
-def test_a_loss_that_fails_leaves_the_model_as_it_was(llama, batches, logits):
-    model = wrap(llama)
-    before, expected = state_of(model), logits(model)
-
-    def failing(model, batch):
-        raise KeyError("no labels")
-
-    with pytest.raises(KeyError, match="no labels"):
-        warm_up(model, batches, loss_function=failing)
-    assert state_of(model)["trainable"] == before["trainable"]
-    assert torch.equal(logits(model), expected)
-    with pytest.raises(RuntimeError, match="no blocks yet"):
-        model.train()(**batches[0])
-
-
 # --- data that is too little or broken --------------------------------------------------------------------------
 
 

@@ -12,11 +12,12 @@
 # peft and, for the first part, pytest. COMMIT says what is measured where a copy has no history.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+limit=${1:-580}
+[[ $limit =~ ^([0-9]+|rehearse)$ ]] || { sed -n '2,12s/^# \{0,1\}//p' scripts/benchmarks/bench_gpu.sh; exit 2; }
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python3}
 [[ -v COMMIT ]] || COMMIT=$(PYTHONPATH=scripts/benchmarks "$python" -c 'from results import commit; print(commit() or "")')
 export COMMIT
-limit=${1:-580}
 results=${RESULTS:-runs/bench_gpu}
 tests=(-m gpu -n 8 --dist worksteal) toy=() toy_ops=() gpu=none
 if [[ $limit == rehearse ]]; then

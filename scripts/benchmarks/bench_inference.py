@@ -92,7 +92,7 @@ def measure(result: dict, command: Command, write: Callable[[], None]) -> None:
             if time.monotonic() > deadline:
                 break
         for method, (_, *rounds) in seconds.items():  # the first one tunes kernels
-            if len(rounds) > 1:
+            if len(rounds) >= min(2, command.rounds):
                 prefill, decode = (median(times) for times in zip(*rounds, strict=True))
                 result["speeds"].append({
                     "batch": batch,

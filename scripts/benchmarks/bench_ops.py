@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import results
 import torch
@@ -53,7 +54,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 @dataclass
 class Command:
     output: str | None = None
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     seconds: float = HfArg(default=0.2, help="of timing per row")
     limit_s: float = HfArg(default=60, help="no row starts later than this")
 
@@ -77,7 +78,7 @@ def main() -> int:
     dtypes, sizes = DTYPES[command.device], SIZES[command.device]
     # One size is enough to see how float32 does on a GPU.
     settings = [(size, dtype) for dtype in dtypes for size in (sizes if dtype == dtypes[0] else sizes[:1])]
-    result = results.kept(path, command.device, ops=[])
+    result = results.kept(path, command.device, {"seconds": command.seconds}, ops=[])
     result["ops"] = [row for row in result["ops"] if "seconds" in row]
     done = [identity(row) for row in result["ops"]]
     try:

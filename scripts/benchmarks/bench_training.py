@@ -32,6 +32,7 @@ from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import results
 import torch
@@ -90,13 +91,13 @@ class Options:
     batch_size: int = 2
     tokens: int = 256
     dtype: str = "float32"
-    checkpointing: str = "none"  # or non-reentrant
+    checkpointing: Literal["none", "non-reentrant"] = "none"
     compile: bool = HfArg(default=False, help="torch.compile each decoder layer")
     steps: int = HfArg(default=4, help="timed steps per method and round")
     rounds: int = 8
     sweep: str | None = HfArg(default=None, help="option to vary: one run for each of `values`")
     values: list[str] = field(default_factory=list)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 PEFT = {"shape": "llama-3.2-3b", "rank": 32, "block_size": 256, "batch_size": 4, "tokens": 768, "dtype": "bfloat16"}
@@ -127,7 +128,7 @@ SETTINGS = {
 TOY = {"shape": "tiny", "layers": None, "trainable_ratio": None, "rank": 16, "block_size": 16, "batch_size": 1,
        "tokens": 32, "steps": 2, "rounds": 2, "device": "cpu"}  # fmt: skip
 TOY_VALUES = {"trainable_ratio": ["0.05"], "block_size": ["8", "16"], "tokens": ["16", "32"], "shape": ["tiny"]}
-KINDS = {"trainable_ratio": float, "block_size": int, "tokens": int,
+KINDS = {"trainable_ratio": float, "layers": int,  # of options whose default does not say it
          "target_modules": {"q,v": QV, "all linear": LINEAR}.__getitem__}  # fmt: skip
 
 
@@ -141,12 +142,16 @@ def main() -> int:
     found = []
     for name in command.setting:
         parser = HfArgumentParser((Command, Options))
-        parser.set_defaults(**SETTINGS[name])
+        defaults = SETTINGS[name]
+        if command.rehearse:
+            values = TOY_VALUES.get(defaults.get("sweep"), defaults.get("values", []))
+            defaults = {**defaults, **TOY, "values": values}
+        parser.set_defaults(**defaults)
         options = parser.parse_args_into_dataclasses()[1]
         if unknown := set(options.methods) - {*METHODS, *VARIANTS}:
             raise SystemExit(f"--methods {unknown.pop()} is not one of {', '.join([*METHODS, *VARIANTS])}.")
-        if command.rehearse:
-            options = replace(options, **TOY, values=TOY_VALUES.get(options.sweep, options.values))
+        if options.values and not options.sweep:
+            raise SystemExit(f"--values {' '.join(options.values)} are values of --sweep: which option?")
         path = Path(command.results, f"training_{name}.json") if command.results else None
         result = opened(path, name, options)
         found.append(result)
@@ -167,8 +172,10 @@ def main() -> int:
 
 def points_of(options: Options) -> list[Options]:
     """One for each value of what is swept."""
-    kind = KINDS.get(options.sweep, str)
-    return [replace(options, **{options.sweep: kind(value)}) for value in options.values] or [options]
+    if not options.sweep:
+        return [options]
+    kind = KINDS.get(options.sweep) or type(getattr(options, options.sweep))
+    return [replace(options, **{options.sweep: kind(value)}) for value in options.values]
 
 
 def opened(path: Path | None, setting: str, options: Options) -> dict:

@@ -1,16 +1,17 @@
 """Turns the JSON files of docs/results into tables and pictures.
 
-    python scripts/benchmarks/report_benchmarks.py [folder with benchmarks.md and results/; default: docs]
-    python scripts/benchmarks/report_benchmarks.py --summary [folder with JSON files; default: docs/results]
+    python scripts/benchmarks/report_benchmarks.py [folder with benchmarks.md and results/]
+    python scripts/benchmarks/report_benchmarks.py --summary [folder with JSON files]
 
 The first puts every file's table into results/benchmarks.md, and, without some columns, into benchmarks.md where that
-has the markers `<!-- NAME -->` and `<!-- /NAME -->` of the file's name. The second prints one short table.
+has the markers `<!-- NAME -->` and `<!-- /NAME -->` of the file's name, and draws the sweeps whose picture,
+results/NAME.png, that shows. The second prints one short table.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -43,10 +44,8 @@ def main(docs: Path) -> None:
         if start in page and end in page:
             before, after = page.partition(start)[0], page.partition(end)[2]
             page = f"{before}{start}\n{provenance(result)}{table(result, LONG)}\n{end}{after}"
-        if result.get("sweep"):
+        if f"{path.stem}.png" in page:
             draw_sweep(result, path.with_suffix(".png"))
-        elif "runs" in result and all(len(ratios(result["runs"][0], one, "floor")) > 1 for one in ("smt", "lora")):
-            draw_methods(result, path.with_suffix(".png"))
         print(path.stem)
     (docs / "benchmarks.md").write_text(page)
     made_by = "Made by `scripts/benchmarks/report_benchmarks.py`; [what they mean](../benchmarks.md)."
@@ -268,34 +267,6 @@ def _value(value: object) -> str:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def draw_methods(result: dict, path: Path) -> None:
-    """A row per method, in turn: time of a step beside the floor's, and memory (the peak where there is one)."""
-    import matplotlib.pyplot as plt
-
-    run = result["runs"][0]
-    methods = [method for method in run["methods"] if ratios(run, method, "floor")][::-1]
-    figure, (times, memory) = plt.subplots(
-        1, 2, figsize=(9, 0.35 * len(methods) + 1.3), sharey=True, layout="constrained"
-    )
-    kind, label, unit = ("peak_bytes", "peak memory, GiB", 2**30)
-    if not any(value(run, method, kind) for method in methods):
-        kind, label, unit = ("saved_bytes", "saved for backward, MiB", 2**20)
-    for row, method in enumerate(methods):
-        colour, _ = _style(method)
-        quotients = ratios(run, method, "floor")
-        times.plot(_spread(quotients), [row, row], color=colour, linewidth=3, alpha=0.5)
-        times.plot(median(quotients), row, "o", color=colour)
-        size = (value(run, method, kind) or 0) / unit
-        memory.barh(row, size, color=colour)
-        memory.text(size, row, f" {size:,.1f}", va="center", fontsize=8)
-    times.axvline(1, color="black", linewidth=0.8)
-    times.set_yticks(range(len(methods)), methods)
-    times.set_xlabel("step time / floor (median and p20 to p80 of the rounds)")
-    memory.set_xlabel(label)
-    memory.margins(x=0.15)
-    _finish(figure, result, path)
-
-
 def draw_sweep(result: dict, path: Path) -> None:
     """Against what is swept: times and memory of a step, or on a CPU FLOPs and saved bytes, beside the floor's."""
     import matplotlib.pyplot as plt
@@ -344,7 +315,11 @@ def _finish(figure, result: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--summary"]:
-        print(summary(Path(sys.argv[2]) if len(sys.argv) > 2 else DOCS / "results"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="default: docs, with --summary docs/results")
+    parser.add_argument("--summary", action="store_true")
+    command = parser.parse_args()
+    if command.summary:
+        print(summary(command.folder or DOCS / "results"))
     else:
-        main(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS)
+        main(command.folder or DOCS)

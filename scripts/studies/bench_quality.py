@@ -30,12 +30,6 @@ from testbeds import TESTBEDS, Options, Source, Testbed, load_testbed, measure_a
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
-from transformers.hf_argparser import HfArg
-
-
-@dataclass
-class Command:
-    studies: list[str] = HfArg(help="YAML files that say what to run")
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,10 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(["--studies", *argv])
-    studies = {Path(path): yaml.safe_load(Path(path).read_text()) for path in command.studies}
+    parser = HfArgumentParser(Options)
+    parser.add_argument("studies", nargs="+", type=Path, help="YAML files that say what to run")
+    options, command = parser.parse_args_into_dataclasses(argv)
+    studies = {path: yaml.safe_load(path.read_text()) for path in command.studies}
     tuning = {path: planned(study) for path, study in studies.items()}  # refuses bad ones before any work
     for path, study in studies.items():
         results = Results(Path(options.results) / f"quality_{path.stem}.jsonl")

@@ -96,6 +96,10 @@ def main(argv: list[str]) -> None:
     command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(argv)
     if command.testbed not in TESTBEDS:
         raise SystemExit(f"There is no testbed {command.testbed}; there are {', '.join(TESTBEDS)}.")
+    if TESTBEDS[command.testbed].kind != "text" or not TESTBEDS[command.testbed].old:
+        raise SystemExit(
+            f"testbed {command.testbed} is no plain text with an old domain, which is what is looked at here."
+        )
     output = Path(options.results) / "importance.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     testbed = load_testbed(TESTBEDS[command.testbed], Path(options.shared), 128)

@@ -36,7 +36,6 @@ BLOCK_SIZE, SHARE, BATCHES, BATCH_SIZE = 16, 0.009, 20, 8
 
 @dataclass
 class Command:
-    testbeds: list[str] = HfArg(help="names in testbeds.py")
     tokens: int = HfArg(default=128, help="per row, at most")
 
 
@@ -88,13 +87,13 @@ def inputs_read(testbed: Testbed, selection: str) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> None:
-    command, options = HfArgumentParser((Command, Options)).parse_args_into_dataclasses(["--testbeds", *argv])
-    for name in set(command.testbeds) - set(TESTBEDS):
-        raise SystemExit(f"There is no testbed {name}; there are {', '.join(TESTBEDS)}.")
+    parser = HfArgumentParser((Command, Options))
+    parser.add_argument("testbeds", nargs="+", choices=TESTBEDS, metavar="testbed", help="a name in testbeds.py")
+    command, options, named = parser.parse_args_into_dataclasses(argv)
     path = Path(options.results, "outliers.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["testbed"] not in command.testbeds]
+    lines = [line for line in lines if json.loads(line)["testbed"] not in named.testbeds]
     head = [
         "",
         "layers",
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> None:
         *(f"read, {rule}" for rule in RULES),
     ]
     print("".join(f"{title:24}" for title in head))
-    for name in command.testbeds:
+    for name in named.testbeds:
         testbed = load_testbed(TESTBEDS[name], Path(options.shared), command.tokens)
         found = outliers_of(testbed)
         for rule in RULES:

@@ -1,14 +1,14 @@
 """The page and the pictures of bench_selection.py, from the figures that it writes.
 
-    python scripts/studies/report_selection.py [folder; default: docs/results]
+    python scripts/studies/report_selection.py [folder]
 
 FOLDER/selection.md is written whole: what FOLDER/notes/selection.md says, tables and pictures.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
@@ -191,4 +191,6 @@ def percent(share: float) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(*sys.argv[1:] or ["docs/results"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("docs/results"), help="default: docs/results")
+    main(parser.parse_args().folder)
