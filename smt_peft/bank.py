@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from smt_peft import checks, ops
 from smt_peft.checks import Target
@@ -111,7 +111,8 @@ class DeltaBank(nn.Module):
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
         if kept and not is_traced and kept.weight is weight and kept.index is index and kept.device == device:
             state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
-            if kept.state == state:
+            # Without gradients views with a graph do as well; and what recomputes for a backward still needs them.
+            if kept.state == state or (not torch.is_grad_enabled() and kept.state[:3] == state[:3]):
                 return kept.plans[target], kept.views[target]
         del kept  # or the old graph would live on in the new one
         plan = self.plan(target, device)
@@ -143,8 +144,8 @@ class DeltaBank(nn.Module):
                 weight = self()
                 if weight.requires_grad:
                     weight.register_hook(self._end_backward)
-            elif isinstance(weight, DTensor):
-                weight = weight.full_tensor()
+            elif isinstance(weight, DTensor):  # a unit of its own, whose gradients FSDP does not join
+                weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
             return _split(weight, layout)
 
     def _end_backward(self, gradient: Tensor) -> None:
@@ -200,7 +201,8 @@ class DeltaBank(nn.Module):
         if torch.compiler.is_compiling() and layout is not None:
             return layout
         if layout is None or layout.index is not index or layout.version != _version(index):
-            layout = self._layout = self._lay_out(index)  # some loaders replace the buffer
+            with torch.inference_mode(False):  # or its tensors could not be kept for a backward
+                layout = self._layout = self._lay_out(index)  # some loaders replace the buffer
         return layout
 
     def plan(self, target: int, device: torch.device) -> ops.Plan | None:
@@ -210,7 +212,8 @@ class DeltaBank(nn.Module):
             return None
         plans = layout.plans.get(device)
         if plans is None:
-            plans = layout.plans[device] = self._plans(layout, device)
+            with torch.inference_mode(False):
+                plans = layout.plans[device] = self._plans(layout, device)
         return plans[target]
 
     def selected_blocks(self) -> dict[str, list] | None:
@@ -264,7 +267,14 @@ class DeltaBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
         self._forget_views()
-        return super()._apply(fn, recurse)
+        moved = super()._apply(fn, recurse)
+        self._prepare()
+        return moved
+
+    def _prepare(self) -> None:
+        """Make the plans where the index is: a compiler can look them up, but not make them."""
+        if self.index.device.type != "meta":
+            self.layout()
 
     def _forget_views(self) -> None:
         """Let go of the old graph, and of the old storage."""
@@ -275,11 +285,16 @@ class DeltaBank(nn.Module):
 
     def _make_ready(self, kept: Kept | None) -> None:
         for share in filter(None, (reference() for reference in self.shares or ())):
-            ready = None if kept is None else (kept.plans[share.target], kept.views[share.target])
+            is_here = kept is not None and kept.device == kept.weight.device
+            ready = (kept.plans[share.target], kept.views[share.target]) if is_here else None
             vars(share)["ready"] = ready  # not by nn.Module's way, which is slow
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "running": None, "shares": None, "_kept": None, "_layout": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._prepare()
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, targets={len(self.targets)}"
@@ -308,6 +323,10 @@ class Banks(nn.ModuleDict):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             for bank in self.values():
                 bank.running = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x as it is: where the model is a torch.nn.Sequential, this is the last of its modules."""
+        return x
 
     def let_go(self) -> None:
         """Take the hooks off the model."""

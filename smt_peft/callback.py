@@ -14,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from smt_peft.diagnostics import warn
+from smt_peft.scoring import reduce_over_ranks
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, find_adapter, select_blocks
 
@@ -47,11 +49,16 @@ class SMTWarmupCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
-            optimizer does not have its deltas, where the data can be read only once, and for what `select_blocks`
-            refuses.
+            optimizer does not have its deltas, where the data can be read only once, where `avoid` comes too late for
+            blocks that need no warm-up, and for what `select_blocks` refuses.
     """
 
     def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
+        if selection is not None and avoid:
+            raise ValueError(
+                f"avoid={[*avoid]} is for a warm-up, and selection=... takes its place: leave one of the two out. "
+                "select_blocks(model, data, avoid=...) gives a selection without these weights."
+            )
         self.adapter_name = adapter_name
         self.selection = self._given = selection
         self.avoid = avoid
@@ -64,15 +71,21 @@ class SMTWarmupCallback(TrainerCallback):
             _refuse_to_train_without(bank.weight, self.adapter_name, optimizer)
         trainer, resumed = _calling_trainer()
         self.selection = self._given
+        if self.avoid and config.selection not in ("gradient", "activation"):
+            raise ValueError(
+                f"avoid={[*self.avoid]} is for a warm-up, and selection={config.selection!r} needs none: the blocks "
+                f"of adapter {self.adapter_name!r} were selected when it was made. Leave it out, or use 'gradient'."
+            )
         if bank.is_selected:
-            if self._given is None:
-                self.selection = _record_beside(resumed, self.adapter_name, bank.selected_blocks())
-                config.made_by = self.selection or config.made_by
-            elif not self._given.has_blocks(bank.selected_blocks()):
+            blocks = bank.selected_blocks()
+            if self._given is not None and not self._given.has_blocks(blocks):
                 raise ValueError(
                     f"Adapter {self.adapter_name!r} has other blocks already (loaded, given, or by a rule that needs "
                     "no data) than those of SMTWarmupCallback(selection=...). Leave one of the two out."
                 )
+            records = self._given, _record_beside(resumed, self.adapter_name), config.made_by
+            self.selection = next((one for one in records if one is not None and one.has_blocks(blocks)), None)
+            config.made_by = self.selection
             return
         if self._given is not None:
             apply_selection(model, self.adapter_name, self._given)
@@ -105,18 +118,17 @@ def _refuse_to_train_without(deltas: nn.Parameter, adapter: str, optimizer: torc
         )
 
 
-def _record_beside(checkpoint: str | None, adapter: str, blocks: dict[str, list]) -> Selection | None:
-    """What the warm-up left beside an adapter in a checkpoint, where its blocks are these."""
+def _record_beside(checkpoint: str | None, adapter: str) -> Selection | None:
+    """What the warm-up left beside an adapter in a checkpoint."""
     folder = Path(checkpoint or "", "" if adapter == "default" else adapter)
-    if checkpoint is None or not (folder / SELECTION_FILE).is_file():
-        return None
-    record = Selection.load(folder)
-    return record if record.has_blocks(blocks) else None
+    return Selection.load(folder) if checkpoint and (folder / SELECTION_FILE).is_file() else None
 
 
 def _refuse_what_is_read_once(dataloader) -> None:
     data = getattr(dataloader, "dataset", None)
-    if isinstance(data, IterableDataset) and iter(data) is data:
+    while isinstance(data, IterableDatasetShard):  # which begins anew whatever it is a part of
+        data = data.dataset
+    if isinstance(data, IterableDataset) and iter(data) is iter(data):
         raise ValueError(
             "The training data can be read only once: the warm-up would use up its first batches. Give a dataset that "
             "begins anew at every iter(), such as datasets.IterableDataset.from_generator(function), or select by "
@@ -127,8 +139,9 @@ def _refuse_what_is_read_once(dataloader) -> None:
 @contextlib.contextmanager
 def _same_order_afterwards(dataloader) -> Iterator[None]:
     """Put the generators of a dataloader's own samplers back, or training would shuffle otherwise than without."""
-    batches = getattr(dataloader, "batch_sampler", None)
-    owners = (dataloader, getattr(dataloader, "sampler", None), batches, getattr(batches, "sampler", None))
+    owners = [dataloader]
+    for owner in owners:  # accelerate puts layers between them
+        owners += [part for name in ("batch_sampler", "sampler") if (part := getattr(owner, name, None)) is not None]
     generators = [getattr(owner, "generator", None) for owner in owners]
     states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
     try:
@@ -149,6 +162,9 @@ class _Apart:
         for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs"):  # where TRL's losses log
             if name in vars(trainer):
                 setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
+        for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom
+            if name in vars(trainer):
+                setattr(self.trainer, name, value)
 
     def __iter__(self) -> Iterator[tuple]:
         epoch = getattr(getattr(self.dataloader, "batch_sampler", None), "epoch", 0)
@@ -163,8 +179,12 @@ class _Apart:
 
     def loss(self, model: nn.Module, batch: tuple) -> torch.Tensor:
         inputs = self.trainer._prepare_inputs(batch[0])
-        with self.trainer.compute_loss_context_manager():
-            return self.trainer.compute_loss(model, inputs, num_items_in_batch=batch[1]).mean()
+        offload = getattr(self.trainer, "maybe_activation_offload_context", contextlib.nullcontext())  # TRL's
+        with offload, self.trainer.compute_loss_context_manager():
+            loss = self.trainer.compute_loss(model, inputs, num_items_in_batch=batch[1]).mean()
+        if "_step" in vars(self.trainer):
+            self.trainer._step += 1
+        return loss
 
 
 class SMTMonitorCallback(TrainerCallback):
@@ -209,9 +229,11 @@ class SMTMonitorCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         part = self._bank.local()
-        broken = part.numel() - int(part.isfinite().sum())
-        if broken:
-            self._warn_once(f"{broken} of {part.numel()} trained values are not finite at step {state.global_step}")
+        counts = torch.tensor([part.isfinite().sum(), part.numel()], device=part.device)
+        finite, count = reduce_over_ranks(counts).tolist()  # each may have another part
+        if finite < count:
+            share = 1 - finite / count
+            self._warn_once(f"{share:.2%} of the trained values are not finite at step {state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.on_save(args, state, control)

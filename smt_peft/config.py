@@ -149,7 +149,7 @@ class SMTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, with the selection of the warm-up beside it, as long as its blocks are the adapter's."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.made_by is not None and self.made_by.blocks() == self.selected_blocks:
+        if self.made_by is not None and self.made_by.has_blocks(self.selected_blocks or {}):
             self.made_by.save(save_directory)
 
     def stop_waiting(self) -> None:

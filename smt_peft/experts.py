@@ -69,6 +69,11 @@ class ParamWrapper(Linear):
             raise ValueError(f"adapter_names cannot mix adapters of a parameter ({self.parameter_name}) in one batch.")
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if getattr(vars(self.get_base_layer()).get("_hf_hook"), "offload", False):
+            raise TypeError(
+                f"The module of {self.parameter_name} is offloaded, and what accelerate loads would be hidden by the "
+                "weight with the deltas. Keep this module on a device (device_map), or merge the adapter first."
+            )
         with self._shown(self._with_blocks()):
             return self.base_layer(x, *args, **kwargs)
 

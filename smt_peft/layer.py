@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
@@ -90,10 +92,10 @@ class Linear(nn.Module, BaseTunerLayer):
         """The entries of `matrix` that an adapter adds to (see `ops.entries`), and what, [n, b, b]; on its device."""
         bank, target = self._bank(adapter)
         if bank is None:
-            return (), torch.zeros(0, device=self.weight.device)
+            return (), torch.zeros(0, device=self.device)
         _, blocks = bank.parts(target, bank.index.device)
-        plan = bank.plan(target, self.weight.device)
-        return ops.entries(plan, bank.block_size), blocks.detach().to(self.weight.device)
+        plan = bank.plan(target, self.device)
+        return ops.entries(plan, bank.block_size), blocks.detach().to(self.device)
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
         """Also of the layer's adapters, each as a whole: the blocks of all layers are one parameter."""
@@ -106,8 +108,7 @@ class Linear(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> torch.Tensor:
         """The base layer's output [..., out_features] with the active adapters' deltas."""
         if self._disable_adapters and self.merged_adapters:
-            with onload_layer(self):  # an offloaded weight comes in for this
-                self.unmerge()
+            self.unmerge()
         modules = self._modules  # quicker than attributes: each forward comes here for every layer
         base_layer, shares = modules["base_layer"], modules["smt_blocks"]._modules
         active, is_base = self.active_adapters, self._disable_adapters or self.merged_adapters
@@ -196,8 +197,10 @@ class Linear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight:
             for name in adapter_names:
                 self._merge_blocks(name)
-        else:
+        elif any(self._bank(name)[0] is not None for name in adapter_names):
             self._merge_whole(adapter_names)
+        else:
+            self.merged_adapters += adapter_names
 
     @torch.no_grad()
     def _merge_blocks(self, adapter: str) -> None:
@@ -232,15 +235,16 @@ class Linear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def restore(self) -> None:
         """Undo `merge`, also one that was interrupted: the base weight is what it was, bit for bit."""
-        for entries, before in reversed(self._before):
-            self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
-        self._before = []
-        if self._original is not None:
-            original = self._original.put_back()
-            if self.quantization_backend is not None:
-                self.base_layer = original
-            self._original = None
-        self.merged_adapters.clear()
+        with onload_layer(self) if self.weight.device.type == "meta" else nullcontext():  # an offloaded one comes in
+            for entries, before in reversed(self._before):
+                self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
+            self._before = []
+            if self._original is not None:
+                original = self._original.put_back()
+                if self.quantization_backend is not None:
+                    self.base_layer = original
+                self._original = None
+            self.merged_adapters.clear()
 
     def matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; dequantised, or a view of its storage."""
@@ -289,5 +293,6 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _is_looked_into(base_layer: nn.Module) -> bool:
-    """Whether somebody sees what the base layer returns: by a hook, or a forward of its own, as accelerate's hooks."""
-    return bool(base_layer._forward_hooks) or "forward" in base_layer.__dict__
+    """Whether somebody sees what the base layer returns: by a hook of its own or of all modules (for which PyTorch has
+    no public question), or by a forward of its own, as accelerate's hooks."""
+    return bool(base_layer._forward_hooks) or "forward" in base_layer.__dict__ or _has_any_global_hook()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
 from smt_peft.bank import Banks, DeltaBank, Target
-from smt_peft.checks import BANK
+from smt_peft.checks import BANK, FLOATS
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
@@ -123,6 +123,11 @@ class SMTModel(BaseTuner):
             raise TypeError(
                 f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
                 "Take it out of target_parameters."
+            )
+        if weight.dtype not in FLOATS:
+            raise TypeError(
+                f"Target parameter {key} is of {str(weight.dtype).removeprefix('torch.')}, which is packed or too "
+                "narrow to add deltas to; load the model in bfloat16, or take it out of target_parameters."
             )
         layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), id(weight) in self._shared)
         layer.update_layer(adapter_name)

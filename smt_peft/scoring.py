@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -121,19 +122,24 @@ class Collector:
             old, scores = self._sums.get(position), scores / self.scale
             self._sums[position] = scores if old is None else old.add_(scores)
 
+    def agree(self) -> None:
+        """With the other ranks on which layers read one input: one that nothing reached on some of them, as no token
+        an expert, would stand alone there."""
+        self.inputs = reduce_over_ranks(torch.tensor(self.inputs, device=self.source.device), "min").tolist()
+
     def means(self) -> list[torch.Tensor]:
         """Of each layer what a batch gave on average, over all ranks; the same on every rank."""
         used = torch.tensor(float(self.batches - self.skipped), device=self.layers[0].device)
-        used = max(1.0, sum_over_ranks(used).item())
+        used = max(1.0, reduce_over_ranks(used).item())
         sums = [self._sums.get(position) for position in range(len(self.layers))]
         for position, layer in enumerate(self.layers):
             if sums[position] is None:
                 sums[position] = torch.zeros(self.shape(layer), device=layer.device)
-        return [sum_over_ranks(total) / used for total in sums]
+        return [reduce_over_ranks(total) / used for total in sums]
 
     def batch_scores(self) -> list[float]:
         """Per batch, the sum of what was measured over all ranks; 0 where it was left out."""
-        return sum_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
+        return reduce_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
 
 
 class ScoreCollector(Collector):
@@ -247,7 +253,8 @@ class ActivationCollector(Collector):
         ]
 
 
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+def reduce_over_ranks(values: torch.Tensor, operation: Literal["sum", "min"] = "sum") -> torch.Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MIN if operation == "min" else dist.ReduceOp.SUM)
     return values

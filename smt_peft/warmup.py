@@ -19,7 +19,7 @@ from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
-from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, sum_over_ranks
+from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
 from smt_peft.selected import Selection, kinds_of
 from smt_peft.selection import Lines, select
 
@@ -60,7 +60,7 @@ def select_blocks(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."
         )
-    if sum_over_ranks(bank.local().count_nonzero().to(bank.index.device)):
+    if reduce_over_ranks(bank.local().count_nonzero().to(bank.index.device)):
         why = "it has been trained" if config.init_weights else "it was made with init_weights=False"
         raise ValueError(
             f"The deltas of adapter {adapter_name!r} are not zero: {why}, and other blocks would get what "
@@ -199,9 +199,12 @@ def _run(
             collector.end_batch()
             if collector.skipped:
                 bar.set_postfix(skipped=collector.skipped)
-    if 2 * collector.skipped >= collector.batches:
+    collector.agree()
+    counts = torch.tensor([collector.skipped, collector.batches], device=collector.source.device)
+    skipped, count = reduce_over_ranks(counts).tolist()
+    if 2 * skipped >= count:
         raise ValueError(
-            f"{collector.skipped} of {collector.batches} warm-up batches had a gradient that is not finite, too many "
+            f"{skipped} of {count} warm-up batches had a gradient that is not finite, too many "
             "to select from; lower the loss scale or use bfloat16, and look for NaN in the data."
         )
 
@@ -240,12 +243,13 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 @contextlib.contextmanager
 def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Iterator[None]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
-    modes, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
+    modes, counters, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    undo: list[Callable[[], object]] = [partial(setattr, bank, "in_warmup", False)]
+    undo: list[Callable[[], object]] = []
     for module in model.modules():
-        undo.append(partial(setattr, module, "training", module.training))
+        numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+        undo.append(partial(vars(module).update, numbers))  # its mode; and what it counts, as dynamic RoPE does
         for name, buffer in module._buffers.items():
             if (
                 buffer is not None

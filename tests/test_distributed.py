@@ -4,6 +4,10 @@ One process sees the same batches of two as two processes together (twice the ac
 scores, selection and delta must agree up to the order of summation.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from distributed_worker import STEPS, Cell, Samples, launch, make_base, make_trainer, outcome, probe
@@ -203,3 +207,9 @@ def test_a_pure_bf16_model_trains_a_float32_delta(tmp_path, checkpointing):
     assert found["optimizer_dtypes"] == {torch.float32}
     assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
     assert found["delta"].norm() > 1
+
+
+def test_a_bank_that_is_an_fsdp_unit_of_its_own_gets_the_gradient_of_all_ranks():
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run([*words, Path(__file__).with_name("own_fsdp_unit.py")], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

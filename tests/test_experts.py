@@ -214,3 +214,31 @@ def test_experts_that_no_matrix_is_a_view_of_are_not_merged_into_a_copy():
     model = get_peft_model(base, config)
     with pytest.raises(TypeError, match="w is not contiguous"):
         model.merge_adapter()
+
+
+def test_sorted_blocks_train_after_a_first_forward_in_inference_mode():
+    """As Lightning's sanity check does, on a copy that has made no plans yet."""
+    model, config = MODELS["mixtral"]
+    torch.manual_seed(0)
+    options = {"target_modules": [], "target_parameters": EXPERTS[:1], "selection": "random", "arrangement": "sorted"}
+    base = model(copy.deepcopy(config))
+    wrapped = copy.deepcopy(get_peft_model(base, SMTConfig(**options, num_blocks=NUM_BLOCKS, block_size=SIZE)))
+    with torch.inference_mode():
+        wrapped.eval()(TOKENS)
+    wrapped.train()(**BATCH).loss.backward()
+    assert bank_of(wrapped).weight.grad.any()
+
+
+class Packed(torch.nn.Module):
+    """Experts in a type that deltas cannot be added to."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.zeros(2, 16, 16).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_parameters_of_a_packed_type_are_refused(dtype):
+    options = {"target_modules": [], "target_parameters": ["0.weights"], "selection": "random"}
+    with pytest.raises(TypeError, match=rf"0\.weights is of {str(dtype)[6:]}, .*load the model in bfloat16"):
+        get_peft_model(torch.nn.Sequential(Packed(dtype)), SMTConfig(**options, num_blocks=2, block_size=SIZE))

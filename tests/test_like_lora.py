@@ -326,3 +326,44 @@ def test_the_dense_delta_that_a_layer_gives_is_that_of_its_parameters(base, batc
         torch.testing.assert_close(found, dense.get_submodule(name).weight, rtol=1e-6, atol=1e-7)
         if method != "lora":
             assert bank_of(model).weight.any()
+
+
+def test_hooks_of_all_modules_see_what_the_base_layers_return(base, batches, method):
+    model = wrap(base, method)
+    kept = []
+
+    def keep(module, args, output):
+        if type(module) is torch.nn.Linear:
+            kept.append((module, args[0], output, output.clone()))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    try:
+        outputs(model, batches[0])
+        model(**batches[0])
+    finally:
+        handle.remove()
+    assert {id(layer.base_layer) for layer in layers_of(model).values()} <= {id(module) for module, *_ in kept}
+    for module, x, output, seen in kept:
+        assert torch.equal(output, seen) and torch.equal(output, torch.nn.functional.linear(x, module.weight))
+
+
+def test_a_tied_head_without_deltas_stays_tied_when_others_are_merged(make_llama, method):
+    options = {"target_modules": ["q_proj"]}
+    if method != "lora":
+        block = [[*range(16)], [*range(16)]] if method == "sorted" else [0, 0]
+        blocks = {"model.layers.0.self_attn.q_proj": [block]}
+        options = {"target_modules": ["q_proj", "lm_head"], "selected_blocks": blocks, "num_blocks": None}
+    model = wrap(make_llama(tie_word_embeddings=True), method, **options)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+
+
+def test_a_sequence_of_layers_may_be_the_whole_model(method):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32)).double()
+    model, x = wrap(base, method, target_modules=["0", "2"], budget=5), torch.randn(3, 32, dtype=torch.float64)
+    y = model(x)
+    assert not torch.equal(y, base(x))
+    model.merge_adapter()
+    assert_close(y, model(x))
+    torch.testing.assert_close(model.unload()(x), base(x))

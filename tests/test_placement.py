@@ -8,9 +8,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from smt_peft import SMTConfig, select_blocks
+from smt_peft.layer import Linear
 
 NUM_BLOCKS, SIZE = 6, 8
 CPU = torch.device("cpu")
@@ -69,6 +70,10 @@ def place(request, tmp_path_factory):
 
 def bank_of(model):
     return model.base_model.model.smt_bank["default"]
+
+
+def layers_of(model) -> list[Linear]:
+    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def train(model, steps: int = 2):
@@ -186,6 +191,32 @@ def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain):
     expected = logits(plain)
     cpu_offload(plain, execution_device=CPU)
     assert_same(logits(plain), expected)
+
+
+def test_an_offloaded_model_is_unmerged_by_whatever_asks_for_it(place):
+    model = get_peft_model(place(tiny_model()), config(init_weights=False))
+    model.add_adapter("other", config(init_weights=False, seed=1))
+    model.set_adapter("other")
+    expected = logits(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    model.set_adapter("other")  # takes the merged one out
+    assert_same(logits(model), expected)
+
+
+def test_the_delta_of_an_offloaded_layer_is_that_of_a_plain_one(placed, plain):
+    for one, other in zip(layers_of(placed), layers_of(plain), strict=True):
+        assert_same(one.get_delta_weight("default"), other.get_delta_weight("default"))
+
+
+def test_an_offloaded_module_of_experts_is_refused_in_words():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    base = MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    cpu_offload(base, execution_device=CPU)
+    options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"], "selection": "random"}
+    model = get_peft_model(base, config(**options))
+    with pytest.raises(TypeError, match=r"is offloaded.*Keep this module on a device"):
+        model(**BATCH)
 
 
 # --- tied weights ----------------------------------------------------------------------------------------------------

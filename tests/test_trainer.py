@@ -4,12 +4,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from peft import PeftModel, get_peft_model
-from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from smt_peft import Selection, SMTConfig, SMTWarmupCallback
+from smt_peft.callback import _refuse_what_is_read_once, _same_order_afterwards
 from smt_peft.layer import Linear
 
 STEPS, WARMUP_STEPS = 6, 3
@@ -234,6 +236,31 @@ def test_the_record_of_the_warm_up_survives_resuming(make_llama, make_trainer, t
     assert saved.batches == WARMUP_STEPS and saved.rebudget(5)
 
 
+def test_a_given_record_survives_resuming_and_a_second_run(make_llama, make_trainer, tmp_path):
+    first = make_trainer(make_llama())
+    first.train()
+    given = selection_of(first).rebudget(12)
+    for resumed in (None, True):
+        callback = SMTWarmupCallback(selection=given)
+        trainer = make_trainer(make_llama(), callback, warm_up=0, save_strategy="steps", max_steps=4 if resumed else 2)
+        trainer.train(resume_from_checkpoint=resumed)
+        assert callback.selection is given
+        assert Selection.load(max((tmp_path / "run").glob("checkpoint-*"))).blocks() == given.blocks()
+    found = selection_of(first)
+    first.train()
+    assert selection_of(first) is found
+
+
+def test_what_could_not_be_avoided_is_refused(make_llama, make_trainer, base):
+    trainer = make_trainer(base)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"avoid=\['first'\].*selection"):
+        SMTWarmupCallback(selection=selection_of(trainer), avoid=["first"])
+    model = get_peft_model(make_llama(), SMTConfig(block_size=16, num_blocks=12, selection="random"))
+    with pytest.raises(ValueError, match=r"avoid=\['first'\].*selection='random'"):
+        make_trainer(model, SMTWarmupCallback(avoid=["first"]), warm_up=0).train()
+
+
 def test_a_selection_that_was_given_is_saved_beside_the_adapter(make_llama, make_trainer, tmp_path):
     trainer = make_trainer(make_llama())
     trainer.train()
@@ -256,10 +283,23 @@ class Once(IterableDataset):
         return next(self.rows)
 
 
-def test_data_that_can_be_read_only_once_is_refused_before_the_warm_up(base, make_trainer):
-    data = Once()
+class Stored(IterableDataset):
+    """The same, with an iterator that it keeps."""
+
+    def __init__(self):
+        self.rows = Once().rows
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("kind", [Once, Stored])
+def test_data_that_can_be_read_only_once_is_refused_before_the_warm_up(base, make_trainer, kind):
+    data = kind()
     with pytest.raises(ValueError, match="read only once: the warm-up would use up its first batches"):
         make_trainer(base, data=data).train()
+    with pytest.raises(ValueError, match="read only once"):  # as accelerate gives each of several processes its part
+        _refuse_what_is_read_once(DataLoader(IterableDatasetShard(data)))
     assert len(list(data.rows)) == 64, "nothing has been read"
 
 
@@ -276,6 +316,15 @@ def test_a_sampler_with_a_generator_of_its_own_gives_the_batches_of_a_run_withou
         trainer.train()
         read.append(data.read[-2 * STEPS :])
     assert read[0] == read[1]
+
+
+def test_generators_of_samplers_go_back_wherever_they_are():
+    """In one of several processes accelerate puts a layer around the batches."""
+    sampler = WeightedRandomSampler(torch.ones(16), 16, generator=torch.Generator().manual_seed(5))
+    data = DataLoader(range(16), batch_sampler=BatchSamplerShard(BatchSampler(sampler, 2, False), 2, 0))
+    with _same_order_afterwards(data):
+        first = next(iter(data))
+    assert torch.equal(first, next(iter(data)))
 
 
 def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):

@@ -239,3 +239,24 @@ def test_grpo_warms_up_on_its_own_generations_and_trains(tokenizer, tmp_path):
     trainer.train()
     assert callback.selection.batches == 2
     assert bank_of(trainer.model).weight.count_nonzero()
+
+
+def test_the_warm_up_generates_as_seldom_as_training_does(tokenizer, tmp_path):
+    calls = []
+
+    def counted(completions: list[str], **_) -> list[float]:
+        calls.append(len(completions))
+        return distinct_words(completions)
+
+    options = {"max_steps": 1, "gradient_accumulation_steps": 4, "num_generations": 4, "max_completion_length": 6}
+    trainer = trl.GRPOTrainer(
+        tiny_model(),
+        reward_funcs=counted,
+        args=trl.GRPOConfig(**settings(tmp_path, **options)),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in PREFERENCES]),
+        processing_class=tokenizer,
+        peft_config=config(warmup_steps=8),
+        callbacks=[SMTWarmupCallback()],
+    )
+    trainer.train()
+    assert len(calls) == 2 + 1, "8 batches of the warm-up are two rounds of 4, the step is one"

@@ -265,3 +265,37 @@ def test_modules_that_get_views_of_one_input_read_one_input(llama, batches, sele
         found.append(select_blocks(model, batches, progress_bar=False))
     assert found[0].inputs == found[1].inputs and len({*found[0].inputs}) == 8
     assert torch.equal(found[0].index, found[1].index)
+
+
+# --- what a model remembers ---------------------------------------------------------------------------------------
+
+
+def test_positions_that_grow_with_the_longest_input_are_put_back(make_llama, batches):
+    """Dynamic NTK keeps the longest length it has seen beside the frequencies that it made for it."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    base = make_llama(max_position_embeddings=8, rope_parameters=rope)
+    ids = torch.randint(2, 64, (1, 16), generator=torch.Generator().manual_seed(3))
+    expected = deepcopy(base).eval()(ids).logits
+    model = wrap(base)
+    warm_up(model, [{"input_ids": ids, "labels": ids}] * 4)
+    assert torch.equal(model.eval()(ids).logits, expected)
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+@pytest.mark.parametrize("selection", ["gradient", "activation"])
+def test_two_ranks_that_see_the_same_find_what_one_does(llama, batches, selection, arrangement, monkeypatch):
+    options = {"selection": selection, "arrangement": arrangement}
+    alone = warm_up(wrap(deepcopy(llama), **options), batches)
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast", lambda *_, **__: None)
+    least = distributed.ReduceOp.MIN
+    monkeypatch.setattr(distributed, "all_reduce", lambda v, op=None: None if op == least else v.mul_(2))
+    both = warm_up(wrap(llama, **options), batches)
+    assert torch.equal(both.index, alone.index)
+    for one, other in zip(both.scores, alone.scores, strict=True):
+        torch.testing.assert_close(one, other)
