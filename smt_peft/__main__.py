@@ -73,7 +73,9 @@ def combine(args: argparse.Namespace) -> dict:
     folders = [local_folder(name) for name in args.adapters]
     weights = args.weights or [1.0] * len(folders)
     check_is_new(Path(args.out))
-    combine_adapters(folders, weights, args.type, args.out, args.density, args.majority_sign_method)
+    if args.majority_sign_method and not args.type.endswith("ties"):
+        raise ValueError(f"--majority_sign_method does nothing for --type {args.type}: it is for ties and dare_ties.")
+    combine_adapters(folders, weights, args.type, args.out, args.density, args.majority_sign_method or "total")
     return {"adapters": args.adapters, "weights": weights, "out": args.out, **describe(Path(args.out))}
 
 
@@ -82,7 +84,8 @@ def convert(args: argparse.Namespace) -> dict:
     check_is_new(Path(args.out))
     source = local_folder(args.source)
     is_adapter = (source / CONFIG_NAME).is_file()
-    idle = ("base", "num_blocks", "trainable_ratio", "target_modules") if is_adapter else ("rank", "energy")
+    names = ("num_blocks", "trainable_ratio", "block_size", "target_modules", "arrangement")
+    idle = ("base", *names) if is_adapter else ("rank", "energy")
     if given := ", ".join(f"--{name}" for name in idle if getattr(args, name) is not None):
         what = "an adapter" if is_adapter else "a model"
         raise ValueError(f"{args.source} is {what}, for which {given} would do nothing; leave it out.")
@@ -92,8 +95,7 @@ def convert(args: argparse.Namespace) -> dict:
         return {"adapter": args.source, "lora": args.out, "error": loss.error, "by_module": by_module}
     if not args.base:
         raise ValueError(f"{args.source} is no adapter, but a model: name what it was fine-tuned from with --base.")
-    names = ("num_blocks", "trainable_ratio", "block_size", "target_modules", "arrangement")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: value for name in names if (value := getattr(args, name)) is not None}
     found = adapter_of_difference(local_folder(args.base), source, args.out, **options, base_name=args.base)
     return {
         "model": args.source,
@@ -173,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", nargs="+", type=float, help="one for each adapter; default: 1")
     command.add_argument("--type", choices=get_args(CombinationType), default="linear", help="default: linear")
     command.add_argument("--density", type=float, help="share of its values that each adapter keeps; not for linear")
-    command.add_argument("--majority_sign_method", choices=["total", "frequency"], default="total", help="for ties")
+    command.add_argument("--majority_sign_method", choices=["total", "frequency"], help="for ties; default: total")
 
     command = add(convert, "source")
     command.add_argument("--out", required=True, help=NEW_FOLDER)
@@ -184,9 +186,9 @@ def parser() -> argparse.ArgumentParser:
     to_smt.add_argument("--base", help=f"model that it was fine-tuned from: {WHERE}")
     to_smt.add_argument("--num_blocks", type=int, help="budget, in blocks ...")
     to_smt.add_argument("--trainable_ratio", type=float, help="... or as a share of the model's parameters")
-    to_smt.add_argument("--block_size", type=_block_size, default="auto", help="default: auto")
+    to_smt.add_argument("--block_size", type=_block_size, help="default: auto")
     to_smt.add_argument("--target_modules", type=_modules, help="names, separated by commas, or all-linear")
-    to_smt.add_argument("--arrangement", choices=get_args(Arrangement), default="tiles", help="default: tiles")
+    to_smt.add_argument("--arrangement", choices=get_args(Arrangement), help="default: tiles")
     return smt_peft
 
 
@@ -195,7 +197,7 @@ def _block_size(text: str) -> int | str:
 
 
 def _modules(text: str) -> list[str] | str:
-    return text if text == "all-linear" else text.split(",")
+    return text if text == "all-linear" else [name.strip() for name in text.split(",")]
 
 
 def text(report: dict) -> str:

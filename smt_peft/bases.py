@@ -47,7 +47,7 @@ def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None 
 
 def far_apart(names: list[str]) -> list[str]:
     """Four of these, from the first to the last."""
-    return names[:: max(1, -(-(len(names) - 1) // (WEIGHTS - 1)))]
+    return list(dict.fromkeys(names[i * (len(names) - 1) // (WEIGHTS - 1)] for i in range(WEIGHTS) if names))
 
 
 @torch.no_grad()

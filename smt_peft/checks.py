@@ -277,10 +277,12 @@ def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
     held = parts.content["targets"] if parts.content else []
     if held == targets or sorted(held) != sorted(targets):
         return parts
+    hashed = torch.tensor([fingerprint(parts.content["block_size"], targets)])
+    if (parts.index < 0).all():  # nothing is selected yet
+        return parts._replace(fingerprint=hashed)
     index, position = parts.index.clone(), {target: i for i, target in enumerate(targets)}
     index[:, 0] = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
     order = torch.argsort(index[:, 0], stable=True)
-    hashed = torch.tensor([fingerprint(parts.content["block_size"], targets)])
     return parts._replace(weight=parts.weight[order], index=index[order], fingerprint=hashed)
 
 
@@ -290,9 +292,12 @@ def check_config(config: Mapping, parts: Parts) -> None:
     Args:
         config: the fields of an SMTConfig.
     """
-    content, selected = parts.content, config.get("selected_blocks")
+    content, selected = parts.content, config["selected_blocks"]
+    if config["num_blocks"] is not None and config["block_size"] != "auto":
+        count = config["num_blocks"] + sum(config["num_blocks_pattern"].values())
+        check_weight(parts.weight, count, config["block_size"])
     for name in AGREED if content else ():
-        said, meant = _agreed(config.get(name)), content[name]
+        said, meant = _agreed(config[name]), content[name]
         if said != meant:
             raise ValueError(
                 f"adapter_config.json says {name}={short(said)}, but the weights beside it were saved with "

@@ -55,6 +55,10 @@ class Method(NamedTuple):
             raise ValueError(f"Invalid combination_type: {kind}; use one of {', '.join(get_args(CombinationType))}.")
         if self.majority_sign_method not in get_args(MajoritySignMethod):
             raise ValueError(f"majority_sign_method={self.majority_sign_method!r} is neither 'total' nor 'frequency'.")
+        if kind == "linear" and self.density is not None:
+            raise ValueError(
+                f"density={self.density} does nothing for combination_type='linear': leave one of them out."
+            )
         if kind != "linear" and not (self.density is not None and 0 < self.density <= 1):
             raise ValueError(
                 f"combination_type={kind!r} keeps a share of each adapter's values, but density={self.density}; give "
@@ -187,7 +191,7 @@ def _warn_of_other_base(folders: list[str], parts: list[StoredAdapter]) -> None:
 def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
     """Raise ValueError where what is read would be written over."""
     if any(Path(out).resolve() == Path(folder).resolve() for folder in folders):
-        raise ValueError(f"{out} is an adapter that is read; write into another folder.")
+        raise ValueError(f"{out} is what is read; write into another folder.")
 
 
 # --- what both need --------------------------------------------------------------------------------------------------

@@ -99,9 +99,6 @@ class SMTConfig(PeftConfig):
         weights = _weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
             parts = checks.take_apart(checks.load(weights))
-            if config.num_blocks is not None and config.block_size != "auto":
-                count = config.num_blocks + sum(config.num_blocks_pattern.values())
-                checks.check_weight(parts.weight, count, config.block_size)
             checks.check_config(vars(config), parts)
         return config
 

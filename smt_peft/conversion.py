@@ -144,10 +144,10 @@ def _factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LoRA's A [rank, in] and B [out, rank], float32: the nearest to a delta in the Frobenius norm. And the squares of
     all singular values, of which those from the rank on are lost."""
-    matrix = torch.zeros(shape)
-    matrix[blocks.entries] = blocks.deltas
-    rows, cols = (side.flatten().unique() for side in (blocks.rows, blocks.cols))  # all others are zero
-    u, s, v = torch.linalg.svd(matrix[rows[:, None], cols].double(), full_matrices=False)
+    (rows, i), (cols, j) = (side.unique(return_inverse=True) for side in (blocks.rows, blocks.cols))
+    matrix = torch.zeros(len(rows), len(cols), dtype=torch.float64)  # all other rows and columns are zero
+    matrix[i[:, :, None], j[:, None, :]] = blocks.deltas.double()
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         held = s.square().cumsum(0)
         rank = int((held < energy * held[-1]).sum()) + 1
@@ -232,6 +232,7 @@ def adapter_of_difference(
         ValueError: where a target is in only one of the checkpoints or not stored as it is used, or where no target
             differs.
     """
+    refuse_same_folder(out, [base_folder, tuned_folder])
     pair = Pair(Checkpoint(Path(base_folder)), Checkpoint(Path(tuned_folder)))
     empty = empty_model(Path(base_folder))
     keys = stored_keys(empty, pair.keys)

@@ -30,7 +30,7 @@ from smt_peft.checks import (
 )
 from smt_peft.config import SMTConfig
 from smt_peft.ops import tile_features
-from smt_peft.places import Tiles, parse_sorted, short
+from smt_peft.places import short
 from smt_peft.selected import SELECTION_FILE
 from smt_peft.writing import written_whole
 
@@ -111,17 +111,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
             version 1 also where their config does not say which blocks are whose.
     """
     config = adapter_config(Path(folder))
-    selected, is_sorted = config.get("selected_blocks"), config.get("arrangement") == "sorted"
-    if not isinstance(selected, (Mapping, type(None))):
-        raise ValueError(f"{CONFIG_NAME} in {folder} has selected_blocks that are no mapping by name.")
-    parse = parse_sorted if is_sorted else Tiles.parse
-    selected = selected and {name: parse(name, blocks) for name, blocks in selected.items()}
     file = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     if not file.is_file():
         raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}.")
     parts = take_apart(load(file))
-    defaults = {"arrangement": "tiles", "bias": "none"}
-    check_config({**defaults, **config, "selected_blocks": selected}, parts)
+    checked = SMTConfig.from_peft_type(**{**config, "peft_type": "SMT"})  # refuses values of wrong types
+    selected = checked.selected_blocks
+    check_config(vars(checked), parts)
     size, index = parts.weight.shape[1], parts.index.long()
     if parts.content:
         names = {position: target.name for position, target in enumerate(parts.content["targets"])}
@@ -176,6 +172,8 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     Raises:
         ValueError: where the blocks do not fit the shapes or the configuration.
     """
+    if not (adapter.blocks and adapter.shapes):
+        raise ValueError("The adapter has no blocks to write, or no shapes, as files of version 1 have none.")
     config = SMTConfig.from_peft_type(**{**adapter.config, "selected_blocks": None})
     size, is_sorted = config.block_size, config.arrangement == "sorted"
     targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -75,7 +76,7 @@ class Checkpoint:
             self.index = None
         elif self.index.is_file():
             self.files: dict[str, str] = read_json(self.index).get("weight_map") or {}
-            if not self.files:
+            if not isinstance(self.files, dict) or not self.files or {*map(type, self.files.values())} != {str}:
                 raise ValueError(f"{self.index} has no weight_map; download or copy it again.")
         else:
             raise ValueError(
@@ -124,14 +125,18 @@ def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = 
 
     Args:
         revision: on the hub.
-        kinds: of files that hold weights.
+        kinds: of files that hold weights; of the first that is there.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
-        kinds = [*kinds, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
-        skipped = ["*/*", "consolidated*"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kinds, ignore_patterns=skipped))
+        for kind in kinds:
+            wanted = [kind, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
+            skipped = ["*/*", "consolidated*"]
+            folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skipped)
+            if any(Path(folder).glob(kind)):  # many repositories have the same weights in both forms
+                break
+        return Path(folder)
     except (OSError, ValueError) as error:  # of many kinds, with many words
         why = type(error).__name__
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
@@ -192,17 +197,18 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
         is_parameter = target not in whole and (name.endswith(target) or target.endswith(name))
         transposed = not is_parameter and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
         shape, dtype = checkpoint.look(stored[name])
-        if target in whole:
-            found, expected = shape, tuple(whole[target].shape)
-        else:
-            found, expected = (torch.Size(shape[:-1]).numel(), shape[-1]), adapter.shapes[target]
-            found = found[::-1] if transposed else found
+        found, expected = ([shape], [tuple(whole[target].shape)]) if target in whole else ([], [])
+        of_blocks = target.removesuffix(".weight") if target in whole else target
+        blocks = adapter.blocks.get(of_blocks)
+        if blocks is not None:
+            matrix = torch.Size(shape[:-1]).numel(), shape[-1]
+            found.append(matrix[::-1] if transposed else matrix)
+            expected.append(adapter.shapes[of_blocks])
         if found != expected:
             raise ValueError(
-                f"{target} has the shape {expected} in the adapter, and {found} in {base}: the adapter was made for "
-                "another model; name that with --base."
+                f"{target} has the shape {expected[-1]} in the adapter, and {found[-1]} in {base}: the adapter was "
+                "made for another model; name that with --base."
             )
-        blocks = adapter.blocks.get(target.removesuffix(".weight") if target in whole else target)
         if blocks is not None and dtype not in FLOATS:
             raise ValueError(f"{base} stores {name} quantised ({dtype}); merge into the model it was made from.")
         changes[stored[name]] = Change(whole.get(target), blocks, transposed)
@@ -307,7 +313,9 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
     about = adapter_config(adapter)
     if (method := about.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{adapter} is of the method {method}, which this PEFT does not know; update it.")
-    name = (about.get("auto_mapping") or {}).get("base_model_class") or CLASSES.get(about.get("task_type"))
+    mapping = about.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    name = name or CLASSES.get(about.get("task_type"))
     name = name or (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
     if not hasattr(transformers, name):
         raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
@@ -324,7 +332,7 @@ def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: 
         if key in changes:
             tensors[key] = changed(key, tensors[key], changes[key])
     save_file(tensors, target, metadata)
-    shutil.copymode(source, target)  # safetensors lets nobody else read its files
+    target.chmod(source.stat().st_mode | stat.S_IWUSR)  # safetensors lets nobody else read its files
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -221,7 +221,13 @@ class SMTModel(BaseTuner):
                 own, a number of weights that is not that of the adapters, or rows and columns that cross too much.
         """
         method = combining.Method(combination_type, density, majority_sign_method)
-        combining.add_weighted_adapter(self, adapters, weights, adapter_name, method)
+        is_new = adapter_name not in self.peft_config
+        try:
+            combining.add_weighted_adapter(self, adapters, weights, adapter_name, method)
+        except BaseException:
+            if is_new:
+                _take_out(self.model, adapter_name)
+            raise
 
     # --- state dicts -----------------------------------------------------------------------------------------------
 

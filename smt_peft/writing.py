@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +45,8 @@ def check_is_new(folder: Path) -> None:
         not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     ):
         raise ValueError(f"{folder} is not empty; name another folder, or empty it.")
+    for left in folder.glob(f"{UNFINISHED}*"):
+        warnings.warn(f"{left} was left by a run that was ended, and nothing uses it: remove it, it may be large.")
 
 
 def _order(file: Path) -> tuple[bool, bool, bool]:

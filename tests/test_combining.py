@@ -11,10 +11,12 @@ from dense_truth import (
     assert_base_untouched,
     assert_close,
     assert_right,
+    assert_same_state,
     bank_of,
     deltas_of,
     make_config,
     outputs,
+    state_of,
     train,
     wrap,
 )
@@ -231,6 +233,16 @@ def test_density_one_keeps_everything(base):
     model = two(base, **SECOND["sorted"])
     model.add_weighted_adapter(["default", "second"], [1, 1], "mix", "dare_linear", density=1)
     assert_deltas(model, "mix", summed(model, {"default": 1, "second": 1}))
+
+
+def test_a_sum_that_is_interrupted_leaves_no_trace(base, monkeypatch):
+    model = two(base, **SECOND["other tiles"])
+    before = state_of(model)
+    monkeypatch.setattr(combining, "fill", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.add_weighted_adapter(["default", "second"], [1, 1], "mix")
+    assert_same_state(state_of(model), before)
+    assert "mix" not in model.peft_config
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from smt_peft import SMTConfig, merging
 from smt_peft.__main__ import main
 from smt_peft.files import read_adapter
 from smt_peft.patches import apply_patch
+from smt_peft.writing import UNFINISHED
 
 CONV1D = {"target_modules": ["c_attn", "c_proj"], "budget": 30}
 
@@ -213,10 +214,29 @@ def test_options_of_the_other_conversion_are_refused(llama, tmp_path, refused):
     assert "--num_blocks would do nothing" in refused(
         "convert", tmp_path / "adapter", "--rank", 8, "--num_blocks", 9, *out
     )
+    idle = "--block_size", 32, "--arrangement", "sorted"
+    said = refused("convert", tmp_path / "adapter", "--rank", 8, *idle, *out)
+    assert "--block_size, --arrangement would do nothing" in said
     base = tmp_path / "base"
     assert "is a model, for which --rank would do nothing" in refused(
         "convert", base, "--base", base, "--rank", 8, *out
     )
+
+
+def test_options_of_other_combinations_are_refused(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    both = "combine", tmp_path / "adapter", tmp_path / "adapter", "--out", tmp_path / "out"
+    assert "density=0.2 does nothing for combination_type='linear'" in refused(*both, "--density", 0.2)
+    sign = "--majority_sign_method", "frequency"
+    assert "does nothing for --type linear" in refused(*both, *sign)
+
+
+def test_what_an_ended_run_left_is_named(llama, tmp_path, capsys):
+    save(tmp_path, llama)
+    left = tmp_path / "out" / f"{UNFINISHED}x"
+    left.mkdir(parents=True)
+    main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--json"])
+    assert f"{left} was left by a run that was ended" in capsys.readouterr().err
 
 
 def test_an_adapter_that_has_diverged_is_drawn_and_told_of(llama, tmp_path, run):

@@ -348,6 +348,15 @@ def test_models_that_do_not_differ_are_refused(folders):
     assert not (folder / "difference").exists()
 
 
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_neither_model_is_written_into(folders, name):
+    _, _, folder = folders
+    before = sorted(path.name for path in (folder / name).iterdir())
+    with pytest.raises(ValueError, match="is what is read; write into another folder"):
+        adapter_of_difference(folder / "base", folder / "tuned", folder / name, num_blocks=3, block_size=16)
+    assert sorted(path.name for path in (folder / name).iterdir()) == before
+
+
 def test_an_adapter_goes_through_its_merged_model_and_back(llama, tmp_path, batches):
     """An SMT adapter is what its merged model differs by, where its blocks are known to be enough."""
     llama.save_pretrained(tmp_path / "base")

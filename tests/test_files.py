@@ -30,7 +30,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
 from smt_peft import SMTConfig
-from smt_peft.files import read_adapter
+from smt_peft.bases import far_apart
+from smt_peft.checks import fingerprint, in_order_of, take_apart
+from smt_peft.files import read_adapter, write_adapter
 from smt_peft.places import Tiles
 
 ROOT = Path(__file__).parents[1]
@@ -240,6 +242,7 @@ REFUSED = {
     "a list of numbers": (with_config(exclude_modules=[5]), r"exclude_modules=\[5\] is not a list of names"),
     "letters for layers": (with_config(layers_to_transform="01"), "layers_to_transform='01' is neither"),
     "a mapping for a rule": (with_config(selection={"a": 1}), "selection=.* is not one of gradient"),
+    "a list of lists": (with_config(modules_to_save=[[1]]), r"modules_to_save=\[\[1\]\] is not a list of names"),
     "no regex": (with_config(num_blocks_pattern={"(": 3}, num_blocks=5, selected_blocks=None), "is no regex"),
     "an endless regex": (
         with_config(num_blocks_pattern={r"^(.|..|...)*[A-Z]\d$": 3}, num_blocks=5, selected_blocks=None),
@@ -260,8 +263,12 @@ def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load,
     assert not getattr(llama, "peft_config", None)
 
 
-@pytest.mark.parametrize("damage, words", [REFUSED[name] for name in list(REFUSED)[:15]], ids=list(REFUSED)[:15])
-def test_a_reader_without_the_model_refuses_as_much(folder, damage, words):
+OF_A_MODEL = {"other targets", "no regex", "an endless regex"}  # only a model shows what is wrong with these
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name not in OF_A_MODEL])
+def test_a_reader_without_the_model_refuses_as_much(folder, name):
+    damage, words = REFUSED[name]
     damage(folder)
     with pytest.raises(ValueError, match=words):
         read_adapter(folder)
@@ -566,3 +573,28 @@ def test_state_by_hand_keeps_the_selection_of_the_file(llama, folder):
     model = wrap(llama, budget=8, seed=5)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     assert bank_of(model).index.tolist() == load_file(folder / WEIGHTS)[BANK + "index"].tolist()
+
+
+# --- without blocks ----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_has_no_blocks_yet_is_read_for_targets_in_any_order_and_not_written(llama, tmp_path):
+    get_peft_model(deepcopy(llama), SMTConfig(block_size=16, num_blocks=8)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no blocks to write"):
+        write_adapter(tmp_path / "out", read_adapter(tmp_path))
+    assert not (tmp_path / "out").exists()
+    parts = take_apart(load_file(tmp_path / WEIGHTS))
+    targets = parts.content["targets"][::-1]
+    turned = in_order_of(targets, parts)
+    assert (turned.index == -1).all() and turned.fingerprint.item() == fingerprint(16, targets)
+
+
+# --- whose base --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 8, 50])
+def test_sampled_weights_reach_from_the_first_to_the_last(count):
+    names = list(range(count))
+    chosen = far_apart(names)
+    assert len(chosen) == min(4, count) and chosen == sorted(set(chosen))
+    assert not names or (chosen[0] == names[0] and (chosen[-1] == names[-1] or count == 1))
