@@ -6,6 +6,7 @@ view as an input and returns that view's gradient; autograd joins the parts into
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -273,8 +274,9 @@ class DeltaBank(nn.Module):
 
     def _prepare(self) -> None:
         """Make the plans where the index is: a compiler can look them up, but not make them."""
-        if self.index.device.type != "meta":
-            self.layout()
+        if type(self.index) is Tensor and self.index.device.type != "meta":
+            with contextlib.suppress(ValueError):  # after `to_empty`, before the values come
+                self.layout()
 
     def _forget_views(self) -> None:
         """Let go of the old graph, and of the old storage."""

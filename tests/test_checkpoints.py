@@ -193,3 +193,16 @@ def test_adapter_files_of_earlier_versions_go_on_training(llama, batches, folder
     for gradient, (target, row, col) in zip(bank.weight.grad, bank.index.tolist(), strict=True):
         full = dense.get_submodule(bank.targets[target].name).weight.grad
         torch.testing.assert_close(gradient, full.unfold(0, 16, 16).unfold(1, 16, 16)[row, col], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_is_made_empty_can_be_filled_again(llama, logits):
+    model = wrap(llama)
+    expected, state = logits(model), deepcopy(model.state_dict())
+    model.to_empty(device="cpu")
+    bank = model.base_model.model.smt_bank["default"]
+    bank.index.fill_(10_000)  # whatever lay there
+    bank.to("cpu", torch.float64).float()
+    rope = llama.model.rotary_emb
+    model.load_state_dict(state)
+    rope.inv_freq = type(rope)(llama.config).inv_freq  # no part of a state
+    assert torch.equal(logits(model), expected)
