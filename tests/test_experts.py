@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from dense_truth import bank_of
 from peft import PeftModel, get_peft_model
 
 from smt_peft import SMTConfig, select_blocks
@@ -49,10 +50,6 @@ def config(request):
         warmup_steps=1,
         task_type="CAUSAL_LM",
     )
-
-
-def bank_of(model):
-    return model.base_model.model.smt_bank["default"]
 
 
 def parameter(model, target: str) -> torch.nn.Parameter:

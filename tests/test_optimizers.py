@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from dense_truth import bank_of
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -264,10 +265,6 @@ def make_trainer(llama, tmp_path):
         return Trainer(model, args, None, Sentences(), callbacks=[SMTWarmupCallback()], optimizer_cls_and_kwargs=muon)
 
     return make
-
-
-def bank_of(model) -> nn.Module:
-    return model.base_model.model.smt_bank["default"]
 
 
 def optimizer_of(trainer: Trainer) -> BlockMuon:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from dense_truth import bank_of
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -66,10 +67,6 @@ def loaded_with_a_device_map(model: LlamaForCausalLM, folder: Path):
 def place(request, tmp_path_factory):
     """A function that puts a model under hooks."""
     return partial(request.param, folder=tmp_path_factory.mktemp("offload"))
-
-
-def bank_of(model):
-    return model.base_model.model.smt_bank["default"]
 
 
 def layers_of(model) -> list[Linear]:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from dense_truth import bank_of
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -63,10 +64,6 @@ def settings(folder, **changes) -> dict:
 
 def logged(trainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def bank_of(model, adapter: str = "default"):
-    return model.base_model.model.smt_bank[adapter]
 
 
 PLAIN = [{"text": text(i, 5 + i)} for i in range(BATCH)]
