@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
+from smt_peft.quantized import dequantized
 
 NUM_BLOCKS, SIZE = 6, 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -107,7 +108,7 @@ def smt_layers(model) -> dict[str, torch.nn.Module]:
 
 
 def dequantized_weights(model) -> dict[str, torch.Tensor]:
-    return {name: layer.get_base_weight().detach().clone() for name, layer in smt_layers(model).items()}
+    return {name: dequantized(layer).detach().clone() for name, layer in smt_layers(model).items()}
 
 
 @torch.no_grad()
