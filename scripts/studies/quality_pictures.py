@@ -53,23 +53,28 @@ def draw(study: dict, results: Results, frames: Frames, path: Path) -> str:
 
 def draw_overview(against: Against, path: Path) -> None:
     """How far SMT is from LoRA in test loss, a row per place: on the left SMT is better."""
-    figure = Figure(figsize=(8.5, 1.2 + 0.4 * len(against)), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7.5, 1.2 + 0.34 * len(against)), layout="constrained")
+    axes, named = figure.subplots(), set()
     for row, (lora, paper, _, best) in enumerate(against.values()):
         for result, aside, (colour, marker), label in (
-            (paper, -0.12, OTHERS, "the paper's: whole model"),
-            (best, 0.12, (GREEN, "s"), "best by validation"),
+            (paper, -0.12, OTHERS, "SMT as in the paper"),
+            (best, 0.12, (GREEN, "s"), "the best SMT by validation"),
         ):
-            differences = result.minus(lora, "test_loss")
-            look = {"fmt": marker, "color": colour, "capsize": 3, "label": label if row == 0 else None}
-            axes.errorbar(fmean(differences), row + aside, xerr=spread(differences), **look)
+            if result is not None:
+                differences = result.minus(lora, "test_loss")
+                look = {"fmt": marker, "color": colour, "capsize": 3, "label": label if label not in named else None}
+                named.add(label)
+                axes.errorbar(fmean(differences), row + aside, xerr=spread(differences), **look)
     axes.axvline(0, color=REFERENCE[0], linewidth=1.2)
     axes.set_yticks(
         range(len(against)), [f"{place.testbed}\n{place.target}, {place.budget:,}" for place in against], fontsize=8
     )
     axes.set_ylim(len(against) - 0.4, -0.6)  # the first place above
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.margins(x=0.02)
+    axes.set_xticks([-0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5], ["-0.1", "-0.05", "0", "0.05", "0.1", "0.2", "0.5"])
     axes.set_xlabel("test loss of SMT - test loss of LoRA (left: SMT is better)")
-    figure.legend(loc="outside right upper", frameon=False, title="SMT")
+    figure.legend(loc="outside upper center", frameon=False, ncols=2)
     save(figure, path)
 
 

@@ -14,7 +14,7 @@ import numpy
 from bench_quality import best_with_seeds, planned, validation_of
 
 LORA, PAPER = "LoRA", "SMT, whole model"  # names that studies give to LoRA and to the paper's recipe
-BLOCKS = ("SMT, ", "sorted, ")  # how names begin that studies give to SMT's recipes
+BLOCKS = ("SMT, ", "sorted", "tiles", "random tiles", "blocks of ")  # how names of SMT's recipes begin
 
 
 @dataclass(frozen=True, order=True)
@@ -71,7 +71,7 @@ Results = dict[Place, dict[str, Result]]  # place -> method -> result, in the st
 # What stands in one table, or in one panel: title -> row -> its result and that of the method to compare with.
 Frames = dict[str, dict[str, tuple[Result, Result | None]]]
 # LoRA, the paper's SMT, and the SMT that validation prefers, with its name, where all of them were tuned.
-Against = dict[Place, tuple[Result, Result, str, Result]]
+Against = dict[Place, tuple[Result, Result | None, str, Result]]
 
 
 def runs_of(study: dict, lines: list[dict]) -> list[dict]:
@@ -119,7 +119,8 @@ def frames(study: dict, results: Results) -> Frames:
 
 
 def against_lora(studies: list[tuple[dict, Results]]) -> Against:
-    """The places where LoRA and the paper's SMT were tuned, with the best SMT of all studies that were trained alike.
+    """The places where LoRA and SMT were tuned: LoRA, the paper's SMT if it was, and the name and the result of the
+    best SMT of all studies that were trained alike; of trainings that were not, the kind with more seeds.
 
     What ran with fewer seeds than LoRA is left out: it was not compared yet.
     """
@@ -133,11 +134,11 @@ def against_lora(studies: list[tuple[dict, Results]]) -> Against:
                     here[name] = result
     found = {}
     for (place, *_), methods in sorted(tuned.items()):
-        if LORA in methods and PAPER in methods:
-            lora = methods[LORA]
-            blocks = [name for name in methods if name != LORA and len(methods[name].runs) >= len(lora.runs)]
+        lora = methods.pop(LORA, None)
+        blocks = [name for name, result in methods.items() if lora and len(result.runs) >= len(lora.runs)]
+        if blocks and (place not in found or len(lora.runs) > len(found[place][0].runs)):
             best = min(blocks, key=lambda name: methods[name].mean("validation_loss"))
-            found[place] = lora, methods[PAPER], best, methods[best]
+            found[place] = lora, methods.get(PAPER), best, methods[best]
     return found
 
 

@@ -2,9 +2,9 @@
 
     python scripts/studies/report_quality.py configs/study/*.yaml --page docs/experiments.md
 
-RESULTS/quality_STUDY.md is written whole: what RESULTS/notes/STUDY.md says, the picture and the tables. --page names
-the page whose markers `<!-- quality_overview -->` and `<!-- /quality_overview -->` enclose the overview of all
-studies. Studies that are not complete are reported as far as they are.
+RESULTS/quality_STUDY.md is written whole: what RESULTS/notes/STUDY.md says, the picture and the tables. With --page,
+RESULTS/quality_overview.md is, too, where all studies that this page links are given. Studies that are not complete
+are reported as far as they are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ from quality_results import (
 
 EXPLAINED = Path(__file__).parents[2] / "docs/experiments.md"
 OVERVIEW = "quality_overview"
-START, END = f"<!-- {OVERVIEW} -->", f"<!-- /{OVERVIEW} -->"
+READING = """\
+Test loss in nats; for encoders, too, because accuracy is coarse (the tables of the studies have it). Each row is one
+testbed, its target modules and its trained parameters. *Paper's SMT* has one ranking of the whole model; empty where
+it was not tried. *Best SMT* is the one with the least validation loss of all its recipes that have as many seeds as
+LoRA. *Old domain at equal loss* is what more it forgets than LoRA at learning rates where both reach the same test
+loss (first seed); empty where the losses that the two reach do not overlap, or nothing is there to forget."""
 NAMES = {
     "test_loss": "test",
     "test_accuracy": "accuracy",
@@ -50,11 +55,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("studies", nargs="+", type=Path, help="YAML files of the studies")
     parser.add_argument("--results", default="docs/results", type=Path, help="folder of the JSON lines and the pages")
-    parser.add_argument("--page", type=Path, help="page to put the overview into")
+    parser.add_argument("--page", type=Path, help="page with links to all studies")
     options = parser.parse_args(argv)
-    text = options.page.read_text() if options.page else ""
-    if options.page and not (START in text and END in text):  # before any work
-        raise SystemExit(f"{options.page} has no place for the overview: add {START} and {END}.")
+    linked = set(re.findall(r"/quality_(\w+)\.md\)", options.page.read_text())) if options.page else set()
     reported = {}
     for path in options.studies:
         lines = options.results / f"quality_{path.stem}.jsonl"
@@ -74,15 +77,14 @@ def main(argv: list[str]) -> None:
         print(f"{path}: {len(runs)} runs{left_out}")
     if not options.page:
         return
-    missing = set(re.findall(r"/quality_(\w+)\.md\)", text)) - set(reported)
-    if missing:
-        print(f"{options.page}: the overview stays as it is, because it needs {', '.join(sorted(missing))}, too")
+    if missing := linked - {*reported, "overview"}:
+        print(f"The overview stays as it is, because {options.page} links {', '.join(sorted(missing))}, too.")
     elif against := against_lora([*reported.values()]):
-        picture = options.results / f"{OVERVIEW}.png"
-        draw_overview(against, picture)
-        link = f"![overview]({os.path.relpath(picture, options.page.parent)})"
-        before, rest = text.split(START)
-        options.page.write_text(f"{before}{START}\n{link}\n\n{overview(against)}\n{END}{rest.partition(END)[2]}")
+        draw_overview(against, options.results / f"{OVERVIEW}.png")
+        page = options.results / f"{OVERVIEW}.md"
+        measured = f"[How it is measured]({os.path.relpath(EXPLAINED, page.parent)}#how-it-is-measured)."
+        parts = ["# SMT beside LoRA", f"{READING} {measured}", f"![overview]({OVERVIEW}.png)", overview(against)]
+        page.write_text("\n\n".join(parts) + "\n")
 
 
 def head(study: dict, path: Path, runs: list[dict], lines: Path) -> str:
@@ -128,11 +130,11 @@ def overview(against: Against) -> str:
     head += ["seeds", "old domain at equal loss"]
     rows = [head, ["---"] * len(head)]
     for place, (lora, paper, name, best) in against.items():
-        differences = [shown(one.minus(lora, "test_loss"), "test_loss", "+") for one in (paper, best)]
+        differences = [one and shown(one.minus(lora, "test_loss"), "test_loss", "+") for one in (paper, best)]
         loss, more = shown(lora.values("test_loss"), "test_loss"), shown(forgets_more(best, lora), "old_loss", "+")
         name, seeds = name.removeprefix("SMT, "), str(len(best.runs))
         where = f"{place.testbed}, {place.target}, {place.budget:,}"
-        rows.append([where, loss, differences[0], name, differences[1], seeds, more])
+        rows.append([where, loss, differences[0] or "", name, differences[1], seeds, more])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
