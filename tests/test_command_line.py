@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -625,6 +626,23 @@ def test_combine(llama, tmp_path, run):
         torch.testing.assert_close(delta, one[name] - two[name] / 2)
 
 
+def test_combine_by_signs(llama, tmp_path, run):
+    """By the same options the command does what Python does."""
+    for seed, name in enumerate(["one", "two"]):
+        save(tmp_path / name, llama, seed=seed)
+    folders = [tmp_path / name / "adapter" for name in ("one", "two")]
+    options = "--type", "ties", "--density", 0.5, "--majority_sign_method", "frequency"
+    run("combine", *folders, *options, "--out", tmp_path / "sum")
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "one/base"), folders[0])
+    model.load_adapter(folders[1], "two")
+    how = {"combination_type": "ties", "density": 0.5, "majority_sign_method": "frequency"}
+    model.add_weighted_adapter(["default", "two"], [1, 1], "mix", **how)
+    model.load_adapter(tmp_path / "sum", "sum")
+    found, expected = deltas_of(model, "sum"), deltas_of(model, "mix")
+    assert found.keys() == expected.keys() and any(delta.any() for delta in found.values())
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_convert_to_lora(llama, tmp_path, run):
     deltas = deltas_of(save(tmp_path, llama))
     report = run("convert", tmp_path / "adapter", "--rank", 4, "--out", tmp_path / "lora")
@@ -633,6 +651,35 @@ def test_convert_to_lora(llama, tmp_path, run):
     lost = sum((found.get(name, 0) - delta).square().sum() for name, delta in deltas.items())
     total = sum(delta.square().sum() for delta in deltas.values())
     assert report["error"] == pytest.approx((lost / total).sqrt().item(), rel=1e-4) and 0.1 < report["error"] < 1
+
+
+def test_convert_with_as_many_ranks_as_hold_a_share(llama, tmp_path, run):
+    save(tmp_path, llama)
+    errors = []
+    for energy in (0.5, 0.9, 1):
+        report = run("convert", tmp_path / "adapter", "--energy", energy, "--out", tmp_path / f"lora{energy}")
+        errors.append(report["error"])
+        assert all(one["error"] ** 2 <= 1 - energy + 1e-6 for one in report["by_module"].values())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_convert_takes_a_share_and_an_arrangement(llama, tmp_path, run):
+    save(tmp_path, llama)
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "tuned")
+    options = (
+        "--trainable_ratio",
+        0.05,
+        "--block_size",
+        8,
+        "--arrangement",
+        "sorted",
+        "--target_modules",
+        "q_proj, v_proj",
+    )
+    report = run("convert", tmp_path / "tuned", "--base", tmp_path / "base", *options, "--out", tmp_path / "found")
+    config = SMTConfig.from_pretrained(tmp_path / "found")
+    assert config.arrangement == "sorted" and config.target_modules == {"q_proj", "v_proj"}
+    assert report["blocks"] == config.num_blocks == round(0.05 * llama.num_parameters() / 64)
 
 
 def test_convert_a_fully_fine_tuned_model(llama, tmp_path, run, refused):
@@ -653,6 +700,24 @@ def test_patch(llama, tmp_path, run):
     apply_patch(llama, load_file(tmp_path / "patch.safetensors"))
     assert_same(llama.state_dict(), merged(tmp_path, LlamaForCausalLM))
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "patch.safetensors"}
+
+
+def test_patch_of_another_base_in_another_dtype(llama, tmp_path, run):
+    save(tmp_path, llama)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    options = "--base", tmp_path / "moved", "--dtype", "bfloat16"
+    run("patch", tmp_path / "adapter", *options, "--out", tmp_path / "patch.safetensors")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.bfloat16)
+    expected = PeftModel.from_pretrained(deepcopy(plain), tmp_path / "adapter").merge_and_unload().state_dict()
+    apply_patch(plain, load_file(tmp_path / "patch.safetensors"))
+    assert_same(plain.state_dict(), expected)
+
+
+def test_as_a_module_it_runs_too(llama, tmp_path):
+    save(tmp_path, llama)
+    words = [sys.executable, "-m", "smt_peft", "plot", tmp_path / "adapter", tmp_path / "blocks"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "blocks.png" in ended.stdout and (tmp_path / "blocks.png").stat().st_size, "a name without a suffix"
 
 
 @pytest.mark.parametrize("command", ["info", "plot", "diff", "merge", "combine", "convert", "patch"])
