@@ -156,7 +156,9 @@ class _Apart:
     (inputs, num_items_in_batch), is a step of its own, without accumulation."""
 
     def __init__(self, trainer: Trainer, dataloader):
-        self.trainer, self.dataloader = copy.copy(trainer), dataloader
+        self.trainer, self.dataloader = copy.copy(trainer), copy.copy(dataloader)  # one may keep its workers
+        if hasattr(dataloader, "base_dataloader"):  # accelerate's
+            self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
         self.trainer.state = copy.copy(trainer.state)
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
         for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs"):  # where TRL's losses log

@@ -48,16 +48,17 @@ def run(base, tmp_path, data, model=None, warmup=True, steps=4, collator=None, *
         report_to="none", disable_tqdm=True, save_strategy="no", learning_rate=1e-2, **settings,
     )  # fmt: skip
     model = model or adapted(base, **({} if warmup else {"selection": "random"}))
-    callback, batches = SMTWarmupCallback(), []
+    callback, batches, drawn = SMTWarmupCallback(), [], []
     callbacks = [callback] if warmup else []
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks, data_collator=collator)
     original = trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):
         batches.append(inputs["input_ids"].clone())
+        drawn.append(torch.get_rng_state())
         return original(model, inputs, *args, **kwargs)
 
-    trainer.training_step = training_step
+    trainer.training_step, trainer.random_states = training_step, drawn
     trainer.train()
     return trainer, callback, batches
 
@@ -78,11 +79,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_sees_the_batches_that_it_would_see_without_a_warmup(base, tmp_path, kind):
+def test_training_sees_the_batches_and_random_numbers_that_it_would_see_without_a_warmup(base, tmp_path, kind):
     data, settings = KINDS[kind]
     trainer, callback, with_warmup = run(base, tmp_path, data(), **settings)
-    *_, without = run(base, tmp_path, data(), warmup=False, **settings)
+    other, _, without = run(base, tmp_path, data(), warmup=False, **settings)
     assert [b.tolist() for b in with_warmup] == [b.tolist() for b in without]
+    assert all(map(torch.equal, trainer.random_states, other.random_states)), "dropout, among others"
     assert callback.selection.batches == 3
     assert len(with_warmup) == trainer.state.global_step == 4
     assert trainer.model.base_model.model.smt_bank["default"].weight.abs().max() > 0
