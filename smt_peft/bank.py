@@ -119,11 +119,11 @@ class DeltaBank(nn.Module):
         plan = self.plan(target, device)
         if plan is None:
             return None, None
-        if hasattr(weight, "ds_id"):
+        if _is_sharded(weight):
             return plan, (self.split() if self.running is None else self.running)[target]
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
-        if isinstance(weight, DTensor) or self.layout().order is not None or is_traced:
+        if self.layout().order is not None or is_traced:
             return plan, self.split()[target]  # copies, which could go stale
         return plan, self._keep(device).views[target]
 
@@ -146,7 +146,11 @@ class DeltaBank(nn.Module):
                 if weight.requires_grad:
                     weight.register_hook(self._end_backward)
             elif isinstance(weight, DTensor):  # a unit of its own, whose gradients FSDP does not join
-                weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+                mesh = weight.device_mesh
+                weight = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+                if weight.requires_grad:
+                    weight.register_hook(lambda gradient: gradient / mesh.size())
+                    weight.register_hook(self._end_backward)
             return _split(weight, layout)
 
     def _end_backward(self, gradient: Tensor) -> None:
@@ -159,13 +163,13 @@ class DeltaBank(nn.Module):
     def begin_forward(self, model: nn.Module, adapter: str) -> None:
         """Make what layers need in a forward of the whole model and could not make themselves.
 
-        A copy of the bank under ZeRO-3; in a compiled model the one split whose parts all layers take; for layers that
-        are compiled one by one, their `Share.ready`.
+        A copy of a bank that is sharded; in a compiled model the one split whose parts all layers take; for layers
+        that are compiled one by one, their `Share.ready`.
         """
         self.running = None
         if not self.is_selected:
             return
-        if hasattr(self._parameters["weight"], "ds_id") or torch.compiler.is_compiling():
+        if _is_sharded(self._parameters["weight"]) or torch.compiler.is_compiling():
             self.running = self.split()
             return
         if torch.is_grad_enabled() or self.shares is None:
@@ -376,6 +380,10 @@ def _split(weight: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     if layout.order is not None:
         weight = weight.index_select(0, layout.order.to(weight.device))
     return weight.split(layout.counts)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
 
 
 def _version(tensor: Tensor) -> int:

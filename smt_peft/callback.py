@@ -49,8 +49,8 @@ class SMTWarmupCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
-            optimizer does not have its deltas, where the data can be read only once, where `avoid` comes too late for
-            blocks that need no warm-up, and for what `select_blocks` refuses.
+            optimizer does not have its deltas, where the data can be read only once, where `avoid` stands beside a
+            selection or a rule that needs no warm-up, and for what `select_blocks` refuses.
     """
 
     def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
@@ -83,8 +83,9 @@ class SMTWarmupCallback(TrainerCallback):
                     f"Adapter {self.adapter_name!r} has other blocks already (loaded, given, or by a rule that needs "
                     "no data) than those of SMTWarmupCallback(selection=...). Leave one of the two out."
                 )
-            records = self._given, _record_beside(resumed, self.adapter_name), config.made_by
-            self.selection = next((one for one in records if one is not None and one.has_blocks(blocks)), None)
+            if self._given is None:
+                records = _record_beside(resumed, self.adapter_name), config.made_by
+                self.selection = next((one for one in records if one is not None and one.has_blocks(blocks)), None)
             config.made_by = self.selection
             return
         if self._given is not None:
@@ -141,7 +142,8 @@ def _same_order_afterwards(dataloader) -> Iterator[None]:
     """Put the generators of a dataloader's own samplers back, or training would shuffle otherwise than without."""
     owners = [dataloader]
     for owner in owners:  # accelerate puts layers between them
-        owners += [part for name in ("batch_sampler", "sampler") if (part := getattr(owner, name, None)) is not None]
+        parts = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+        owners += [part for part in parts if all(part is not one for one in (None, *owners))]
     generators = [getattr(owner, "generator", None) for owner in owners]
     states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
     try:
@@ -192,6 +194,7 @@ class _Apart:
 class SMTMonitorCallback(TrainerCallback):
     """Warns, once, where a run diverges: of gradient norms in the Trainer's log that are not finite or leap, and of
     deltas that are not finite, at every save and in the end. Refuses to resume from a checkpoint that is half written.
+    Of several processes each needs it.
 
     Args:
         adapter_name: whose deltas to look at.
@@ -231,11 +234,11 @@ class SMTMonitorCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         part = self._bank.local()
-        counts = torch.tensor([part.isfinite().sum(), part.numel()], device=part.device)
+        counts = torch.tensor([part.isfinite().sum(), part.numel()], device=self._bank.index.device)
         finite, count = reduce_over_ranks(counts).tolist()  # each may have another part
         if finite < count:
-            share = 1 - finite / count
-            self._warn_once(f"{share:.2%} of the trained values are not finite at step {state.global_step}")
+            share = f"{100 - 100 * finite / count:.3g} %"
+            self._warn_once(f"{share} of the trained values are not finite at step {state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.on_save(args, state, control)

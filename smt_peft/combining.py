@@ -57,7 +57,8 @@ class Method(NamedTuple):
             raise ValueError(f"majority_sign_method={self.majority_sign_method!r} is neither 'total' nor 'frequency'.")
         if kind == "linear" and self.density is not None:
             raise ValueError(
-                f"density={self.density} does nothing for combination_type='linear': leave one of them out."
+                f"density={self.density} does nothing for 'linear', which prunes nothing: leave density out, or "
+                "choose another combination_type."
             )
         if kind != "linear" and not (self.density is not None and 0 < self.density <= 1):
             raise ValueError(
@@ -191,7 +192,7 @@ def _warn_of_other_base(folders: list[str], parts: list[StoredAdapter]) -> None:
 def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
     """Raise ValueError where what is read would be written over."""
     if any(Path(out).resolve() == Path(folder).resolve() for folder in folders):
-        raise ValueError(f"{out} is what is read; write into another folder.")
+        raise ValueError(f"{out} is one of the inputs; write into another folder.")
 
 
 # --- what both need --------------------------------------------------------------------------------------------------

@@ -69,11 +69,6 @@ class ParamWrapper(Linear):
             raise ValueError(f"adapter_names cannot mix adapters of a parameter ({self.parameter_name}) in one batch.")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if getattr(vars(self.get_base_layer()).get("_hf_hook"), "offload", False):
-            raise TypeError(
-                f"The module of {self.parameter_name} is offloaded, and what accelerate loads would be hidden by the "
-                "weight with the deltas. Keep this module on a device (device_map), or merge the adapter first."
-            )
         with self._shown(self._with_blocks()):
             return self.base_layer(x, *args, **kwargs)
 
@@ -90,6 +85,12 @@ class ParamWrapper(Linear):
             entries = ops.entries(plan, delta.shape[1])
             matrix = weight.flatten(0, -2) if matrix is None else matrix
             matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
+        is_offloaded = getattr(vars(self.get_base_layer()).get("_hf_hook"), "offload", False)
+        if is_offloaded and (matrix is not None or self.watch is not None):
+            raise TypeError(
+                f"The module of {self.parameter_name} is offloaded, and what accelerate loads would be hidden by the "
+                "weight with the deltas. Keep this module on a device (device_map), or merge the adapter first."
+            )
         shown = None if matrix is None else matrix.view(weight.shape)
         if self.watch is not None and torch.is_grad_enabled():
             return self.watch(weight if shown is None else shown)

@@ -134,8 +134,9 @@ def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = 
             wanted = [kind, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
             skipped = ["*/*", "consolidated*"]
             folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skipped)
-            if any(Path(folder).glob(kind)):  # many repositories have the same weights in both forms
-                break
+            names = [path.name for path in Path(folder).glob(kind)]
+            if not all(name.startswith("consolidated") for name in names):
+                break  # many repositories have the same weights in both forms
         return Path(folder)
     except (OSError, ValueError) as error:  # of many kinds, with many words
         why = type(error).__name__

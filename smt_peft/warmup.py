@@ -246,10 +246,11 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
     modes, counters, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    undo: list[Callable[[], object]] = []
+    undo: list[Callable[[], object]] = [partial(setattr, bank, "in_warmup", False)]
     for module in model.modules():
-        numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
-        undo.append(partial(vars(module).update, numbers))  # its mode; and what it counts, as dynamic RoPE does
+        undo.append(partial(setattr, module, "training", module.training))
+        counts = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+        undo.append(partial(vars(module).update, counts))  # dynamic RoPE counts, in step with a buffer
         for name, buffer in module._buffers.items():
             if (
                 buffer is not None

@@ -227,7 +227,7 @@ def test_options_of_the_other_conversion_are_refused(llama, tmp_path, refused):
 def test_options_of_other_combinations_are_refused(llama, tmp_path, refused):
     save(tmp_path, llama)
     both = "combine", tmp_path / "adapter", tmp_path / "adapter", "--out", tmp_path / "out"
-    assert "density=0.2 does nothing for combination_type='linear'" in refused(*both, "--density", 0.2)
+    assert "density=0.2 does nothing for 'linear'" in refused(*both, "--density", 0.2)
     sign = "--majority_sign_method", "frequency"
     assert "does nothing for --type linear" in refused(*both, *sign)
 

@@ -352,7 +352,7 @@ def test_models_that_do_not_differ_are_refused(folders):
 def test_neither_model_is_written_into(folders, name):
     _, _, folder = folders
     before = sorted(path.name for path in (folder / name).iterdir())
-    with pytest.raises(ValueError, match="is what is read; write into another folder"):
+    with pytest.raises(ValueError, match="is one of the inputs; write into another folder"):
         adapter_of_difference(folder / "base", folder / "tuned", folder / name, num_blocks=3, block_size=16)
     assert sorted(path.name for path in (folder / name).iterdir()) == before
 

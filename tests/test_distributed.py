@@ -211,5 +211,7 @@ def test_a_pure_bf16_model_trains_a_float32_delta(tmp_path, checkpointing):
 
 def test_a_bank_that_is_an_fsdp_unit_of_its_own_gets_the_gradient_of_all_ranks():
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*words, Path(__file__).with_name("own_fsdp_unit.py")], capture_output=True, text=True)
+    ended = subprocess.run(
+        [*words, Path(__file__).with_name("own_fsdp_unit.py")], capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr
