@@ -48,10 +48,13 @@ def test_of_a_method_that_ran_in_two_studies_the_one_with_more_seeds_is_taken(pa
         assert len(lora.runs) == len(whole.runs) == 3
 
 
-def test_only_places_with_lora_and_the_papers_recipe_are_compared():
-    lora, paper = tuned("LoRA", "sorted, per input"), tuned("SMT, whole model")
-    assert against_lora([lora]) == against_lora([paper]) == {}
-    assert len(against_lora([lora, paper])) == 1
+def test_only_places_with_lora_and_smt_are_compared():
+    lora, sorted_alone, paper = tuned("LoRA"), tuned("sorted, per input"), tuned("SMT, whole model")
+    assert against_lora([lora]) == against_lora([paper, sorted_alone]) == {}
+    [(_, none, best, _)] = against_lora([lora, sorted_alone]).values()
+    assert none is None and best == "sorted, per input"
+    [(_, found, *_)] = against_lora([lora, sorted_alone, paper]).values()
+    assert found is not None
 
 
 def result_of(curve: list[tuple[float, float, float]], best: float) -> Result:
