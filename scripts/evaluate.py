@@ -23,8 +23,8 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
-from command_line import parse, read_options
-from finetune import STDLIB, load_model
+from command_line import read_options
+from finetune import STDLIB, load_model, parse_quantization
 from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
@@ -85,7 +85,7 @@ class Options:
     seed: int = HfArg(help="seed, for sampling", default=0)
 
     def __post_init__(self) -> None:
-        self.quantization = parse(self.quantization)
+        self.quantization = parse_quantization(self.quantization)
         if not (self.model or self.adapter):
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.protocol != "llm-adapters" and self.mode != "generate":

@@ -97,7 +97,7 @@ class Options:
 
     def __post_init__(self) -> None:
         self.smt, self.lora = parse(self.smt), parse(self.lora)
-        self.quantization = parse(self.quantization)
+        self.quantization = parse_quantization(self.quantization)
         if set(self.methods.split(",")) - set(METHODS):
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
         for method in self.methods.split(","):
@@ -166,10 +166,15 @@ def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list
     return [{"prompt": prompt(question(row)), "question": question(row), "right": row["output"]} for row in rows]
 
 
-def load_model(options: Options) -> torch.nn.Module:
-    unknown = options.quantization.keys() - inspect.signature(BitsAndBytesConfig).parameters.keys()
-    if unknown:  # which BitsAndBytesConfig would pass over
+def parse_quantization(text: str) -> dict:
+    """Give the options of BitsAndBytesConfig that a text of YAML has, which would pass over what it does not know."""
+    given = parse(text)
+    if unknown := given.keys() - inspect.signature(BitsAndBytesConfig).parameters.keys():
         raise SystemExit(f"quantization has {unknown.pop()!r}, no option of BitsAndBytesConfig; load_in_4bit is one")
+    return given
+
+
+def load_model(options: Options) -> torch.nn.Module:
     quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
     return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
 

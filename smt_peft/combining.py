@@ -120,12 +120,8 @@ def add_weighted_adapter(
     blocks = combine(parts, weights, method)
     configs = [model.peft_config[name] for name in adapters]
     model.peft_config[adapter_name] = _config_of_sum(configs, [list(part.shapes) for part in parts], blocks)
-    try:
-        model.inject_adapter(model.model, adapter_name)
-        fill(getattr(model.model, BANK)[adapter_name], blocks)
-    except BaseException:
-        del model.peft_config[adapter_name]
-        raise
+    model.inject_adapter(model.model, adapter_name)
+    fill(getattr(model.model, BANK)[adapter_name], blocks)
 
 
 def _of_bank(bank: DeltaBank) -> StoredAdapter:

@@ -227,6 +227,7 @@ class SMTModel(BaseTuner):
             combining.add_weighted_adapter(self, adapters, weights, adapter_name, method)
         except BaseException:
             if is_new:
+                self.peft_config.pop(adapter_name, None)
                 _take_out(self.model, adapter_name)
             raise
 

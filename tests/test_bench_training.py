@@ -42,6 +42,15 @@ def test_every_setting_for_a_gpu_runs_at_toy_size(setting, measure):
         assert all(figure["step_s"] and "note" not in figure for figure in run["methods"].values())
 
 
+def test_whatever_is_swept_has_values_of_its_kind(measure):
+    _, result = measure(
+        "cpu-small", "--rehearse", "--methods", "floor", "lora", "--sweep", "rank", "--values", "2", "4"
+    )
+    assert [run["options"]["rank"] for run in result["runs"]] == [2, 4]
+    with pytest.raises(SystemExit, match="--values 2 are values of --sweep: which option"):
+        measure("cpu-small", "--values", "2")
+
+
 def test_a_setting_for_a_gpu_is_in_the_script_that_runs_them_all():
     on_a_cpu = {name for name in bench_training.SETTINGS if "cpu" in name or name == "host"}
     assert set(GPU_SETTINGS) == set(bench_training.SETTINGS) - on_a_cpu

@@ -257,6 +257,7 @@ def test_an_adapter_that_has_diverged_is_drawn_and_told_of(llama, tmp_path, run)
     ("file", "text", "words", "load"),
     [
         ("base/model.safetensors.index.json", "{}", "has no weight_map", []),
+        ("base/model.safetensors.index.json", '{"weight_map": ["model.safetensors"]}', "has no weight_map", []),
         ("base/model.safetensors.index.json", "{", "model.safetensors.index.json cannot be read", []),
         ("adapter/adapter_config.json", "{", "adapter_config.json cannot be read", []),
         ("adapter/adapter_config.json", "[]", "holds no JSON object", []),
@@ -267,7 +268,7 @@ def test_an_adapter_that_has_diverged_is_drawn_and_told_of(llama, tmp_path, run)
             ["--load"],
         ),
     ],
-    ids=["index", "broken index", "broken config", "config", "method"],
+    ids=["index", "list", "broken index", "broken config", "config", "method"],
 )
 def test_json_that_says_something_else_is_named(llama, tmp_path, refused, file, text, words, load):
     save(tmp_path, llama)
@@ -303,6 +304,30 @@ def test_the_revision_of_the_base_model_is_the_adapters(llama, tmp_path, monkeyp
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     run("merge", tmp_path / "adapter", "--base", "some/base", "--out", tmp_path / "again")
     assert asked == [("some/base", "v1"), ("some/base", None)]
+
+
+def test_of_weights_in_two_forms_one_is_downloaded(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns, **_):
+        asked.append(allow_patterns[0])
+        (tmp_path / "pytorch_model.bin").touch() if asked[-1] == "*.bin" else None
+        return str(tmp_path)
+
+    monkeypatch.setattr(merging, "snapshot_download", download)
+    merging.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    assert asked == ["*.safetensors", "*.bin"], "there are no others"
+    (tmp_path / "model.safetensors").touch()
+    merging.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    assert asked[2:] == ["*.safetensors"]
+
+
+def test_a_base_that_is_read_only_merges_into_files_that_are_not(llama, tmp_path, run):
+    save(tmp_path, llama)
+    for file in (tmp_path / "base").iterdir():
+        file.chmod(0o444)
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "out").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("load", [[], ["--load"]], ids=["files", "load"])

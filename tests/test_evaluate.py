@@ -126,6 +126,10 @@ def test_refusals(command, tmp_path, monkeypatch):
         evaluate.main(command("--mode", "text_likelihood", "--tasks", "boolq,math"))
     with pytest.raises(ValueError, match="protocol official is a way to generate, but mode is text_likelihood"):
         evaluate.main(command("--mode", "text_likelihood", "--protocol", "official"))
+    with pytest.raises(ValueError, match="mode text_likelihood generates nothing: leave out num_beams"):
+        evaluate.main(command("--mode", "text_likelihood", "--num_beams", "1"))
+    with pytest.raises(SystemExit, match="quantization has 'load_in_4bits', no option of BitsAndBytesConfig"):
+        evaluate.main(command("--quantization", "{load_in_4bits: true}"))
     with pytest.raises(ValueError, match="batch_size 0"):
         evaluate.main(command("--batch_size", "0"))
     with pytest.raises(FileNotFoundError, match="no file with the test rows of boolq"):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -257,3 +258,23 @@ def test_the_warm_up_generates_as_seldom_as_training_does(tokenizer, tmp_path):
     )
     trainer.train()
     assert len(calls) == 2 + 1, "8 batches of the warm-up are two rounds of 4, the step is one"
+
+
+def test_activations_are_offloaded_in_the_warm_up_as_in_training(tokenizer, tmp_path):
+    trainer = trl.SFTTrainer(
+        tiny_model(),
+        trl.SFTConfig(**settings(tmp_path)),
+        train_dataset=Dataset.from_list(PLAIN),
+        processing_class=tokenizer,
+        peft_config=config(warmup_steps=2),
+        callbacks=[SMTWarmupCallback()],
+    )
+    entered = []
+
+    class Counted(nullcontext):
+        def __enter__(self):
+            entered.append(1)
+
+    trainer.maybe_activation_offload_context = Counted()
+    trainer.train()
+    assert len(entered) == 2 + 3, "batches of the warm-up, then steps"

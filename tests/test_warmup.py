@@ -299,3 +299,36 @@ def test_two_ranks_that_see_the_same_find_what_one_does(llama, batches, selectio
     assert torch.equal(both.index, alone.index)
     for one, other in zip(both.scores, alone.scores, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Another rank, which adds to what is summed, and has what is the least."""
+
+    def rank(sums, least):
+        def all_reduce(values, operation):
+            other = least if operation == torch.distributed.ReduceOp.MIN else sums
+            other = torch.tensor(other) if values.shape == (len(other),) and not values.is_floating_point() else None
+            if other is not None:
+                values.copy_(torch.minimum(values, other) if other.tolist() == least else values + other)
+
+        for name, value in {"is_initialized": True, "get_world_size": 2, "broadcast": None}.items():
+            monkeypatch.setattr(torch.distributed, name, lambda *_, value=value, **__: value)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+
+    return rank
+
+
+def test_too_many_broken_batches_are_counted_over_all_ranks(llama, batches, beside):
+    beside(sums=[0, 4], least=[])
+    broken = [{**batch, "broken": True} for batch in batches[:3]]
+    selection = warm_up(wrap(llama), broken + batches[3:], loss_function=with_broken)
+    assert selection.skipped == 3, "of 4 here, and of 8 in all"
+
+
+def test_layers_that_read_one_input_on_any_rank_do_so_on_all(llama, batches, beside):
+    """As where no token of one rank is routed to an expert."""
+    model = wrap(llama, scope="input")
+    names = target_names(model)
+    beside(sums=[], least=[0] * len(names))
+    assert warm_up(model, batches).inputs == [0] * len(names)

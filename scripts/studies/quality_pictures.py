@@ -54,17 +54,16 @@ def draw(study: dict, results: Results, frames: Frames, path: Path) -> str:
 def draw_overview(against: Against, path: Path) -> None:
     """How far SMT is from LoRA in test loss, a row per place: on the left SMT is better."""
     figure = Figure(figsize=(7.5, 1.2 + 0.34 * len(against)), layout="constrained")
-    axes, named = figure.subplots(), set()
-    for row, (lora, paper, _, best) in enumerate(against.values()):
-        for result, aside, (colour, marker), label in (
-            (paper, -0.12, OTHERS, "SMT as in the paper"),
-            (best, 0.12, (GREEN, "s"), "the best SMT by validation"),
-        ):
-            if result is not None:
-                differences = result.minus(lora, "test_loss")
-                look = {"fmt": marker, "color": colour, "capsize": 3, "label": label if label not in named else None}
-                named.add(label)
-                axes.errorbar(fmean(differences), row + aside, xerr=spread(differences), **look)
+    axes = figure.subplots()
+    papers = {row: (lora, paper) for row, (lora, paper, *_) in enumerate(against.values()) if paper is not None}
+    bests = {row: (lora, best) for row, (lora, *_, best) in enumerate(against.values())}
+    for pairs, aside, (colour, marker), label in (
+        (papers, -0.12, OTHERS, "SMT as in the paper"),
+        (bests, 0.12, (GREEN, "s"), "the best SMT by validation"),
+    ):
+        far = [result.minus(lora, "test_loss") for lora, result in pairs.values()]
+        look = {"fmt": marker, "color": colour, "capsize": 3, "label": label}
+        axes.errorbar([*map(fmean, far)], [row + aside for row in pairs], xerr=[*map(spread, far)], **look)
     axes.axvline(0, color=REFERENCE[0], linewidth=1.2)
     axes.set_yticks(
         range(len(against)), [f"{place.testbed}\n{place.target}, {place.budget:,}" for place in against], fontsize=8
