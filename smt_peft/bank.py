@@ -112,8 +112,7 @@ class DeltaBank(nn.Module):
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
         if kept and not is_traced and kept.weight is weight and kept.index is index and kept.device == device:
             state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
-            # Without gradients views with a graph do as well; and what recomputes for a backward still needs them.
-            if kept.state == state or (not torch.is_grad_enabled() and kept.state[:3] == state[:3]):
+            if kept.state == state:
                 return kept.plans[target], kept.views[target]
         del kept  # or the old graph would live on in the new one
         plan = self.plan(target, device)

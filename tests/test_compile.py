@@ -167,26 +167,6 @@ def test_a_compiled_layer_does_not_recompile_at_every_step(base):
     assert counters["stats"]["unique_graphs"] == before
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_reference_forward_between_forward_and_recomputation_takes_no_gradient_away(base, use_reentrant):
-    """As DPO does it, with layers that are compiled one by one and checkpointed."""
-    found = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model = adapted(base)
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-        if compiled:
-            for layer in model.base_model.model.model.layers:
-                layer.compile(backend="aot_eager")
-        loss = model(input_ids=IDS, labels=IDS).loss
-        with torch.no_grad(), model.disable_adapter():
-            model(input_ids=IDS)
-        loss.backward()
-        found.append(model.base_model.model.smt_bank["default"].weight.grad)
-    torch.testing.assert_close(*found)
-
-
 def test_a_copy_compiles_without_a_break():
     """A compiler can look plans up, but not make them."""
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 32)), SMTConfig(

@@ -191,8 +191,8 @@ def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain):
 
 
 def test_an_offloaded_model_is_unmerged_by_whatever_asks_for_it(place):
-    model = get_peft_model(place(tiny_model()), config(init_weights=False))
-    model.add_adapter("other", config(init_weights=False, seed=1))
+    model = get_peft_model(place(tiny_model()), config(init_weights=False, selection="random"))
+    model.add_adapter("other", config(init_weights=False, selection="random", seed=1))
     model.set_adapter("other")
     expected = logits(model)
     model.set_adapter("default")
