@@ -1,8 +1,10 @@
-"""Options of finetune.py and evaluate.py: dataclasses, filled from a YAML file and the command line."""
+"""Options of the scripts: dataclasses, filled from a YAML file and the command line."""
 
 import argparse
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,21 @@ Loader.add_implicit_resolver(
 )
 
 
+@contextlib.contextmanager
+def in_a_line(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with what an error says, and no more, where it is the user who can mend it."""
+    try:
+        yield
+    except (OSError, ValueError, *kinds) as error:
+        raise SystemExit(" ".join(str(error).split())) from error
+
+
 def parse(text: str) -> Any:
-    """What a text of YAML says."""
-    return yaml.load(text, Loader)
+    """What a text of YAML says. Raises ValueError where it is none."""
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text.strip()[:60]!r} is no YAML: {error}") from None
 
 
 def read_options(argv: list[str], *kinds: type) -> tuple:
@@ -37,14 +51,20 @@ def read_options(argv: list[str], *kinds: type) -> tuple:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file, argv = parser.parse_known_args(argv)
-    values = (parse(file.config.read_text(encoding="utf-8")) or {}) if file.config else {}
+    with in_a_line():
+        values = (parse(file.config.read_text(encoding="utf-8")) or {}) if file.config else {}
+    if not isinstance(values, dict):
+        raise SystemExit(f"{file.config} holds no options: a line of it is `name: value`")
     given, entries = [], {}
     words = iter(argv)
     for word in words:
         mapping, dot, entry = word.removeprefix("--").partition(".")
         if word.startswith("--") and dot and mapping.isidentifier():
             key, equals, value = entry.partition("=")
-            entries.setdefault(mapping, {})[key] = parse(value if equals else next(words, ""))
+            if not (value := value if equals else next(words, "")):
+                raise SystemExit(f"{word} has no value")
+            with in_a_line():
+                entries.setdefault(mapping, {})[key] = parse(value)
         else:
             given.append(word)
     for mapping, own in entries.items():
@@ -60,7 +80,12 @@ def read_options(argv: list[str], *kinds: type) -> tuple:
         if value is not None
     ]
     parser = HfArgumentParser(kinds, allow_abbrev=False, epilog="--config FILE reads options from a YAML file.")
-    return parser.parse_args_into_dataclasses([word for pair in from_file for word in pair] + given)
+    words = [word for pair in from_file for word in pair] + given
+    with in_a_line():
+        *found, left = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if left:
+        raise SystemExit(f"{left[0]!r} is no option, or one value too many; --help lists the options")
+    return tuple(found)
 
 
 def _word(value: Any) -> str:

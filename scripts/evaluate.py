@@ -23,7 +23,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
-from command_line import read_options
+from command_line import in_a_line, read_options
 from finetune import STDLIB, load_model, parse_quantization
 from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
@@ -195,24 +195,28 @@ def main(argv: list[str]) -> dict:
     """Evaluate what is not yet in the output file, print the table, and give the results."""
     [options] = read_options(argv, Options)
     state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not see each other
-    notes, output, run = complete(options), Path(options.output), this_run(argv)
-    settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
-    settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
-    results = open_results(output, settings) | {"notes": notes}
-    # Whatever is wrong with the data shows before the model is loaded.
-    todo = {task: rows_to_test(task, options) for task in choose(options.tasks) if task.name not in results["tasks"]}
-    so_far = {
-        task: Unfinished(answers_file(output, task.name, ".unfinished"), rows, settings, run)
-        for task, (rows, _) in todo.items()
-    }
-    if todo:
-        if state.is_main_process and notes:  # hours before the table says them again
-            print(*notes, sep="\n")
-        transformers.set_seed(options.seed + state.process_index)
-        model, tokenizer = load(options, state.device)
+    output, run = Path(options.output), this_run(argv)
+    with in_a_line():  # whatever is wrong with the data shows before the model is loaded
+        notes = complete(options)
+        settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
+        settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
+        results = open_results(output, settings) | {"notes": notes}
+        tasks = [task for task in choose(options.tasks) if task.name not in results["tasks"]]
+        todo = {task: rows_to_test(task, options) for task in tasks}
+        so_far = {
+            task: Unfinished(answers_file(output, task.name, ".unfinished"), rows, settings, run)
+            for task, (rows, _) in todo.items()
+        }
+        if todo:
+            if state.is_main_process and notes:  # hours before the table says them again
+                print(*notes, sep="\n")
+            transformers.set_seed(options.seed + state.process_index)
+            model, tokenizer = load(options, state.device)
     for task, (rows, about) in todo.items():
+        if longer := too_long(model, tokenizer, rows, PROTOCOLS[options.protocol]):
+            about = [*about, *longer]
+            state.print(f"{task.name}: {longer[0]}")  # where positions are learnt, what comes next is an IndexError
         answer(model, tokenizer, task, rows, options, so_far[task])
-        about = [*about, *too_long(model, tokenizer, rows, PROTOCOLS[options.protocol])]
         results["tasks"][task.name] = score(so_far[task].in_order(), so_far[task].seconds, about)
         results["average"] = average(results["tasks"])
         results["seconds"] = round(sum(one["seconds"] for one in results["tasks"].values()), 1)

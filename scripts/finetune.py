@@ -26,11 +26,14 @@ import datasets
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
-from command_line import parse, read_options
+from command_line import in_a_line, parse, read_options
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -41,10 +44,11 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 from transformers.integrations import unset_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback
-from smt_peft.files import read_adapter
+from smt_peft.files import read_adapter, read_json
 from smt_peft.plotting import plot_adapter, plot_losses, plot_selection, plot_shares
 
 METHODS = ("smt", "lora", "dora", "full")
@@ -63,7 +67,7 @@ class Options:
     model: str = HfArg(help="model: a folder or a name on the Hugging Face hub")
     data: str = HfArg(
         help="what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl file or a dataset on the "
-        "hub. A row has `text`, or `instruction`, perhaps `input`, and `output`; then just the output is learnt"
+        "hub. A row has `instruction`, perhaps `input`, and `output`, of which just the output is learnt, or `text`"
     )
     old_data: str | None = HfArg(help="what not to forget: like data, but only evaluated", default=None)
     methods: str = HfArg(
@@ -72,8 +76,9 @@ class Options:
         default="smt",
     )
     smt: str = HfArg(
-        help="options of SMTConfig, a mapping. A budget on the command line (--smt.num_blocks or "
-        "--smt.trainable_ratio) takes the place of the file's, whichever of the two that is",
+        help="options of SMTConfig, a mapping: {target_modules: [q_proj, v_proj], num_blocks: 40}. A budget on the "
+        "command line (--smt.num_blocks or --smt.trainable_ratio) takes the place of the file's, whichever of the two "
+        "that is",
         default="{}",
     )
     lora: str = HfArg(help="options of LoraConfig, a mapping; for dora, too", default="{}")
@@ -105,6 +110,12 @@ class Options:
                 config_of(method, self)
             except (TypeError, ValueError) as error:
                 raise SystemExit(f"options of {method}: {error}") from None
+        if self.quantization and "full" in self.methods.split(","):
+            raise SystemExit(
+                "quantization is given, but weights in 4 or 8 bits cannot be trained whole: leave out full"
+            )
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise SystemExit(f"dtype is {self.dtype!r}; it can be auto, float32, bfloat16 or float16")
         if self.eval_rows < 1:
             raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
         if self.questions < 1:
@@ -115,11 +126,28 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     """Give a domain's rows to train on, and those that are held out."""
     if name in STDLIB:  # divided by module
         return tuple(datasets.Dataset.from_list(list(STDLIB[name](split))) for split in ("train", "test"))
-    where = {"path": "json", "data_files": name} if name.endswith((".jsonl", ".json")) else {"path": name}
-    rows = datasets.load_dataset(**where, split="train")
+    is_json = name.endswith((".jsonl", ".json"))
+    if Path(name).is_file() and not is_json:
+        raise SystemExit(f"{name} is no .jsonl or .json file; smt-peft reads no other")
+    where = {"path": "json", "data_files": name} if is_json else {"path": name}
+    try:
+        rows = datasets.load_dataset(**where, split="train")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise SystemExit(f"data: {name}: {error} {error.__cause__ or ''}".rstrip()) from error
     if len(rows) < 2:
         raise SystemExit(f"{name} has {len(rows)} row; one is held out to evaluate on, so two are the least")
+    columns = ["instruction", "output"] if is_labelled(rows) else ["text"]
+    if not set(columns) <= set(rows.column_names):
+        raise SystemExit(f"{name} has the columns {rows.column_names}; it needs instruction and output, or text")
+    for column in columns:
+        if row := next((row for row, value in enumerate(rows[column], 1) if not isinstance(value, str)), None):
+            raise SystemExit(f"{name}: row {row} has {rows[row - 1][column]!r} as its {column}, which is no text")
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
+
+
+def is_labelled(rows: datasets.Dataset) -> bool:
+    """Whether rows are instructions and their answers; else they are texts."""
+    return {"instruction", "output"} <= set(rows.column_names)
 
 
 def question(row: dict) -> str:
@@ -143,15 +171,24 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
         tokens = [*tokenizer(asked + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": tokens[:length], "labels": ([-100] * start + tokens[start:])[:length]}
 
-    if "text" in rows.column_names:
-        rows = rows.map(pack, batched=True, remove_columns=rows.column_names)
-    elif {"instruction", "output"} <= set(rows.column_names):
+    if is_labelled(rows):
         rows = rows.map(answer, remove_columns=rows.column_names).filter(lambda row: max(row["labels"]) >= 0)
     else:
-        raise SystemExit(f"the data has the columns {rows.column_names}; it needs text, or instruction and output")
+        rows = rows.map(pack, batched=True, remove_columns=rows.column_names)
     if not len(rows):
         raise SystemExit(f"max_length={length} leaves no row: texts are shorter, or prompts longer; set another")
     return rows
+
+
+def say_what_is_cut(rows: datasets.Dataset, encoded: datasets.Dataset, tokenizer: Any, length: int) -> None:
+    """Say how many instructions were too long for `length`."""
+    cut = sum(tokens[-1] != tokenizer.eos_token_id for tokens in encoded["input_ids"])
+    lost = len(rows) - len(encoded)
+    if is_labelled(rows) and cut + lost:
+        print(
+            f"{cut + lost:,} of {len(rows):,} rows have more tokens than max_length={length}: {lost:,} are left out, "
+            f"whose prompts alone have as many; of {cut:,} the end of the answer is cut off"
+        )
 
 
 def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list[dict]:
@@ -159,8 +196,9 @@ def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list
     if options.prompt:
         return [{"prompt": options.prompt}]
     rows = rows.shuffle(0)
-    if "text" in rows.column_names:
-        tokens = tokenizer(rows[0]["text"], verbose=False)["input_ids"][:16]
+    if not is_labelled(rows):
+        first = next((text for text in rows["text"] if text.strip()), tokenizer.eos_token)
+        tokens = tokenizer(first, verbose=False)["input_ids"][:16]
         return [{"prompt": tokenizer.decode(tokens, skip_special_tokens=True)}]
     rows = rows.take(min(options.questions, len(rows)))
     return [{"prompt": prompt(question(row)), "question": question(row), "right": row["output"]} for row in rows]
@@ -168,7 +206,9 @@ def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list
 
 def parse_quantization(text: str) -> dict:
     """Give the options of BitsAndBytesConfig that a text of YAML has, which would pass over what it does not know."""
-    given = parse(text)
+    given = parse(text) or {}
+    if not isinstance(given, dict):
+        raise SystemExit(f"quantization is {text!r}; it is a mapping, such as {{load_in_4bit: true}}")
     if unknown := given.keys() - inspect.signature(BitsAndBytesConfig).parameters.keys():
         raise SystemExit(f"quantization has {unknown.pop()!r}, no option of BitsAndBytesConfig; load_in_4bit is one")
     return given
@@ -191,7 +231,19 @@ def config_of(method: str, options: Options) -> PeftConfig | None:
 def adapted(method: str, model: torch.nn.Module, options: Options) -> torch.nn.Module:
     """Give the model with the method's adapter; with every parameter to train, if the method is full."""
     config = config_of(method, options)
-    return get_peft_model(model, config) if config else model
+    try:
+        return get_peft_model(model, config) if config else model
+    except ValueError as error:
+        raise SystemExit(f"options of {method}: {error}") from error
+
+
+def check_adapters(methods: list[str], options: Options) -> None:
+    """End with an error where a method's options do not fit the model, before any work is done."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
+    for method in methods:
+        if options.smt.get("selection") != "magnitude":  # which reads the weights
+            adapted(method, copy.deepcopy(model), options)
 
 
 class Progress(ProgressCallback):
@@ -363,9 +415,15 @@ def report(results: dict, prompts: list[dict], output_dir: str) -> str:
 def write(results: dict, args: TrainingArguments) -> None:
     """Add to what other launches into this folder have written of other methods."""
     if args.process_index == 0:
-        file = Path(args.output_dir, "results.json")
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        file.write_text(json.dumps({**earlier, **results}, indent=2), encoding="utf-8")
+        file = results_file(args)
+        earlier = read_json(file) if file.is_file() else {}
+        new = file.with_name(file.name + ".new")
+        new.write_text(json.dumps({**earlier, **results}, indent=2), encoding="utf-8")
+        new.replace(file)
+
+
+def results_file(args: TrainingArguments) -> Path:
+    return Path(args.output_dir, "results.json")
 
 
 def draw_blocks(adapter: str, selection: Selection | None) -> None:
@@ -395,9 +453,16 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
     args.eval_on_start = True  # Trainer.evaluate() before train() would leave the model out of DDP
     if method in ("lora", "dora"):
         args.learning_rate = options.lora_learning_rate or args.learning_rate
-    if (args.resume_from_checkpoint or "").lower() == "true":
-        is_there = Path(args.output_dir).is_dir()
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if is_there else None
+    # Its state is the last file of a checkpoint: one without was interrupted.
+    states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    last = max((state.parent for state in states), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    how = (args.resume_from_checkpoint or "false").lower()
+    if how == "false" and last:
+        raise SystemExit(
+            f"{last} is of an earlier run: go on with it by --resume_from_checkpoint true, or name another output_dir"
+        )
+    if how in ("true", "false"):
+        args.resume_from_checkpoint = last and str(last)
     return args
 
 
@@ -406,24 +471,39 @@ def main(argv: list[str]) -> None:
     methods = options.methods.split(",")
     if args.deepspeed_plugin and methods[1:]:
         raise SystemExit(f"methods is {options.methods!r}, but DeepSpeed takes one per launch; launch once for each")
-    if (args.metric_for_best_model or "").removeprefix(
-        "eval_"
-    ) == "loss":  # of load_best_model_at_end; losses are logged by domain
+    if methods[1:] and (args.resume_from_checkpoint or "true").lower() not in ("true", "false"):
+        raise SystemExit(
+            f"methods is {options.methods!r}, but {args.resume_from_checkpoint} is of one; true takes each one's last"
+        )
+    if Path(options.model, CONFIG_NAME).is_file():
+        raise SystemExit(
+            f"{options.model} is an adapter; train what `smt-peft merge {options.model} --out FOLDER` makes"
+        )
+    with in_a_line():
+        if results_file(args).is_file() and "settings" in read_json(results_file(args)):
+            raise SystemExit(f"{results_file(args)} holds scores of evaluate.py; name another output_dir")
+    if args.metric_for_best_model in ("loss", "eval_loss"):  # of load_best_model_at_end; losses are logged by domain
         args.metric_for_best_model = f"{options.data}_loss"
+    own_arguments = {method: arguments_of(method, options, args) for method in methods}
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with in_a_line():
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        if not args.deepspeed_plugin:  # which would share out the empty model
+            check_adapters(methods, options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
     with args.main_process_first():
         parts = {name: load_rows(name, options.eval_rows) for name in filter(None, [options.data, options.old_data])}
         train = encode(parts[options.data][0], tokenizer, options.max_length)
+        if args.process_index == 0:
+            say_what_is_cut(parts[options.data][0], train, tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
     prompts = prompts_of(parts[options.data][1], options, tokenizer)
     results = {}
     for method in methods:
-        own = arguments_of(method, options, args)
+        own = own_arguments[method]
         results[method], logits = fine_tune(method, options, own, tokenizer, train, test, prompts)
         write(results, args)  # at once: the check loads models, and may run out of memory
         clear_device_cache(garbage_collection=True)  # the model and the optimizer, which are in cycles

@@ -12,6 +12,7 @@ goes through files in a temporary folder. A minute on a CPU; docs/sync.md explai
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from command_line import read_options
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 from transformers.utils.logging import disable_progress_bar
 
@@ -289,7 +291,7 @@ def timed(costs: dict[str, list[tuple[float, float]]], part: str, call: Callable
 
 
 if __name__ == "__main__":
-    [options] = HfArgumentParser(Options).parse_args_into_dataclasses()
+    [options] = read_options(sys.argv[1:], Options)
     if options.shapes_7b:
         measure_7b()
     elif not run(options):

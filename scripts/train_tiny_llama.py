@@ -1,10 +1,11 @@
 """Train the tiny LLaMA of this repository, and its tokenizer, on the documentation of Python's standard library.
 
-    python scripts/train_tiny_llama.py
+    python scripts/train_tiny_llama.py --output scripts/tiny_llama
 
-writes `scripts/tiny_llama/`, with which the demo runs without a download. One CPU core needs about half an hour.
+writes the folder with which the quickstart runs without a download. One CPU core needs about half an hour.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from platform import machine, python_version, system
 
 import torch
 import transformers
+from command_line import read_options
 from stdlib_text import documentation, source_code
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -41,7 +43,7 @@ come from `scripts/stdlib_text.py`; they are the Python Software Foundation's, u
 
 @dataclass
 class Settings:
-    output: Path = HfArg(default=Path(__file__).with_name("tiny_llama"), help="folder to write")
+    output: Path = HfArg(help="folder to write")
     steps: int = HfArg(default=2400, help="optimizer steps")
     warmup_steps: int = HfArg(default=100, help="steps until the learning rate is at its highest")
     batch_size: int = HfArg(default=16, help="sequences per step")
@@ -144,7 +146,7 @@ def main(options: Settings) -> None:
     readme = README.format(
         parameters=model.num_parameters(),
         corpora=" and the ".join(corpus.__name__.replace("_", " ") for corpus in corpora),
-        options=" ".join(f"--{name} {value}" for name, value in vars(options).items() if name != "output"),
+        options=" ".join(f"--{name} {value}" for name, value in vars(options).items()),
         bytes={split: sum(len(text.encode()) for text in texts[split]) for split in texts},
         tokens={split: len(tokens[split]) for split in tokens},
         minutes=seconds / 60,
@@ -156,4 +158,4 @@ def main(options: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(*transformers.HfArgumentParser(Settings).parse_args_into_dataclasses())
+    main(*read_options(sys.argv[1:], Settings))

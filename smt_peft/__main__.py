@@ -138,7 +138,11 @@ def _with_base(args: argparse.Namespace, formats: Sequence[str]) -> tuple[Path, 
     base, revision = args.base or about.get("base_model_name_or_path"), None if args.base else about.get("revision")
     if not base:
         raise ValueError(f"{args.adapter} does not say what its base model is; name it with --base.")
-    folder = local_folder(base, revision, ("*.safetensors", *formats))
+    try:
+        folder = local_folder(base, revision, ("*.safetensors", *formats))
+    except ValueError as error:
+        hint = "" if args.base else f" {args.adapter} names it as its base model; --base names another place."
+        raise ValueError(f"{error}{hint}") from error
     return adapter, base, folder, None if args.dtype == "auto" else DTYPES[args.dtype]
 
 
@@ -246,6 +250,8 @@ def main(argv: list[str] | None = None) -> None:
             warnings.showwarning = lambda message, *_: print(_line("warning", message), file=sys.stderr)
             report = args.function(args)
         print(json.dumps(report, indent=2) if args.json else text(report), flush=True)
+    except KeyboardInterrupt:
+        commands.exit(130, "smt-peft: interrupted\n")
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as error:

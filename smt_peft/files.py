@@ -99,7 +99,9 @@ def read_json(file: Path) -> dict:
 def adapter_config(adapter: Path) -> dict:
     """What an adapter's folder says of it."""
     if not (adapter / CONFIG_NAME).is_file():
-        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.")
+        inside = sorted(str(file.parent) for file in adapter.glob(f"*/{CONFIG_NAME}"))
+        hint = f" There is one in {', '.join(inside)}." if inside else ""
+        raise ValueError(f"{adapter} is no adapter: it has no {CONFIG_NAME}.{hint}")
     return read_json(adapter / CONFIG_NAME)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -161,6 +162,18 @@ def test_a_merge_that_fails_leaves_an_empty_folder_empty(llama, tmp_path, monkey
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_out(
+    llama, tmp_path, refused, monkeypatch
+):
+    save(tmp_path, llama)
+    assert f"There is one in {tmp_path / 'adapter'}." in refused("info", tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    monkeypatch.setattr(merging, "snapshot_download", Mock(side_effect=OSError))
+    words = ["merge", tmp_path / "adapter", "--out", tmp_path / "out"]
+    assert f"{tmp_path / 'adapter'} names it as its base model; --base names another" in refused(*words)
+    assert "names it" not in refused(*words, "--base", tmp_path / "base")
 
 
 def untouched_shard(folder: Path) -> Path:
@@ -529,9 +542,13 @@ def test_an_interrupted_merge_leaves_nothing(llama, tmp_path, monkeypatch):
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(merging, "save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")])
-    assert len(written) == 2 and {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert (
+        end.value.code == 130
+        and len(written) == 2
+        and {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    )
 
 
 def test_another_base_of_the_same_shape_is_warned_of(llama, tmp_path, capsys):

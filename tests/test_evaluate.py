@@ -84,7 +84,7 @@ def test_generate_end_to_end_and_resume(command, tmp_path, monkeypatch, capsys):
     more = evaluate.main(command("--tasks", "winogrande,boolq", "--batch_size", "2"))
     assert list(more["tasks"]) == ["winogrande", "boolq"] and len(more["runs"]) == 2
     assert more["tasks"]["winogrande"] == results["tasks"]["winogrande"]
-    with pytest.raises(ValueError, match=r"results\.json was made with num_beams 4 \(now 1\); name another file"):
+    with pytest.raises(SystemExit, match=r"results\.json was made with num_beams 4 \(now 1\); name another file"):
         evaluate.main(command("--tasks", "boolq", "--num_beams", "1"))
 
 
@@ -94,7 +94,7 @@ def test_the_protocol_reaches_the_answers_and_stands_beside_the_scores(command, 
     results = evaluate.main(command(*few, "--protocol", "official"))
     assert results["settings"]["protocol"] == "official"
     assert json.loads((tmp_path / "out/results.rows/boolq.jsonl").read_text())["text"] == "256"
-    with pytest.raises(ValueError, match=r"was made with protocol 'official' \(now 'llm-adapters'\)"):
+    with pytest.raises(SystemExit, match=r"was made with protocol 'official' \(now 'llm-adapters'\)"):
         evaluate.main(command(*few))
 
 
@@ -118,22 +118,25 @@ def test_likelihood_end_to_end_from_yaml(command, tmp_path, mode):
 
 def test_refusals(command, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)  # all of this shows before the model is loaded
-    with pytest.raises(ValueError, match="There is no folder ada"):
+    with pytest.raises(SystemExit, match="There is no folder ada"):
         evaluate.main(command("--adapter", "ada"))
-    with pytest.raises(ValueError, match="nothing to evaluate: name a --model, or an --adapter"):
+    with pytest.raises(SystemExit, match="nothing to evaluate: name a --model, or an --adapter"):
         evaluate.main(command(model=None))
-    with pytest.raises(ValueError, match="gsm8k: its answers are numbers"):
+    with pytest.raises(SystemExit, match="gsm8k: its answers are numbers"):
         evaluate.main(command("--mode", "text_likelihood", "--tasks", "boolq,math"))
-    with pytest.raises(ValueError, match="protocol official is a way to generate, but mode is text_likelihood"):
+    with pytest.raises(SystemExit, match="protocol official is a way to generate, but mode is text_likelihood"):
         evaluate.main(command("--mode", "text_likelihood", "--protocol", "official"))
-    with pytest.raises(ValueError, match="mode text_likelihood generates nothing: leave out num_beams"):
+    with pytest.raises(SystemExit, match="mode text_likelihood generates nothing: leave out num_beams"):
         evaluate.main(command("--mode", "text_likelihood", "--num_beams", "1"))
     with pytest.raises(SystemExit, match="quantization has 'load_in_4bits', no option of BitsAndBytesConfig"):
         evaluate.main(command("--quantization", "{load_in_4bits: true}"))
-    with pytest.raises(ValueError, match="batch_size 0"):
+    with pytest.raises(SystemExit, match="batch_size 0"):
         evaluate.main(command("--batch_size", "0"))
-    with pytest.raises(FileNotFoundError, match="no file with the test rows of boolq"):
+    with pytest.raises(SystemExit, match="no file with the test rows of boolq"):
         evaluate.main(command("--data", str(tmp_path)))
+    (tmp_path / "results.json").write_text('{"smt": {}}')
+    with pytest.raises(SystemExit, match=r"results\.json holds no scores of this script; name another"):
+        evaluate.main(command("--output", f"{tmp_path}/results.json"))
     assert not (tmp_path / "out").exists()
 
 
@@ -152,7 +155,7 @@ def test_an_adapter_says_its_base_model_and_its_training_data(command, adapter, 
 
 def test_the_training_data_of_an_adapter_must_be_known(command, adapter):
     (adapter / "training_data.json").unlink()
-    with pytest.raises(ValueError, match=rf"nothing says what {adapter} was trained on.*--trained_on none"):
+    with pytest.raises(SystemExit, match=rf"nothing says what {adapter} was trained on.*--trained_on none"):
         evaluate.main(command("--adapter", str(adapter), *BOOLQ))
     results = evaluate.main(command("--adapter", str(adapter), "--trained_on", "none", *BOOLQ))
     assert LEFT_OUT not in results["tasks"]["boolq"]["notes"]
@@ -290,7 +293,7 @@ def test_answers_of_other_settings_or_rows_are_not_used(boolq, interrupted):
         (boolq("text_likelihood"), r"mode 'label_likelihood' \(now 'text_likelihood'\)"),
         (boolq("label_likelihood", "--limit", "5"), r"limit 4 \(now 5\), rows' sha256"),
     ):
-        with pytest.raises(ValueError, match=rf"boolq\.unfinished\.jsonl was made with {message}"):
+        with pytest.raises(SystemExit, match=rf"boolq\.unfinished\.jsonl was made with {message}"):
             evaluate.main(options)
     assert file.read_text() == written
 

@@ -141,6 +141,7 @@ def test_the_command_says_which_strategies_fit(capsys):
         ("--model llama-2-7b --tokens 0", "tokens is 0; it must be above 0"),
         ("--model llama-2-7b --target_modules query", "no linear layer is named so; take from down_proj, gate_proj"),
         ("--model llama-2-7b --block_size 100", "block_size=100 does not divide .* use 256"),
+        ("--model llama-2-7b --block_size 0", "block_size=0"),
         ("--model llama-2-7b --num_blocks 99999", "A budget of 99999 blocks is above the 24576 blocks"),
     ],
 )
