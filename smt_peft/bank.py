@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """What follows from the index alone.
 
     Attributes:
-        index, version: of what.
+        index, version, values: of what; a copy of it, because DDP writes the index anew at each forward.
         counts: per target how many blocks it has; nothing before the selection.
         blocks: per target where they lie, int64 on the CPU: [n, 2] for tiles, [n, 2, b] for sorted blocks.
         order: all slots of the bank in the order of the targets; None where they are, as in every selection made here.
@@ -43,6 +43,7 @@ class Layout(NamedTuple):
 
     index: Tensor
     version: int
+    values: Tensor
     counts: list[int]
     blocks: list[Tensor]
     order: Tensor | None
@@ -165,10 +166,16 @@ class DeltaBank(nn.Module):
         A copy of a bank that is sharded; in a compiled model the one split whose parts all layers take; for layers
         that are compiled one by one, their `Share.ready`.
         """
-        self.running = None
+        self.running, weight = None, self._parameters.get("weight")
+        if weight is None or (weight.ndim == 1 and not hasattr(weight, "ds_id")):
+            raise ValueError(
+                f"The deltas of adapter {adapter!r} are a piece of a flat parameter, as FSDP's first version makes "
+                "them of a module: block products need the bank as it is. Use version 2: fsdp_version: 2 in "
+                'accelerate\'s config, fsdp_config={"version": 2} in TrainingArguments.'
+            )
         if not self.is_selected:
             return
-        if _is_sharded(self._parameters["weight"]) or torch.compiler.is_compiling():
+        if _is_sharded(weight) or torch.compiler.is_compiling():
             self.running = self.split()
             return
         if torch.is_grad_enabled() or self.shares is None:
@@ -177,14 +184,16 @@ class DeltaBank(nn.Module):
             shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
             self.shares = [weakref.ref(share) for share in shares]
         first = next(target for target, count in enumerate(self.layout().counts) if count)
-        device = self._parameters["weight"].device
-        if device.type != "meta":  # else it is offloaded, and read where it is needed
-            self.parts(first, device)
+        if weight.device.type != "meta":  # else it is offloaded, and read where it is needed
+            self.parts(first, weight.device)
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""
-        weight = self.weight.detach()
-        return weight.to_local() if isinstance(weight, DTensor) else getattr(self.weight, "ds_tensor", weight)
+        weight = self.weight
+        if hasattr(weight, "ds_tensor"):  # the last ranks' parts are filled up with whatever was in memory
+            part, rank = weight.ds_tensor, dist.get_rank(weight.ds_process_group)
+            return part.detach()[: max(0, weight.ds_numel - rank * part.ds_numel)]
+        return weight.detach().to_local() if isinstance(weight, DTensor) else weight.detach()
 
     # --- the selection -----------------------------------------------------------------------------------------
 
@@ -204,9 +213,14 @@ class DeltaBank(nn.Module):
         index, layout = self._buffers["index"], self._layout
         if torch.compiler.is_compiling() and layout is not None:
             return layout
-        if layout is None or layout.index is not index or layout.version != _version(index):
+        if layout is None or layout.index is not index:  # some loaders replace the buffer
+            layout = None
+        elif layout.version != _version(index):
+            is_same = index.device.type != "meta" and torch.equal(index, layout.values)
+            layout = self._layout = layout._replace(version=_version(index)) if is_same else None
+        if layout is None:
             with torch.inference_mode(False):  # or its tensors could not be kept for a backward
-                layout = self._layout = self._lay_out(index)  # some loaders replace the buffer
+                layout = self._layout = self._lay_out(index)
         return layout
 
     def plan(self, target: int, device: torch.device) -> ops.Plan | None:
@@ -229,13 +243,14 @@ class DeltaBank(nn.Module):
         on_cpu = index.detach().cpu().long()
         self._check_index(on_cpu)
         if not (on_cpu[:, 0] >= 0).all():
-            return Layout(index, _version(index), [], [], None, {})
+            return Layout(index, _version(index), index.clone(), [], [], None, {})
         checks.check_fingerprint(self.fingerprint, self.block_size, self.targets)
         order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[order, 1:] if index.shape[1] == 3 else on_cpu[order, 1:].unflatten(1, (2, -1))
         is_ordered = bool((on_cpu[1:, 0] >= on_cpu[:-1, 0]).all())
-        layout = Layout(index, _version(index), counts, list(sides.split(counts)), None if is_ordered else order, {})
+        blocks, order = list(sides.split(counts)), None if is_ordered else order
+        layout = Layout(index, _version(index), index.clone(), counts, blocks, order, {})
         if index.device.type != "meta":  # a compiler can look plans up, but not make them
             layout.plans[index.device] = self._plans(layout, index.device)
         return layout

@@ -15,10 +15,11 @@ ROUNDING = 2**-7  # how far a value may move when its model is loaded in another
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base model's own parameters, by the names they had before anything was wrapped."""
+    """The base model's own parameters, by the names they had before anything was wrapped. Without those of modules
+    that the adapter has copies of: a new head has other values in each process."""
     for name, parameter in model.named_parameters():
-        if f"{BANK}." not in name and ".modules_to_save." not in name:
-            yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
+        if not any(part in name for part in (f"{BANK}.", ".modules_to_save.", ".original_module.")):
+            yield name.replace(".base_layer", ""), parameter
 
 
 def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
@@ -23,8 +24,10 @@ from transformers import Trainer, TrainerCallback
 from smt_peft.diagnostics import warn
 from smt_peft.scoring import reduce_over_ranks
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.warmup import apply_selection, find_adapter, select_blocks
+from smt_peft.warmup import apply_selection, find_adapter, random_states, select_blocks
 
+PARTS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader: have generators
+LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
 # Gradient norms that are a sign of divergence:
 SPIKE = 100  # times the running median
 FEWEST_NORMS = 5
@@ -91,16 +94,17 @@ class SMTWarmupCallback(TrainerCallback):
         if self._given is not None:
             apply_selection(model, self.adapter_name, self._given)
             return
-        _refuse_what_is_read_once(train_dataloader)
-        scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None
+        scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None  # DeepSpeed has one of its own
+        loss_scale = scaler.get_scale() if scaler else LOSS_SCALE if args.fp16 else 1.0
         apart = _Apart(trainer, train_dataloader) if trainer else None
         with _same_order_afterwards(train_dataloader):
+            _refuse_what_is_read_once(train_dataloader)
             self.selection = select_blocks(
                 model,
                 apart or train_dataloader,
                 self.adapter_name,
                 loss_function=apart and apart.loss,
-                loss_scale=scaler.get_scale() if scaler else 1.0,
+                loss_scale=loss_scale,
                 progress_bar=not args.disable_tqdm and state.is_local_process_zero,
                 avoid=self.avoid,
             )
@@ -126,10 +130,14 @@ def _record_beside(checkpoint: str | None, adapter: str) -> Selection | None:
 
 
 def _refuse_what_is_read_once(dataloader) -> None:
-    data = getattr(dataloader, "dataset", None)
+    data = getattr(dataloader, "dataset", dataloader)
     while isinstance(data, IterableDatasetShard):  # which begins anew whatever it is a part of
         data = data.dataset
-    if isinstance(data, IterableDataset) and iter(data) is iter(data):
+    undo = random_states()
+    is_one_iterator = isinstance(data, IterableDataset) and iter(data) is iter(data)
+    for change_back in undo:  # to begin may be to shuffle
+        change_back()
+    if is_one_iterator or isinstance(data, Iterator):
         raise ValueError(
             "The training data can be read only once: the warm-up would use up its first batches. Give a dataset that "
             "begins anew at every iter(), such as datasets.IterableDataset.from_generator(function), or select by "
@@ -139,18 +147,29 @@ def _refuse_what_is_read_once(dataloader) -> None:
 
 @contextlib.contextmanager
 def _same_order_afterwards(dataloader) -> Iterator[None]:
-    """Put the generators of a dataloader's own samplers back, or training would shuffle otherwise than without."""
+    """Put the generators of a dataloader's own parts back, or training would shuffle and mask otherwise."""
     owners = [dataloader]
-    for owner in owners:  # accelerate puts layers between them
-        parts = [getattr(owner, name, None) for name in ("batch_sampler", "sampler")]
+    for owner in owners:  # accelerate and transformers put layers between them
+        parts = [getattr(owner, name, None) for name in PARTS]
         owners += [part for part in parts if all(part is not one for one in (None, *owners))]
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+    owners = [owner for owner in owners if hasattr(owner, "generator")]
+    states = [(owner, owner.generator, _state(owner.generator)) for owner in owners]
     try:
         yield
     finally:
-        for generator, state in states:
-            generator.set_state(state)
+        for owner, generator, state in states:
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            elif isinstance(generator, numpy.random.Generator):
+                generator.bit_generator.state = state
+            elif owner.generator is not generator:
+                owner.generator = generator  # none: a collator makes its own with the first batch
+
+
+def _state(generator: object) -> object:
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, torch.Generator) else None
 
 
 class _Apart:
@@ -161,9 +180,15 @@ class _Apart:
         self.trainer, self.dataloader = copy.copy(trainer), copy.copy(dataloader)  # one may keep its workers
         if hasattr(dataloader, "base_dataloader"):  # accelerate's
             self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
-        self.trainer.state = copy.copy(trainer.state)
+        self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
-        for name in ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs"):  # where TRL's losses log
+        for name in (
+            "_metrics",
+            "_logs",
+            "_pending_metrics",
+            "_pending_extra_logs",
+            "_stored_metrics",
+        ):  # where TRL's losses log
             if name in vars(trainer):
                 setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
         for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom

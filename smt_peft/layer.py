@@ -27,6 +27,7 @@ class Linear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("smt_blocks",)
+    cast_input_dtype_enabled = False  # PEFT's `disable_input_dtype_casting` asks; nothing is cast here
     weight_name = "weight"
 
     def __init__(self, base_layer: nn.Module, banks: Banks, shared_weight: bool, backend: QuantizationBackend | None):

@@ -11,8 +11,9 @@ from functools import partial
 import numpy
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
+from accelerate.utils import has_compiled_regions, is_compiled_module, send_to_device
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from smt_peft import ops
@@ -189,8 +190,10 @@ def _run(
     model: nn.Module, bank: DeltaBank, batches: Iterator, collector: Collector, steps: int, loss_function, progress_bar
 ) -> None:
     bar = tqdm(range(steps), desc="SMT warm-up", disable=not progress_bar, unit="batch")
-    with torch.compiler.set_stance("force_eager"), _untouched(model, bank, collector):
+    stance = contextlib.nullcontext() if _needs_compiler(model) else torch.compiler.set_stance("force_eager")
+    with stance, _untouched(model, bank, collector) as freeze:
         for _ in bar:
+            freeze()  # again: what leaves `disable_adapter()`, as TRL's reference passes do, thaws PEFT's modules
             batch = next(batches)
             with torch.set_grad_enabled(collector.needs_backward):
                 loss = loss_function(model, batch)
@@ -199,6 +202,10 @@ def _run(
             collector.end_batch()
             if collector.skipped:
                 bar.set_postfix(skipped=collector.skipped)
+    if not collector.needs_backward:  # after which FSDP would have let go of the weights, frozen as they are now
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     collector.agree()
     counts = torch.tensor([collector.skipped, collector.batches], device=collector.source.device)
     skipped, count = reduce_over_ranks(counts).tolist()
@@ -240,8 +247,29 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return loss
 
 
+def random_states() -> list[Callable[[], object]]:
+    """What puts all random states back: Python's, NumPy's, PyTorch's on the CPU and on the device."""
+    undo = [partial(random.setstate, random.getstate()), partial(numpy.random.set_state, numpy.random.get_state())]
+    undo += [partial(torch.set_rng_state, torch.get_rng_state())]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        device = torch.get_device_module(accelerator)
+        which = "rng_state_all" if hasattr(device, "get_rng_state_all") else "rng_state"  # MPS is one device
+        if getattr(device, "is_initialized", lambda: True)():
+            undo += [partial(getattr(device, f"set_{which}"), getattr(device, f"get_{which}")())]
+    return undo
+
+
+def _needs_compiler(model: nn.Module) -> bool:
+    """Whether it has flex attention, which without a compiler keeps all scores [batch, heads, tokens, tokens]; where
+    the whole model is compiled, the collectors need it eager all the same."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    is_flex = any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs)
+    return is_flex and not (is_compiled_module(model) or has_compiled_regions(model))
+
+
 @contextlib.contextmanager
-def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Iterator[None]:
+def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Iterator[Callable[[], None]]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
     modes, counters, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
     own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
@@ -261,10 +289,11 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
                 undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
     for parameter in trainable:
         undo += [partial(setattr, parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
-    undo += [partial(random.setstate, random.getstate()), partial(numpy.random.set_state, numpy.random.get_state())]
-    undo += [partial(torch.set_rng_state, torch.get_rng_state())]
-    if torch.cuda.is_initialized():
-        undo += [partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())]
+    undo += random_states()
+
+    def freeze() -> None:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
 
     def restore() -> None:
         for change_back in undo:
@@ -274,10 +303,9 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
         try:
             bank.in_warmup = True
             model.train()
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            freeze()
             collector.attach(undo)
-            yield
+            yield freeze
         finally:
             restore()
     finally:

@@ -215,7 +215,10 @@ def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torc
         get_peft_model(model, smt),
         arguments,
         train_dataset=Samples(cell.uneven_labels),
-        callbacks=[SMTMonitorCallback(), *([SMTWarmupCallback()] if cell.selection == "gradient" else [])],
+        callbacks=[
+            SMTMonitorCallback(),
+            *([SMTWarmupCallback()] if cell.selection in ("gradient", "activation") else []),
+        ],
     )
     if backend == "zero3":  # which otherwise leaves parameters as small as these gathered
         zero = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]

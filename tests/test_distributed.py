@@ -26,11 +26,12 @@ CELLS = {
     "uneven": {"uneven_labels": True, "selection": "random", "accumulation": 2, "resume": False},
 }
 BF16 = {"bf16": {"bf16": True, "dropout": 0.1}}  # dropout: a random state that must come back, too
+ACTIVATION = {"activation": {"selection": "activation", "checkpointing": "non-reentrant", "resume": False}}
 REFUSED = {"refused": {"checkpointing": "reentrant", "resume": False}}  # the last cell, for it fails
 ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
-    "single": BF16 | REENTRANT,
+    "single": BF16 | REENTRANT | ACTIVATION,
     "ddp": BF16 | REFUSED,
-    "fsdp2": BF16 | REENTRANT | {"sharded": {"sharded_checkpoints": True}},
+    "fsdp2": BF16 | REENTRANT | ACTIVATION | {"sharded": {"sharded_checkpoints": True}},
     "zero2": REFUSED,
     "zero3": REFUSED,
 }
@@ -106,6 +107,14 @@ def test_a_resumed_training_ends_exactly_as_the_uninterrupted_one(ran, backend, 
         assert torch.equal(rank["resumed"]["delta"], rank["delta"])
         assert torch.equal(rank["resumed"]["index"], rank["index"])
         assert rank["resumed"]["losses"] == rank["losses"]
+
+
+def test_under_fsdp2_a_warm_up_without_a_backward_leaves_the_bank_trainable(ran):
+    """Without a backward FSDP does not let go of the weights that it has gathered, frozen as they were then."""
+    (single,) = outcomes(ran, "single", "activation")
+    for rank in outcomes(ran, "fsdp2", "activation"):
+        assert torch.equal(rank["index"], single["index"])
+        torch.testing.assert_close(rank["delta"], single["delta"], rtol=1e-3, atol=2e-5)
 
 
 def test_a_training_resumes_from_sharded_fsdp_checkpoints(ran):

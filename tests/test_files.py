@@ -26,6 +26,7 @@ from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
 from packaging.version import Version
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
@@ -368,6 +369,24 @@ def test_values_that_are_not_finite_are_said_at_loading_and_refused_by_safe_merg
     if load is by_peft:
         with pytest.raises(ValueError, match="NaNs detected"):
             loaded.merge_and_unload(safe_merge=True)
+
+
+@doors
+@pytest.mark.filterwarnings("error:Adapter")
+def test_a_new_head_is_no_other_base_model(tmp_path, llama, load):
+    """A classifier's is random in each process, and the adapter brings its own."""
+
+    def make(seed: int) -> LlamaForSequenceClassification:
+        model = LlamaForSequenceClassification(llama.config)
+        model.model.load_state_dict(llama.model.state_dict())
+        torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
+        return model
+
+    trained = wrap(make(0), task_type="SEQ_CLS")
+    trained.save_pretrained(tmp_path / "classifier")
+    loaded = load(make(1), tmp_path / "classifier")
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(loaded.eval()(tokens).logits, trained.eval()(tokens).logits)
 
 
 @doors

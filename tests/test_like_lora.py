@@ -22,6 +22,7 @@ from dense_truth import (
     wrap,
 )
 from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
@@ -366,3 +367,10 @@ def test_a_sequence_of_layers_may_be_the_whole_model(method):
     assert not torch.equal(y, base(x))
     model.merge_adapter()
     assert_close(y, model(x))
+
+
+def test_pefts_switch_for_the_casting_of_inputs_changes_nothing(base, batches, method):
+    model = wrap(base, method)
+    expected = outputs(model, batches[0])
+    with disable_input_dtype_casting(model):
+        assert torch.equal(outputs(model, batches[0]), expected)

@@ -1,16 +1,19 @@
 """SMT inside transformers' Trainer: the warm-up callback, and resuming bit for bit."""
 
+import random
 from copy import deepcopy
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from peft import PeftModel, get_peft_model
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, WeightedRandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from smt_peft import Selection, SMTConfig, SMTWarmupCallback
+from smt_peft import Selection, SMTConfig, SMTWarmupCallback, callback
 from smt_peft.callback import _refuse_what_is_read_once, _same_order_afterwards
 from smt_peft.layer import Linear
 
@@ -316,6 +319,88 @@ def test_a_sampler_with_a_generator_of_its_own_gives_the_batches_of_a_run_withou
         trainer.train()
         read.append(data.read[-2 * STEPS :])
     assert read[0] == read[1]
+
+
+def test_what_a_loss_logs_in_the_warm_up_is_in_no_log(base, make_trainer, monkeypatch):
+    original = Trainer.compute_loss
+
+    def logging(trainer, *args, **kwargs):
+        trainer.log({"extra": 1.0})
+        return original(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", logging)
+    trainer = make_trainer(base)
+    trainer.train()
+    assert sum("extra" in entry for entry in trainer.state.log_history) == STEPS
+
+
+class Masking:
+    """A collator that makes its generator with the first batch, as transformers' for masked language models."""
+
+    generator = None
+
+    def __call__(self, rows):
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(5)
+        return torch.rand(2, generator=self.generator)
+
+
+class Drawing(IterableDataset):
+    """A stream in an order of its own."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __iter__(self):
+        numpys = isinstance(self.generator, numpy.random.Generator)
+        draw = self.generator.random if numpys else lambda n: torch.rand(n, generator=self.generator)
+        return iter([draw(2)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(range(16), collate_fn=Masking()),
+        lambda: DataLoader(Drawing(torch.Generator().manual_seed(5))),
+        lambda: DataLoader(IterableDatasetShard(Drawing(numpy.random.default_rng(5)))),
+    ],
+    ids=["collator", "stream", "NumPy's in a shard"],
+)
+def test_generators_of_collators_and_streams_go_back(make):
+    def draw(data) -> list:
+        return torch.as_tensor(next(iter(data))).tolist()
+
+    data = make()
+    with _same_order_afterwards(data):
+        draw(data)
+        draw(data)
+    assert draw(data) == draw(make()) != draw(data)
+
+
+def test_looking_whether_data_begin_anew_draws_no_random_numbers():
+    class Shuffled(IterableDataset):
+        def __iter__(self):
+            return iter(torch.randperm(9).tolist() + random.sample(range(9), 9))
+
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    _refuse_what_is_read_once(DataLoader(Shuffled()))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+def test_a_loader_that_is_its_own_iterator_is_refused():
+    with pytest.raises(ValueError, match="read only once"):
+        _refuse_what_is_read_once(iter([{"input_ids": [1]}]))
+
+
+def test_half_precision_without_a_scaler_of_the_trainer_has_a_loss_scale(base, monkeypatch):
+    """DeepSpeed scales by itself."""
+    model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=12))
+    monkeypatch.setattr(callback, "select_blocks", lambda *_, loss_scale, **__: pytest.fail(f"scale {loss_scale:.0f}"))
+    args = SimpleNamespace(fp16=True, deepspeed_plugin=object(), disable_tqdm=True)
+    with pytest.raises(pytest.fail.Exception, match="scale 65536"):
+        SMTWarmupCallback().on_train_begin(args, TrainerState(), None, model=model, train_dataloader=[{}])
 
 
 def test_generators_of_samplers_go_back_wherever_they_are():

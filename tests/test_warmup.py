@@ -2,6 +2,7 @@
 
 import random
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -268,6 +269,42 @@ def test_modules_that_get_views_of_one_input_read_one_input(llama, batches, sele
 
 
 # --- what a model remembers ---------------------------------------------------------------------------------------
+
+
+def test_what_a_reference_pass_thaws_is_frozen_again(llama, batches):
+    """As TRL's, which switch the adapter off; PEFT then makes whole modules trainable."""
+    model, seen = wrap(llama, modules_to_save=["lm_head"]), []
+    head = model.get_output_embeddings().modules_to_save["default"].weight
+
+    def loss(model, batch):
+        seen.append(head.requires_grad)
+        with model.disable_adapter():
+            model(**batch)
+        return model(**batch).loss
+
+    warm_up(model, batches, loss_function=loss)
+    assert len(seen) > 1 and not any(seen) and head.requires_grad
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_what_is_compiled_runs_eagerly_but_for_flex_attention(llama, batches, attention):
+    """Which needs a compiler, or it keeps all scores of all heads."""
+    model, compiled = wrap(llama), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    model.other = torch.nn.Module()
+    model.other.config = SimpleNamespace(_attn_implementation=attention)
+
+    def loss(model, batch):
+        double(torch.ones(2))
+        return model(**batch).loss
+
+    warm_up(model, batches, loss_function=loss)
+    assert bool(compiled) == (attention == "flex_attention")
 
 
 def test_positions_that_grow_with_the_longest_input_are_put_back(make_llama, batches):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -258,9 +260,27 @@ def test_of_a_sharded_bank_the_own_part_is_looked_at(selected, arguments):
         assert message(fsdp).startswith("12.5 % of the trained values are not finite at step 7")
     finally:
         dist.destroy_process_group()
-    zero3 = torch.nn.Parameter(torch.empty(0))
-    zero3.ds_tensor = whole.flatten()[:6]
-    assert message(zero3).startswith("16.7 % of the trained values are not finite at step 7")
+    dist.init_process_group("fake", store=dist.HashStore(), rank=2, world_size=3)
+    try:
+        zero3 = torch.nn.Parameter(torch.empty(0))
+        zero3.ds_tensor = torch.tensor([math.inf, 1.0, 1.0, 1.0, 3e38, 3e38])  # the last two fill it up
+        zero3.ds_numel, zero3.ds_tensor.ds_numel, zero3.ds_process_group = 16, 6, dist.group.WORLD
+        bank.weight = zero3
+        assert bank.local().tolist() == [math.inf, 1.0, 1.0, 1.0]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_first_version_of_fsdp_is_refused_in_words(llama, batches):
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+    try:
+        model, options = wrap(llama, selection="random"), {"device_id": torch.device("cpu"), "use_orig_params": True}
+        units = ModuleWrapPolicy({DeltaBank})  # as PEFT's own policy has it, too: what is trained, by itself
+        whole = FullyShardedDataParallel(model, auto_wrap_policy=units, **options)
+        with pytest.raises(ValueError, match=r"a piece of a flat parameter.*fsdp_version: 2"):
+            whole(batches[0]["input_ids"])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_only_the_main_process_of_a_distributed_run_speaks(monkeypatch):
