@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from smt_peft import checks, ops
 from smt_peft.checks import Target
+from smt_peft.config import SMTConfig
 
 
 class Group(NamedTuple):
@@ -51,14 +52,16 @@ class Layout(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The views of a bank, and of what: `state` tells whether `weight` and `index` still are what they were."""
+    """The views of a bank for the plans of a device; `state` tells whether `weight` still is what it was."""
 
     weight: nn.Parameter
-    index: Tensor
-    device: torch.device
     state: tuple
-    plans: list[ops.Plan | None]
+    layout: Layout
+    device: torch.device
     views: tuple[Tensor, ...]
+
+    def at(self, target: int) -> tuple[ops.Plan | None, Tensor]:
+        return self.layout.plans[self.device][target], self.views[target]
 
 
 class DeltaBank(nn.Module):
@@ -71,26 +74,21 @@ class DeltaBank(nn.Module):
       or block size is refused instead of half-loaded.
     """
 
-    def __init__(
-        self,
-        block_size: int,
-        targets: Sequence[Target],
-        groups: Sequence[Group],
-        device: torch.device,
-        is_sorted: bool = False,
-    ):
+    def __init__(self, config: SMTConfig, targets: Sequence[Target], groups: Sequence[Group], device: torch.device):
         super().__init__()
-        self.block_size, self.targets, self.groups = block_size, list(targets), list(groups)
+        self.config, self.targets, self.groups = config, list(targets), list(groups)
+        self.block_size = block_size = config.block_size
         self.num_blocks = num_blocks = sum(group.budget for group in groups)
         device = torch.device(device)
         with torch.inference_mode(False):  # or it could never be trained
             self.weight = nn.Parameter(torch.zeros(num_blocks, block_size, block_size, device=device))
             index_device = "cpu" if device.type == "meta" else device
-            width = 1 + 2 * (block_size if is_sorted else 1)
+            width = 1 + 2 * (block_size if config.arrangement == "sorted" else 1)
             self.register_buffer("index", torch.full((num_blocks, width), -1, dtype=torch.int32, device=index_device))
             fingerprint = torch.tensor([checks.fingerprint(block_size, self.targets)], device=index_device)
             self.register_buffer("fingerprint", fingerprint)
         self.base: dict[str, list[float]] = {}  # a sample of the base model, see `bases.sample`
+        self.base_parameters = 0  # how many it has; a budget can be a share of them
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
         self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
@@ -109,31 +107,25 @@ class DeltaBank(nn.Module):
         values needs no new ones; what changes its version, and each forward of the whole model that builds a graph,
         makes new ones all the same.
         """
-        weight, index, kept = self._parameters["weight"], self._buffers["index"], self._kept
+        weight, layout, kept = self._parameters["weight"], self.layout(), self._kept
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
-        if kept and not is_traced and kept.weight is weight and kept.index is index and kept.device == device:
-            state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
-            if kept.state == state:
-                return kept.plans[target], kept.views[target]
+        is_of_these = kept and kept.weight is weight and kept.layout is layout and kept.device == device
+        if is_of_these and not is_traced and kept.state == _state(weight):
+            return kept.at(target)
         del kept  # or the old graph would live on in the new one
         plan = self.plan(target, device)
         if plan is None:
             return None, None
-        if _is_sharded(weight):
+        if is_sharded(weight):
             return plan, (self.split() if self.running is None else self.running)[target]
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
-        if self.layout().order is not None or is_traced:
+        if layout.order is not None or is_traced:
             return plan, self.split()[target]  # copies, which could go stale
-        return plan, self._keep(device).views[target]
-
-    def _keep(self, device: torch.device) -> Kept:
-        weight, index, layout = self._parameters["weight"], self._buffers["index"], self.layout()
-        state = weight.data_ptr(), _version(weight), _version(index), weight.requires_grad
         self._forget_views()  # first let go of the old graph
-        kept = self._kept = Kept(weight, index, device, state, layout.plans[device], self.split())
-        self._make_ready(kept)
-        return kept
+        self._kept = Kept(weight, _state(weight), layout, device, self.split())
+        self._make_ready()
+        return self._kept.at(target)
 
     def split(self) -> tuple[Tensor, ...]:
         """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
@@ -175,7 +167,7 @@ class DeltaBank(nn.Module):
             )
         if not self.is_selected:
             return
-        if _is_sharded(weight) or torch.compiler.is_compiling():
+        if is_sharded(weight) or torch.compiler.is_compiling():
             self.running = self.split()
             return
         if torch.is_grad_enabled() or self.shares is None:
@@ -301,13 +293,12 @@ class DeltaBank(nn.Module):
         self.running = None
         if self._kept is not None:
             self._kept = None
-            self._make_ready(None)
+            self._make_ready()
 
-    def _make_ready(self, kept: Kept | None) -> None:
+    def _make_ready(self) -> None:
+        kept = self._kept if self._kept is not None and self._kept.device == self._kept.weight.device else None
         for share in filter(None, (reference() for reference in self.shares or ())):
-            is_here = kept is not None and kept.device == kept.weight.device
-            ready = (kept.plans[share.target], kept.views[share.target]) if is_here else None
-            vars(share)["ready"] = ready  # not by nn.Module's way, which is slow
+            vars(share)["ready"] = kept and kept.at(share.target)  # not by nn.Module's way, which is slow
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "running": None, "shares": None, "_kept": None, "_layout": None}
@@ -396,8 +387,30 @@ def _split(weight: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     return weight.split(layout.counts)
 
 
-def _is_sharded(weight: Tensor) -> bool:
+def find_bank(model: nn.Module, adapter: str) -> DeltaBank:
+    """An adapter's bank. Raises ValueError where there is no such adapter, or more than one."""
+    homes = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
+    if not homes:
+        raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
+    found = [name for name, banks in homes.items() if adapter in banks]
+    if not found:
+        raise ValueError(f"There is no SMT adapter {adapter!r}; the model has {sorted(set().union(*homes.values()))}.")
+    if len(found) > 1:
+        raise ValueError(
+            f"{len(found)} parts of the model have an SMT adapter {adapter!r} ({', '.join(found)}), each with a "
+            "budget of its own. Give them different adapter names and run a warm-up for each: "
+            "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
+        )
+    return homes[found[0]][adapter]
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether ZeRO-3, FSDP2 or tensor parallelism has divided it."""
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
+
+
+def _state(weight: Tensor) -> tuple:
+    return weight.data_ptr(), _version(weight), weight.requires_grad
 
 
 def _version(tensor: Tensor) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from smt_peft.bank import is_sharded
 from smt_peft.checks import BANK, FLOATS
 
 WEIGHTS, VALUES, ROWS = 4, 8, 64  # how many are looked at, of each how many values, in how many of the first rows
@@ -38,7 +38,7 @@ def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None 
         if weight.ndim >= 2
         and weight.dtype in FLOATS
         and type(weight.data) is Tensor
-        and not (isinstance(weight, DTensor) or hasattr(weight, "ds_id"))
+        and not is_sharded(weight)
         and weight.numel()
         and weight.device.type != "meta"
     }

@@ -21,10 +21,11 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
+from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.scoring import reduce_over_ranks
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.warmup import apply_selection, find_adapter, random_states, select_blocks
+from smt_peft.warmup import apply_selection, random_states, select_blocks
 
 PARTS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader: have generators
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
@@ -69,7 +70,8 @@ class SMTWarmupCallback(TrainerCallback):
     def on_train_begin(
         self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs
     ) -> None:
-        bank, config = find_adapter(model, self.adapter_name)
+        bank = find_bank(model, self.adapter_name)
+        config = bank.config
         if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
             _refuse_to_train_without(bank.weight, self.adapter_name, optimizer)
         trainer, resumed = _calling_trainer()
@@ -236,7 +238,7 @@ class SMTMonitorCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._begin()  # a callback may see several runs
-        self._bank, _ = find_adapter(model, self.adapter_name)  # in the end another callback may have merged it
+        self._bank = find_bank(model, self.adapter_name)  # in the end another callback may have merged it
         _, resumed = _calling_trainer()
         if resumed:
             _refuse_half_written(resumed, args)

@@ -34,10 +34,6 @@ class ParamWrapper(Linear):
     is_transposed = False  # a parameter is taken as it is stored
 
     @property
-    def weight_name(self) -> str:
-        return self.parameter_name
-
-    @property
     def weight(self) -> Tensor:
         return self.get_base_layer()._parameters[self.parameter_name]
 

@@ -177,10 +177,10 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     if not (adapter.blocks and adapter.shapes):
         raise ValueError("The adapter has no blocks to write, or no shapes, as files of version 1 have none.")
     config = SMTConfig.from_peft_type(**{**adapter.config, "selected_blocks": None})
-    size, is_sorted = config.block_size, config.arrangement == "sorted"
+    size = config.block_size
     targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]
     count = sum(len(blocks.deltas) for blocks in adapter.blocks.values())
-    bank = DeltaBank(size, targets, [Group(list(range(len(targets))), count)], torch.device("cpu"), is_sorted)
+    bank = DeltaBank(config, targets, [Group(list(range(len(targets))), count)], torch.device("cpu"))
     fill(bank, adapter.blocks)
     config.num_blocks, config.num_blocks_pattern, config.trainable_ratio = count, {}, None
     config.selected_blocks = bank.selected_blocks()

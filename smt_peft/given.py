@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch.nn.functional import pad
 
-from smt_peft.bank import DeltaBank, Target
+from smt_peft.bank import DeltaBank, Target, is_sharded
 from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear
 from smt_peft.ops import reduce_blocks
@@ -37,9 +37,9 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
                         f"selection='magnitude' looks at the weights, and {target.name}'s is on the meta device: load "
                         "them first, or give the blocks (selected_blocks)."
                     )
-                if hasattr(layer.weight, "ds_id"):
+                if is_sharded(layer.weight):
                     raise ValueError(
-                        f"selection='magnitude' looks at the weights, and {target.name}'s is divided by ZeRO-3: "
+                        f"selection='magnitude' looks at the weights, and {target.name}'s is divided among processes: "
                         "select without it, and give the blocks (selected_blocks)."
                     )
                 matrix = layer.matrix()

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
-from smt_peft.bank import Banks, DeltaBank, Share
+from smt_peft.bank import Banks, Share, is_sharded
 from smt_peft.checks import FLOATS
 from smt_peft.quantized import Original, dequantized
 
@@ -28,7 +28,7 @@ class Linear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("smt_blocks",)
     cast_input_dtype_enabled = False  # PEFT's `disable_input_dtype_casting` asks; nothing is cast here
-    weight_name = "weight"
+    parameter_name = "weight"
 
     def __init__(self, base_layer: nn.Module, banks: Banks, shared_weight: bool, backend: QuantizationBackend | None):
         super().__init__()
@@ -59,13 +59,10 @@ class Linear(nn.Module, BaseTunerLayer):
 
     # --- what this layer's adapters are ----------------------------------------------------------------------------
 
-    def _bank(self, adapter: str) -> tuple[DeltaBank | None, int]:
-        """The bank of an adapter and this layer's target in it; None where the layer has no blocks."""
+    def _share(self, adapter: str) -> Share | None:
+        """This layer's part of an adapter; None where it has no blocks."""
         share = self.smt_blocks._modules.get(adapter)
-        bank = None if share is None else self.banks._modules.get(adapter)
-        if bank is None or bank.plan(share.target, bank.index.device) is None:
-            return None, -1
-        return bank, share.target
+        return share if share and share.bank.plan(share.target, share.bank.index.device) is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -91,11 +88,12 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def _blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The entries of `matrix` that an adapter adds to (see `ops.entries`), and what, [n, b, b]; on its device."""
-        bank, target = self._bank(adapter)
-        if bank is None:
+        share = self._share(adapter)
+        if share is None:
             return (), torch.zeros(0, device=self.device)
-        _, blocks = bank.parts(target, bank.index.device)
-        plan = bank.plan(target, self.device)
+        bank = share.bank
+        _, blocks = bank.parts(share.target, bank.index.device)
+        plan = bank.plan(share.target, self.device)
         return ops.entries(plan, bank.block_size), blocks.detach().to(self.device)
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
@@ -182,7 +180,7 @@ class Linear(nn.Module, BaseTunerLayer):
                 f"A weight of {str(self.weight.dtype).removeprefix('torch.')} that PEFT cannot dequantise cannot be "
                 "merged into; merge on the unquantised base model instead."
             )
-        if hasattr(self.weight, "ds_id") or hasattr(self.weight, "full_tensor"):
+        if is_sharded(self.weight):
             raise TypeError(
                 "A sharded weight cannot be merged into; save the adapter and merge it on an unsharded base model."
             )
@@ -198,7 +196,7 @@ class Linear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight:
             for name in adapter_names:
                 self._merge_blocks(name)
-        elif any(self._bank(name)[0] is not None for name in adapter_names):
+        elif any(self._share(name) is not None for name in adapter_names):
             self._merge_whole(adapter_names)
         else:
             self.merged_adapters += adapter_names
@@ -218,11 +216,11 @@ class Linear(nn.Module, BaseTunerLayer):
     def _merge_whole(self, adapters: list[str]) -> None:
         """Put a new weight in the place of one that is quantised, or shared with a module that keeps the old one."""
         module = self.get_base_layer()
-        self._original = self._original or Original(module, self.weight_name)  # first: dequantising may unpack it
+        self._original = self._original or Original(module, self.parameter_name)  # first: dequantising may unpack it
         weight = self._base_weight()
         weight = sum((self.get_delta_weight(name).to(weight) for name in adapters), weight)
-        if self._shared_weight or self.weight_name != "weight":
-            setattr(module, self.weight_name, nn.Parameter(weight, requires_grad=False))
+        if self._shared_weight or self.parameter_name != "weight":
+            setattr(module, self.parameter_name, nn.Parameter(weight, requires_grad=False))
         else:
             self.set_base_weight(weight)
         self.merged_adapters += adapters
@@ -257,7 +255,7 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.banks.pop(adapter_name) if adapter_name in self.banks else None
+        self.banks._modules.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT asks after loading: the bank of all layers goes where the first of them is, and keeps its dtype."""

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
-from smt_peft.bank import Banks, DeltaBank, Target
+from smt_peft.bank import Banks, DeltaBank, Target, is_sharded
 from smt_peft.checks import BANK, FLOATS
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
@@ -85,7 +85,7 @@ class SMTModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if isinstance(target, Linear) and parameter_name in (None, getattr(target, "parameter_name", None)):
+        if isinstance(target, Linear) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name)
             return
         if parameter_name is not None:
@@ -118,8 +118,8 @@ class SMTModel(BaseTuner):
     def _wrap_parameter(self, adapter_name, target, target_name, parent, key, parameter_name) -> None:
         module = target.get_base_layer() if isinstance(target, ParamWrapper) else target
         weight = getattr(module, parameter_name)
-        if weight.ndim < 2 or hasattr(weight, "ds_id"):
-            what = "is sharded by ZeRO-3" if hasattr(weight, "ds_id") else f"has the shape {tuple(weight.shape)}"
+        if weight.ndim < 2 or is_sharded(weight):
+            what = "is sharded" if is_sharded(weight) else f"has the shape {tuple(weight.shape)}"
             raise TypeError(
                 f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
                 "Take it out of target_parameters."
@@ -152,9 +152,8 @@ class SMTModel(BaseTuner):
         targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
         groups = share_budget(config, targets, base_parameters)
         device = "meta" if on_meta else next(iter(layers.values())).device
-        bank = DeltaBank(size, targets, groups, device, is_sorted=config.arrangement == "sorted")
-        bank.config, bank.base_parameters = config, base_parameters
-        bank.base = bases.sample(bases.base_weights(model))
+        bank = DeltaBank(config, targets, groups, device)
+        bank.base_parameters, bank.base = base_parameters, bases.sample(bases.base_weights(model))
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank
@@ -333,9 +332,9 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
 def _take_out(model: nn.Module, adapter: str) -> None:
     """Take an adapter out, and the layers that have none left."""
     for layer in _layers_of(model):
-        layer.smt_blocks.pop(adapter) if adapter in layer.smt_blocks else None
+        layer.smt_blocks._modules.pop(adapter, None)
     banks: Banks = getattr(model, BANK)
-    banks.pop(adapter) if adapter in banks else None
+    banks._modules.pop(adapter, None)
     for name, layer in reversed(list(model.named_modules())):
         if isinstance(layer, Linear) and not len(layer.smt_blocks):
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)

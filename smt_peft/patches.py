@@ -69,11 +69,11 @@ def sparse_patch(
         _check_adapter(model, name)
     patch = {}
     for layer in layers:
-        having = [name for name in adapters if layer._bank(name)[0] is not None]
+        having = [name for name in adapters if layer._share(name) is not None]
         if not having:
             continue
-        bank, target = layer._bank(having[0])
-        parameter = bank.targets[target].name.replace(".base_layer", "")
+        share = layer._share(having[0])
+        parameter = share.bank.targets[share.target].name.replace(".base_layer", "")
         if not isinstance(layer, ParamWrapper):
             parameter += ".weight"
         with align_module_device(layer.get_base_layer()):  # brings an offloaded weight in
@@ -90,9 +90,10 @@ def sparse_patch(
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> None:
-    from smt_peft.warmup import find_adapter
+    from smt_peft.bank import find_bank
 
-    bank, config = find_adapter(model, adapter)
+    bank = find_bank(model, adapter)
+    config = bank.config
     if not bank.is_selected:
         raise ValueError(
             f"Adapter {adapter!r} has no blocks yet, so there is nothing to send. Pass "
@@ -107,13 +108,15 @@ def _check_adapter(model: nn.Module, adapter: str) -> None:
 
 
 def _check_base(layer, parameter: str) -> None:
+    from smt_peft.bank import is_sharded
+
     weight = layer.weight
     if layer.merged:
         raise ValueError(
             f"{parameter} holds the merged adapter(s) {', '.join(layer.merged_adapters)}, and a patch is made from "
             "the base weight. Call unmerge_adapter() first."
         )
-    if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+    if is_sharded(weight):
         raise TypeError(
             f"{parameter} is sharded, and a patch is made from the whole base weight. Save the adapter, load it on an "
             "unsharded base model, and make the patch there."

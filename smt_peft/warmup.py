@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from smt_peft import ops
-from smt_peft.bank import Banks, DeltaBank
+from smt_peft.bank import Banks, DeltaBank, find_bank
 from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
@@ -55,7 +55,8 @@ def select_blocks(
         ValueError: without such an adapter, where it is not active or has been trained already, where the dataloader
             is empty, where half of the batches or more are not finite, or where every score is zero.
     """
-    bank, config = find_adapter(model, adapter_name)
+    bank = find_bank(model, adapter_name)
+    config = bank.config
     if config.selection not in ("gradient", "activation"):
         raise ValueError(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
@@ -68,7 +69,7 @@ def select_blocks(
             "these have learnt. Merge it and wrap the merged model again, or add a new adapter: "
             "model.add_adapter(name, SMTConfig(...))."
         )
-    avoided = {name: find_adapter(model, name)[0] for name in avoid}
+    avoided = {name: find_bank(model, name) for name in avoid}
     for name, other in avoided.items():
         if not other.is_selected:
             raise ValueError(f"There is nothing to avoid in adapter {name!r}: it has no blocks yet. Select its first.")
@@ -121,33 +122,14 @@ def select_blocks(
     return selection
 
 
-def find_adapter(model: nn.Module, adapter_name: str) -> tuple[DeltaBank, object]:
-    """An adapter's bank and its config. Raises ValueError where there is no such adapter, or more than one."""
-    homes = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
-    if not homes:
-        raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
-    found = [name for name, banks in homes.items() if adapter_name in banks]
-    if not found:
-        raise ValueError(
-            f"There is no SMT adapter {adapter_name!r}; the model has {sorted(set().union(*homes.values()))}."
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"{len(found)} parts of the model have an SMT adapter {adapter_name!r} ({', '.join(found)}), each with a "
-            "budget of its own. Give them different adapter names and run a warm-up for each: "
-            "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
-        )
-    bank = homes[found[0]][adapter_name]
-    return bank, bank.config
-
-
 def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -> None:
     """Give an adapter the blocks of rank 0's selection, and mirror them in its config.
 
     Raises:
         ValueError: where the selection is of other targets, blocks or budget than the adapter's.
     """
-    bank, config = find_adapter(model, adapter_name)
+    bank = find_bank(model, adapter_name)
+    config = bank.config
     names, arrangement = [target.name for target in bank.targets], "tiles" if selection.lines is None else "sorted"
     counts = selection.index[:, 0].bincount(minlength=len(names))
     spent = [int(counts[group.members].sum()) for group in bank.groups]

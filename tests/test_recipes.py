@@ -10,7 +10,7 @@ import testbeds
 import torch
 from recipes import Recipe
 
-from smt_peft.warmup import find_adapter
+from smt_peft.bank import find_bank
 
 QKV = json.dumps(["q_proj", "k_proj", "v_proj"])
 BUDGET = 3200  # 200 blocks of 4, or LoRA of rank 2
@@ -32,7 +32,7 @@ def select(short):
         recipe = Recipe.parse(settings)
         model = recipes.adapted(recipe, testbed.model, QKV, BUDGET, 0, None)
         selection = recipes.warm_up(recipe, model, lambda count: bench_quality.batches(RUN, testbed, count))
-        return model, find_adapter(model, "default")[0], selection
+        return model, find_bank(model, "default"), selection
 
     return of
 

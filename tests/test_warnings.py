@@ -244,7 +244,7 @@ def test_an_adapter_that_another_callback_merged_in_the_end_is_no_error(selected
 def test_of_a_sharded_bank_the_own_part_is_looked_at(selected, arguments):
     whole = torch.ones(4, 2, 2)
     whole[0, 0, 0] = math.inf
-    bank = DeltaBank(2, [Target("a", 2, 2)], [Group([0], 4)], torch.device("cpu"))
+    bank = DeltaBank(SMTConfig(block_size=2, num_blocks=4), [Target("a", 2, 2)], [Group([0], 4)], torch.device("cpu"))
 
     def message(weight) -> str:
         callback, state = SMTMonitorCallback(), TrainerState(global_step=7)

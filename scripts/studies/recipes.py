@@ -17,10 +17,11 @@ from peft.tuners.shira.layer import ShiraLayer
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
+from smt_peft.bank import find_bank
 from smt_peft.optimizers import BlockMuon
 from smt_peft.selected import Selection, kinds_of
 from smt_peft.selection import select
-from smt_peft.warmup import apply_selection, find_adapter
+from smt_peft.warmup import apply_selection
 
 RANKED = {"lora": LoraConfig, "shira": ShiraConfig, "miss": MissConfig}
 CONFIGS = {"smt": SMTConfig, **RANKED}
@@ -170,7 +171,8 @@ def warm_up(recipe: Recipe, model: nn.Module, batches: Callable[[int], list[dict
         choose_entries(model, batches(recipe.best_entries))
     if not recipe.needs_warmup:
         return None
-    bank, config = find_adapter(model, "default")
+    bank = find_bank(model, "default")
+    config = bank.config
     data = batches(config.warmup_steps)
     selection = select_blocks(model, data, progress_bar=False)
     if recipe.leave_out:
@@ -267,7 +269,7 @@ def make_optimizer(
 
 def scale_delta(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float | str) -> None:
     """Train delta / scale: by the chain rule its gradient is scale times the delta's. The bank holds the delta."""
-    bank, _ = find_adapter(model, "default")
+    bank = find_bank(model, "default")
     if scale == "weight_rms":
         rms = torch.stack([blocks_of(model, target.name, 1).square().mean().sqrt() for target in bank.targets])
         scale = (rms / rms.mean())[bank.index[:, 0].long()][:, None, None]
