@@ -118,8 +118,7 @@ def add_weighted_adapter(
     parts = [_of_bank(bank) for bank in banks]
     _check(adapters, weights, parts, method)
     blocks = combine(parts, weights, method)
-    configs = [model.peft_config[name] for name in adapters]
-    model.peft_config[adapter_name] = _config_of_sum(configs, [list(part.shapes) for part in parts], blocks)
+    model.peft_config[adapter_name] = _config_of_sum(parts, blocks)
     model.inject_adapter(model.model, adapter_name)
     fill(getattr(model.model, BANK)[adapter_name], blocks)
 
@@ -134,7 +133,7 @@ def _of_bank(bank: DeltaBank) -> StoredAdapter:
         if plan is not None:
             rows, cols = ops.entries(plan, size)
             blocks[bank.targets[position].name] = Blocks(rows[:, :, 0], cols[:, 0], deltas.detach().cpu())
-    return StoredAdapter({}, shapes, blocks, {}, {})
+    return StoredAdapter(bank.config, shapes, blocks, {}, {})
 
 
 # --- in folders ------------------------------------------------------------------------------------------------------
@@ -167,10 +166,8 @@ def combine_adapters(
                     f"{name} is {part.shapes[name]} in {folder}, but {shapes[name]} in an adapter before it: they "
                     "belong to different base models, whose adapters cannot be combined."
                 )
-    configs = [SMTConfig.from_peft_type(**part.config) for part in parts]
     blocks = combine(parts, weights, method)
-    config = _config_of_sum(configs, [list(part.shapes) for part in parts], blocks)
-    combined = StoredAdapter(config.to_dict(), shapes, blocks, {}, parts[0].base)
+    combined = StoredAdapter(_config_of_sum(parts, blocks), shapes, blocks, {}, parts[0].base)
     write_adapter(out, combined)
     return combined
 
@@ -216,20 +213,21 @@ def _check(names: Sequence[str], weights: Sequence[float], adapters: Sequence[St
             raise ValueError(f"Adapter {name} has no blocks yet: train it first, or let select_blocks() choose them.")
 
 
-def _config_of_sum(configs: Sequence[SMTConfig], targets: Sequence[list[str]], blocks: dict[str, Blocks]) -> SMTConfig:
+def _config_of_sum(parts: Sequence[StoredAdapter], blocks: dict[str, Blocks]) -> SMTConfig:
     """The first adapter's configuration, with the blocks of the sum and, where they differ, the targets of all."""
+    targets = [set(part.shapes) for part in parts]
     first = next(iter(blocks.values()))
     changes = {"block_size": first.deltas.shape[1], "num_blocks": sum(len(of.deltas) for of in blocks.values())}
     changes["arrangement"] = "tiles" if all(map(_are_tiles, blocks.values())) else "sorted"
     changes |= {"trainable_ratio": None, "num_blocks_pattern": {}, "selected_blocks": None}
     changes |= {"selection": "gradient", "init_weights": True}  # nothing that would select anew
-    if any(set(names) != set(targets[0]) for names in targets[1:]):
-        known = {parameter for config in configs for parameter in config.target_parameters or ()}
-        every = {name for names in targets for name in names}
+    if any(names != targets[0] for names in targets[1:]):
+        known = {parameter for part in parts for parameter in part.config.target_parameters or ()}
+        every = set().union(*targets)
         parameters = {name for name in every if any(f".{name}".endswith(f".{parameter}") for parameter in known)}
         changes |= {"target_modules": every - parameters, "target_parameters": sorted(parameters) or None}
         changes |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return replace(configs[0], **changes)
+    return replace(parts[0].config, **changes)
 
 
 def _are_tiles(blocks: Blocks) -> bool:

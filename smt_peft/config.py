@@ -13,12 +13,12 @@ from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from smt_peft import checks
+from smt_peft.ops import Score
 from smt_peft.places import Tiles, parse_sorted
 from smt_peft.selected import Selection
 from smt_peft.selection import Scope
 
 SelectionRule = Literal["gradient", "activation", "magnitude", "random", "diagonal"]
-Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
 Accumulation = Literal["absolute", "signed"]
 Arrangement = Literal["tiles", "sorted"]
 Bias = Literal["none", "all", "smt_only"]

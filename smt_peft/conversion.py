@@ -92,7 +92,7 @@ def convert_to_lora_files(
     adapter = read_adapter(folder)
     config = adapter.config
     for option, allowed in (("bias", "none"), ("target_parameters", None)):
-        if (value := config.get(option)) and value != allowed:
+        if (value := getattr(config, option)) != allowed:
             raise ValueError(f"{folder} has {option}={value!r}, which cannot be converted to LoRA; merge it instead.")
     if not adapter.blocks:
         raise ValueError(f"{folder} has no blocks yet: train it first, or let select_blocks() choose them.")
@@ -111,7 +111,7 @@ def convert_to_lora_files(
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         inference_mode=True,
-        **{option: config.get(option) for option in KEPT},
+        **{option: getattr(config, option) for option in KEPT},
     )
     with written_whole(Path(out)) as new:
         lora.save_pretrained(str(new))

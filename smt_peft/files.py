@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class StoredAdapter(NamedTuple):
         base: a sample of the base model, see `bases.sample`.
     """
 
-    config: dict
+    config: SMTConfig
     shapes: dict[str, tuple[int, int]]
     blocks: dict[str, Blocks]
     others: dict[str, Tensor]
@@ -117,15 +118,14 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     if not file.is_file():
         raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} in {folder}.")
     parts = take_apart(load(file))
-    checked = SMTConfig.from_peft_type(**{**config, "peft_type": "SMT"})  # refuses values of wrong types
-    selected = checked.selected_blocks
-    check_config(vars(checked), parts)
+    config = SMTConfig.from_peft_type(**{**config, "peft_type": "SMT"})  # refuses values of wrong types
+    check_config(vars(config), parts)
     size, index = parts.weight.shape[1], parts.index.long()
     if parts.content:
         names = {position: target.name for position, target in enumerate(parts.content["targets"])}
         shapes = {name: (rows * size, cols * size) for name, rows, cols in parts.content["targets"]}
     else:
-        names, shapes = _names_in_version_1(parts, selected or {}, folder), _NoShapes()
+        names, shapes = _names_in_version_1(parts, config.selected_blocks or {}, folder), _NoShapes()
     blocks = {}
     for position, name in names.items():
         slots = index[:, 0] == position
@@ -138,13 +138,13 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     return StoredAdapter(config, shapes, blocks, others, parts.content["base"] if parts.content else {})
 
 
-def _named(parts: Parts, config: Mapping, targets: Collection[str]) -> dict[str, Tensor]:
+def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[str, Tensor]:
     """The biases and the modules trained whole, as config and manifest name them. As in loading, nothing else is taken
     from a file; the base weight of a target that is an embedding, which PEFT saves, goes without a word."""
-    named, whole = {}, [f"{module}." for module in config.get("modules_to_save") or ()]
+    named, whole = {}, [f"{module}." for module in config.modules_to_save or ()]
     for key, tensor in parts.others.items():
         name = key.removeprefix(PREFIX)
-        is_bias = name.endswith(".bias") and config.get("bias", "none") != "none"
+        is_bias = name.endswith(".bias") and config.bias != "none"
         is_known = parts.content is None or name in parts.content["others"]
         if is_known and (is_bias or any(module in name for module in whole)):
             named[key] = tensor
@@ -176,7 +176,7 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     """
     if not (adapter.blocks and adapter.shapes):
         raise ValueError("The adapter has no blocks to write, or no shapes, as files of version 1 have none.")
-    config = SMTConfig.from_peft_type(**{**adapter.config, "selected_blocks": None})
+    config = replace(adapter.config, selected_blocks=None)
     size = config.block_size
     targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]
     count = sum(len(blocks.deltas) for blocks in adapter.blocks.values())

@@ -27,19 +27,18 @@ def describe(folder: Path) -> dict:
     names = adapter.names
     config, locations = adapter.config, locations_of(names)
     deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
-    rule = config.get("selection", "gradient")
-    options = [f"{name} {config[name]}" for name in ("scope", *OPTIONS.get(rule, [])) if name in config]
+    options = [f"{name} {getattr(config, name)}" for name in ("scope", *OPTIONS.get(config.selection, []))]
     kinds = {name: location.kind for name, location in zip(names, locations, strict=True)}
     layers = {name: location.layer_name for name, location in zip(names, locations, strict=True)}
     return {
-        "base_model": config.get("base_model_name_or_path"),
+        "base_model": config.base_model_name_or_path,
         "blocks": sum(map(len, deltas.values())),
-        "block_size": config["block_size"],
-        "arrangement": config.get("arrangement", "tiles"),
+        "block_size": config.block_size,
+        "arrangement": config.arrangement,
         "parameters": sum(delta.numel() for delta in deltas.values()),
         "modules": len(names),
         "modules_with_blocks": len(deltas),
-        "selection": ", ".join([rule, *options]),
+        "selection": ", ".join([config.selection, *options]),
         "norm": _norm(deltas.values()),
         "largest": torch.stack([delta.abs().max() for delta in deltas.values()]).max().item() if deltas else 0.0,
         "also_trained": sorted(key.removeprefix(PREFIX) for key in adapter.others),
@@ -87,7 +86,7 @@ def compare(folder: Path, other_folder: Path) -> dict:
         by_type.setdefault(location.kind, Counter()).update(sums)
         total.update(sums)
     return {
-        "base_models": [adapter.config.get("base_model_name_or_path") for adapter in (one, other)],
+        "base_models": [adapter.config.base_model_name_or_path for adapter in (one, other)],
         "parameters": [int(total["one"]), int(total["other"])],
         "parameters_in_both": int(total["both"]),
         "norms": [total["one squared"] ** 0.5, total["other squared"] ** 0.5],

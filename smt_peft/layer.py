@@ -193,7 +193,7 @@ class Linear(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its delta or "
                         "the base weight is not finite."
                     )
-        if self.quantization_backend is None and type(self.weight) is nn.Parameter and not self._shared_weight:
+        if self.quantization_backend is None and type(self.weight) is nn.Parameter:
             for name in adapter_names:
                 self._merge_blocks(name)
         elif any(self._share(name) is not None for name in adapter_names):
@@ -206,15 +206,18 @@ class Linear(nn.Module, BaseTunerLayer):
         """Write the sums of blocks and deltas, and remember the blocks first: whatever interrupts, they come back."""
         entries, delta = self._blocks(adapter)
         if len(delta):
+            if self._shared_weight and self._original is None:  # the module that shares it keeps the old one
+                self._original = Original(self.get_base_layer(), self.parameter_name)
+                copied = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+                setattr(self.get_base_layer(), self.parameter_name, copied)
             matrix = self.matrix()
             before = matrix[entries]
             self._before.append((entries, before))
-            wide = torch.promote_types(before.dtype, torch.float32)
-            matrix[entries] = (before.to(wide) + delta).to(before.dtype)
+            matrix[entries] = ops.rounded_sum(before, delta)
         self.merged_adapters.append(adapter)
 
     def _merge_whole(self, adapters: list[str]) -> None:
-        """Put a new weight in the place of one that is quantised, or shared with a module that keeps the old one."""
+        """Put a new weight in the place of one that is quantised, or of a class of its own."""
         module = self.get_base_layer()
         self._original = self._original or Original(module, self.parameter_name)  # first: dequantising may unpack it
         weight = self._base_weight()

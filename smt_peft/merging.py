@@ -30,6 +30,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from smt_peft import ops
 from smt_peft.bases import other_base, sample
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, StoredAdapter, adapter_config, read_adapter, read_json
@@ -227,7 +228,7 @@ def _warn_of_other_base(adapter: StoredAdapter, checkpoint: Checkpoint, keys: di
     if different := other_base(adapter.base, found):
         warnings.warn(
             f"{different} has other values in {checkpoint.folder} than in the model that the adapter was made for, "
-            f"{adapter.config.get('base_model_name_or_path') or 'which it does not name'}."
+            f"{adapter.config.base_model_name_or_path or 'which it does not name'}."
         )
 
 
@@ -242,9 +243,7 @@ def changed(key: str, tensor: Tensor, change: Change) -> Tensor:
     if change.blocks is not None:
         matrix = tensor.T if change.transposed else tensor.flatten(0, -2)
         entries = change.blocks.entries
-        before = matrix[entries]
-        wide = torch.promote_types(before.dtype, torch.float32)
-        matrix[entries] = new = (before.to(wide) + change.blocks.deltas).to(before.dtype)
+        matrix[entries] = new = ops.rounded_sum(matrix[entries], change.blocks.deltas)
     if not new.isfinite().all():
         raise ValueError(f"{key} would have NaN or infinite entries: the adapter or the base model is broken.")
     return tensor

@@ -139,11 +139,11 @@ def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
             rows, cols, delta = cols, rows, delta.transpose(1, 2)
         places.append((*_shorten(rows, cols), delta))
     if len(places) == 1:
-        values = [_sum(matrix, *places[0], layer._shared_weight)]
+        values = [_sum(matrix, *places[0])]
     else:
         matrix = matrix.clone()  # the adapters' blocks may overlap
         for rows, cols, delta in places:
-            _write(matrix, rows, cols, _sum(matrix, rows, cols, delta, layer._shared_weight))
+            _write(matrix, rows, cols, _sum(matrix, rows, cols, delta))
         values = [_read(matrix, rows, cols, delta.shape) for rows, cols, delta in places]
     small = torch.int16 if max(matrix.shape) <= 2**15 else torch.int32
     return [
@@ -152,11 +152,10 @@ def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
     ]
 
 
-def _sum(matrix: Tensor, rows: Tensor, cols: Tensor, delta: Tensor, is_shared: bool) -> Tensor:
-    """Blocks and deltas in the matrix's dtype, rounded as `merge` does it; there, a shared weight is rounded twice."""
-    before = _read(matrix, rows, cols, delta.shape)
-    wide = before.dtype if is_shared else torch.promote_types(before.dtype, torch.float32)
-    return (before.to(wide) + delta.to(wide)).to(before.dtype)
+def _sum(matrix: Tensor, rows: Tensor, cols: Tensor, delta: Tensor) -> Tensor:
+    from smt_peft.ops import rounded_sum
+
+    return rounded_sum(_read(matrix, rows, cols, delta.shape), delta)
 
 
 def _shorten(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:

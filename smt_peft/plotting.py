@@ -321,7 +321,7 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     scores = [grid[0].sqrt() if has_sizes else grid[1].sign() for grid in grids]
     index = torch.cat([pad(grid[1].nonzero(), (1, 0), value=target).int() for target, grid in enumerate(grids)])
     title = f"{len(index)} of {len(sizes)} blocks of {size} x {size} selected"
-    if adapter.config.get("arrangement") == "sorted":
+    if adapter.config.arrangement == "sorted":
         count = sum(len(of.rows) for of in adapter.blocks.values())
         title = f"{count} sorted blocks of {size} x {size}, which have a part in {len(index)} of {len(sizes)} tiles"
     chosen = Selection(names, size, index, scores)

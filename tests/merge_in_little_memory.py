@@ -15,6 +15,7 @@ sys.modules["datasets"] = None  # not needed here, and pyarrow reserves a gigaby
 import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from smt_peft import SMTConfig  # noqa: E402
 from smt_peft.__main__ import main  # noqa: E402
 from smt_peft.files import Blocks, StoredAdapter, write_adapter  # noqa: E402
 
@@ -56,8 +57,8 @@ def write_files(folder: Path, inner: int) -> None:
     of_block = torch.arange(BLOCK)[None]
     blocks = Blocks(of_block + HIDDEN - BLOCK, of_block + BLOCK, torch.randn(1, BLOCK, BLOCK))
     of_targets = {name: shapes[f"{name}.weight"] for name in TARGETS}
-    about = {"peft_type": "SMT", "block_size": BLOCK, "base_model_name_or_path": str(folder / "base")}
-    about |= {"target_modules": ["up_proj", "down_proj"], "num_blocks": len(TARGETS)}
+    about = SMTConfig(block_size=BLOCK, target_modules=["up_proj", "down_proj"], num_blocks=len(TARGETS))
+    about.base_model_name_or_path = str(folder / "base")
     (folder / "adapter").mkdir()
     write_adapter(folder / "adapter", StoredAdapter(about, of_targets, dict.fromkeys(TARGETS, blocks), {}, {}))
 

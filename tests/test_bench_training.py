@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,19 +184,27 @@ def test_an_unknown_setting_is_named(measure):
 
 
 def test_times_of_the_host_and_the_device_are_taken_apart(monkeypatch):
-    """A device that needs 0.2 s after each step is told: in what is waited for, not in the host's own time."""
+    """A device that needs 10 s after each step of 1 s is told: in what is waited for, not in the host's own time."""
     options = bench_training.Options(**{**bench_training.TOY, "device": "cpu", "methods": ["smt"]})
     base = bench_training.random_llama("tiny", None, "float32", "cpu")
     trial = bench_training.Trial(base, "smt", options, torch.randint(0, 64, (1, 32)))
     trial.step()
-    queue = []
-    step = trial.step
-    monkeypatch.setattr(trial, "step", lambda *batch: queue.append(1) or step(*batch))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.2 * len(queue)) or queue.clear())
+    now, queue = [0.0], []
+
+    def step(*_) -> None:
+        queue.append(1)
+        now[0] += 1
+
+    def wait() -> None:
+        now[0] += 10 * len(queue)
+        queue.clear()
+
+    monkeypatch.setattr(bench_training.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trial, "step", step)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
     trial.on_gpu, figure = True, {"step_s": [], "synced_s": [], "host_s": []}
     trial.take_turn(figure)
-    assert figure["step_s"][0] > 0.2 and figure["synced_s"][0] > 0.2
-    assert figure["host_s"][0] < figure["synced_s"][0] - 0.1
+    assert (figure["step_s"][0], figure["synced_s"][0], figure["host_s"][0]) == (11, 11, 1)
 
 
 def test_every_column_of_a_gpu_is_filled(measure, monkeypatch):

@@ -307,7 +307,7 @@ def test_biases_are_refused_whichever_adapter_has_them(make_llama, biased):
 def stored(rows: torch.Tensor, cols: torch.Tensor, length: int = 512) -> StoredAdapter:
     """Blocks of ones at these rows and columns [n, b] of one square target."""
     ones = torch.ones(*rows.shape, rows.shape[1])
-    return StoredAdapter({}, {"q": (length, length)}, {"q": Blocks(rows, cols, ones)}, {}, {})
+    return StoredAdapter(SMTConfig(), {"q": (length, length)}, {"q": Blocks(rows, cols, ones)}, {}, {})
 
 
 def test_lines_that_cross_too_much_are_refused():

@@ -175,7 +175,7 @@ def test_what_peft_cannot_convert_is_refused(llama, tmp_path):
 def test_a_delta_of_zeros_has_no_error(tmp_path):
     rows = torch.arange(8)[None]
     blocks = {"q": Blocks(rows, rows, torch.zeros(1, 8, 8))}
-    config = SMTConfig(block_size=8, num_blocks=1, target_modules=["q"]).to_dict()
+    config = SMTConfig(block_size=8, num_blocks=1, target_modules=["q"])
     write_adapter(tmp_path, StoredAdapter(config, {"q": (16, 16)}, blocks, {}, {}))
     loss = convert_to_lora_files(tmp_path, tmp_path / "lora", energy=0.5)
     assert (loss.error, loss.errors, loss.rank) == (0, {"q": 0}, {"q": 1})

@@ -158,6 +158,39 @@ def test_a_second_adapter_shares_the_wrappers(base, config):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+def test_two_adapters_on_one_parameter_add_up(base, arrangement):
+    options = {"target_modules": [], "target_parameters": EXPERTS, "block_size": SIZE, "num_blocks": 40}
+    options |= {"selection": "random", "init_weights": False}
+    torch.manual_seed(1)
+    model, dense = get_peft_model(copy.deepcopy(base), SMTConfig(**options)), copy.deepcopy(base)
+    model.add_adapter("other", SMTConfig(**options, seed=1, arrangement=arrangement))
+    model.base_model.set_adapter(["default", "other"])
+    blocks = [  # of which weight, where in it as a matrix, and the deltas with their gradients
+        (bank.targets[target].name, [torch.tensor(lines) for lines in features(place)], bank.weight, number)
+        for bank in (bank_of(model), bank_of(model, "other"))
+        for number, (target, *place) in enumerate(bank.index.tolist())
+    ]
+    for name, (rows, cols), weight, number in blocks:
+        parameter(dense, name).data.flatten(0, -2)[rows[:, None], cols] += weight[number].detach()
+    for each in (model, dense):
+        each.eval()(**BATCH).loss.backward()
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-6)
+    assert any(weight.grad.any() for *_, weight, _ in blocks)
+    for name, (rows, cols), weight, number in blocks:
+        expected = parameter(dense, name).grad.flatten(0, -2)[rows[:, None], cols]
+        torch.testing.assert_close(weight.grad[number], expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="cannot mix adapters of a parameter"):
+        model(TOKENS, adapter_names=["default", "other"])
+
+
+def features(place: list[int]) -> tuple[list[int], list[int]]:
+    """The rows and columns of a tile at (row, column), or of a sorted block that lists them."""
+    if len(place) == 2:
+        return tuple([*range(at * SIZE, (at + 1) * SIZE)] for at in place)
+    return place[:SIZE], place[SIZE:]
+
+
 @pytest.mark.parametrize("how", ["beside another adapter", "disabled"])
 def test_the_warm_up_scores_the_model_that_it_runs_in(base, config, how):
     """Scores beside an active adapter are those of the base model with its deltas merged; without any, of the base."""

@@ -264,6 +264,26 @@ def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load,
     assert not getattr(llama, "peft_config", None)
 
 
+def test_an_adapter_in_a_subfolder_is_read_and_refused_like_any_other(llama, folder):
+    def by_peft_below(base):
+        return PeftModel.from_pretrained(base, folder.parent, subfolder=folder.name)
+
+    def by_transformers_below(base):
+        base.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})
+        return base
+
+    tokens = torch.arange(1, 9)[None]
+    expected = by_peft(deepcopy(llama), folder)(tokens).logits
+    for load in (by_peft_below, by_transformers_below):
+        assert torch.equal(load(deepcopy(llama))(tokens).logits, expected)
+    change_config(folder, block_size=8)
+    before = state_of(llama)
+    for load in (by_peft_below, by_transformers_below):
+        with pytest.raises(ValueError, match="block_size"):
+            load(llama)
+        assert_same_state(state_of(llama), before)
+
+
 OF_A_MODEL = {"other targets", "no regex", "an endless regex"}  # only a model shows what is wrong with these
 
 

@@ -140,9 +140,18 @@ def test_adapter_names_that_do_not_fit_are_refused(two, batches, names, message)
         two.eval()(batches[0]["input_ids"], adapter_names=names)
 
 
+def test_adapter_names_are_refused_where_they_would_count_twice_or_be_trained(two, batches):
+    rows, names = batches[0]["input_ids"], ["default", "other"]
+    with pytest.raises(ValueError, match="in training mode"):
+        two.train()(rows, adapter_names=names)
+    two.merge_adapter(["other"])
+    with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+        two.eval()(rows, adapter_names=names)
+
+
 def test_status_tells_what_is_active_and_trainable(two, tmp_path):
     status = two.get_model_status()
-    assert status.adapter_model_type == "SMTModel" or status.peft_types["default"] == "SMT"
+    assert status.adapter_model_type == "SMTModel" and status.peft_types == {"default": "SMT", "other": "SMT"}
     assert status.enabled and status.active_adapters == ["default"] and status.merged_adapters == []
     assert status.requires_grad == {"default": True, "other": False}
     assert status.available_adapters == ["default", "other"]

@@ -319,6 +319,9 @@ def test_sharded_and_quantised_bases_are_refused(llama):
     for layer in (layer for layer in sharded.modules() if hasattr(layer, "smt_blocks")):
         layer.weight.ds_id = 0  # as ZeRO-3 marks its parameters
     refuse(TypeError, "is sharded", sharded)
+    with pytest.raises(TypeError, match="A sharded weight cannot be merged into"):
+        sharded.merge_adapter()
+    assert sharded.get_model_status().merged_adapters == []
     for layer in (layer for layer in quantised.modules() if hasattr(layer, "smt_blocks")):
         layer.quantization_backend = object()
     refuse(TypeError, "is quantised", quantised)

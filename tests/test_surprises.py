@@ -364,6 +364,27 @@ def test_a_subclass_of_parameter_comes_back_when_it_is_unmerged(base, batches):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("kind", ["subclass", "tied"])
+def test_a_weight_that_another_stands_in_for_takes_adapters_in_turn(make_llama, batches, kind):
+    class Tagged(nn.Parameter):
+        pass
+
+    cell = make_llama(tie_word_embeddings=kind == "tied").double()
+    base = deepcopy(cell)
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())  # merging changes the head alone
+    if kind == "subclass":
+        cell.lm_head.weight = Tagged(cell.lm_head.weight.data)
+    model = wrap(cell, target_modules=["q_proj", "lm_head"])
+    add_adapter(model, "other", target_modules=["q_proj", "lm_head"], seed=3)
+    before = {name: value.clone() for name, value in cell.state_dict().items()}
+    model.merge_adapter(["default"])
+    model.merge_adapter(["other"])
+    assert_close(outputs(model, batches[0]), outputs(dense_of(base, model, "default", "other"), batches[0]))
+    model.unmerge_adapter()
+    after = cell.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_what_peft_moves_after_loading_is_the_bank(llama):
     model = wrap(llama)
     for layer in layers_of(model).values():
@@ -417,7 +438,7 @@ def test_a_conv1d_whose_weight_zero3_has_taken_away_keeps_its_shape():
         weight.ds_id, weight.ds_shape, weight.ds_numel = 0, weight.shape, weight.numel()
         weight.data = torch.empty(0)
     options = {"num_blocks": 4, "block_size": 8, "target_modules": ["c_attn"]}
-    with pytest.raises(ValueError, match=r"selection='magnitude' looks at the weights.* is divided by ZeRO-3"):
+    with pytest.raises(ValueError, match=r"selection='magnitude' looks at the weights.* is divided among processes"):
         get_peft_model(model, SMTConfig(selection="magnitude", **options))
     [layer] = layers_of(get_peft_model(model, SMTConfig(selection="random", **options))).values()
     assert (layer.out_features, layer.in_features) == (96, 32)

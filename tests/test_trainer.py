@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from smt_peft import Selection, SMTConfig, SMTWarmupCallback, callback
+from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback
 from smt_peft.callback import _refuse_what_is_read_once, _same_order_afterwards
 from smt_peft.layer import Linear
 
@@ -237,6 +237,23 @@ def test_the_record_of_the_warm_up_survives_resuming(make_llama, make_trainer, t
     saved, kept = Selection.load(last), selection_of(trainer)
     assert saved.blocks() == kept.blocks() == trainer.model.peft_config["default"].selected_blocks
     assert saved.batches == WARMUP_STEPS and saved.rebudget(5)
+
+
+def test_an_adapter_of_another_name_resumes_with_its_record(make_llama, make_trainer, tmp_path):
+    def make(**options) -> Trainer:
+        config = SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS)
+        model = get_peft_model(make_llama(), config, adapter_name="mine")
+        callbacks = SMTWarmupCallback("mine"), SMTMonitorCallback("mine")
+        return make_trainer(model, *callbacks, warm_up=0, lr_scheduler_type="constant", **options)
+
+    whole = make()
+    whole.train()
+    make(max_steps=2, save_strategy="steps").train()
+    resumed = make(save_strategy="steps", save_steps=STEPS)
+    resumed.train(resume_from_checkpoint=True)
+    banks = [trainer.model.base_model.model.smt_bank["mine"] for trainer in (whole, resumed)]
+    assert torch.equal(banks[0].index, banks[1].index) and torch.equal(banks[0].weight, banks[1].weight)
+    assert Selection.load(tmp_path / f"run/checkpoint-{STEPS}/mine").rebudget(5)
 
 
 def test_a_given_record_survives_resuming_and_a_second_run(make_llama, make_trainer, tmp_path):

@@ -1,6 +1,5 @@
 """What goes wrong without an error is said once, with the value, the fact and the way out."""
 
-import logging
 import math
 import warnings
 from copy import deepcopy
@@ -56,11 +55,9 @@ def trainer(arguments, batches):
     return make
 
 
-def test_nothing_is_said_where_nothing_is_wrong(llama, trainer, caplog):
-    caplog.set_level(logging.INFO, "smt_peft")
+def test_nothing_is_said_where_nothing_is_wrong(llama, trainer):
     run = trainer(wrap(llama, num_blocks=30), logging_steps=1)
     assert warned_of(run.train) == []
-    assert not caplog.records
 
 
 # --- a budget in modules of one input ----------------------------------------------------------------------------

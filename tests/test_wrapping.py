@@ -130,6 +130,18 @@ REFUSED = {  # options, and what is said of them
 }
 
 
+def test_an_adapter_that_is_merged_is_not_replaced(base, batches):
+    """Its deltas are in the weights, and what these were would be lost."""
+    cell = deepcopy(base)
+    model = get_peft_model(cell, make_config()).double()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="'default' already, which is merged into its weights"):
+        get_peft_model(cell, make_config())
+    model.unmerge_adapter()
+    assert_base_untouched(model, base)
+    assert_right(model, base, batches[0])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["as another adapter", "around the same base"])
 @pytest.mark.parametrize("options, words", REFUSED.values(), ids=REFUSED)

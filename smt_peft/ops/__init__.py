@@ -17,11 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .plan import Plan, Side, entries, move, plan, tile_features
-from .reference import SCORES, block_sums, reduce_blocks, sum_squares
+from .reference import SCORES, Score, block_sums, reduce_blocks, rounded_sum, sum_squares
 
 __all__ = [
     "SCORES",
     "Plan",
+    "Score",
     "Side",
     "add_blocks",
     "block_add_",
@@ -35,6 +36,7 @@ __all__ = [
     "move",
     "plan",
     "reduce_blocks",
+    "rounded_sum",
     "sum_squares",
     "tile_features",
 ]

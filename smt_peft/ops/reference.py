@@ -6,13 +6,15 @@ for float64 operands (`sum_dtype`).
 """
 
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .plan import Plan, Side
 
-SCORES = ("abs_mean", "mean_abs", "l1", "l2")
+Score = Literal["abs_mean", "mean_abs", "l1", "l2"]
+SCORES = get_args(Score)
 
 # Elements of the part of dW that block_scores holds at a time (16 MiB of float32).
 _STRIP_ELEMENTS = 1 << 22
@@ -161,6 +163,12 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
     elif score != "mean_abs":
         gradient = gradient.abs()
     return finish_score(sum_squares(gradient, block_size, dtype), block_size, score)
+
+
+def rounded_sum(before: Tensor, delta: Tensor) -> Tensor:
+    """What merging writes: the sum in float32 or better, rounded once, to the dtype of the weight `before`."""
+    wide = torch.promote_types(before.dtype, torch.float32)
+    return (before.to(wide) + delta).to(before.dtype)
 
 
 def sum_squares(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
