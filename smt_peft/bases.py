@@ -14,12 +14,21 @@ WEIGHTS, VALUES, ROWS = 4, 8, 64  # how many are looked at, of each how many val
 ROUNDING = 2**-7  # how far a value may move when its model is loaded in another dtype, bfloat16 being the coarsest
 
 
-def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base model's own parameters, by the names they had before anything was wrapped. Without those of modules
-    that the adapter has copies of: a new head has other values in each process."""
+OF_ADAPTERS = (f"{BANK}.", ".modules_to_save.", ".trainable_tokens_delta.")  # in the names of parameters
+WRAPPERS = (".base_layer", ".original_module", ".token_adapter")  # that stand in for modules
+
+
+def base_weights(model: nn.Module, with_heads: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The base model's own parameters, by the names they had before anything was wrapped.
+
+    Args:
+        with_heads: also those of modules that an adapter has copies of. A new head has other values in each process.
+    """
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in (f"{BANK}.", ".modules_to_save.", ".original_module.")):
-            yield name.replace(".base_layer", ""), parameter
+        if not any(part in name for part in OF_ADAPTERS) and (with_heads or ".original_module." not in name):
+            for wrapper in WRAPPERS:
+                name = name.replace(wrapper, "")
+            yield name, parameter
 
 
 def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None = None) -> dict[str, list[float]]:

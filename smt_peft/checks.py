@@ -28,6 +28,7 @@ PARTS = ("weight", "index", "fingerprint", "manifest")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats
+TOKENS = "trainable_token_indices"  # repeated, too, where there are any; in their order, which is that of the rows
 
 
 class Target(NamedTuple):
@@ -58,6 +59,7 @@ def manifest(
     content = {
         "version": VERSION,
         **{name: _agreed(getattr(config, name)) for name in AGREED},
+        **({TOKENS: tokens} if (tokens := getattr(config, TOKENS)) else {}),
         "targets": targets,
         "others": sorted(others),
         "base": base or {},
@@ -296,8 +298,9 @@ def check_config(config: Mapping, parts: Parts) -> None:
     if config["num_blocks"] is not None and config["block_size"] != "auto":
         count = config["num_blocks"] + sum(config["num_blocks_pattern"].values())
         check_weight(parts.weight, count, config["block_size"])
-    for name in AGREED if content else ():
-        said, meant = _agreed(config[name]), content[name]
+    for name in (*AGREED, TOKENS) if content else ():
+        said = config[name] or None if name == TOKENS else _agreed(config[name])
+        meant = content.get(name)
         if said != meant:
             raise ValueError(
                 f"adapter_config.json says {name}={short(said)}, but the weights beside it were saved with "

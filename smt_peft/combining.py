@@ -112,7 +112,8 @@ def add_weighted_adapter(
         if name not in model.peft_config:
             raise ValueError(f"Adapter {name} does not exist; the model has {', '.join(model.peft_config)}.")
     wholes = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    biased = {name for name in adapters if model.peft_config[name].bias != "none"}
+    configs = {name: model.peft_config[name] for name in adapters}
+    biased = {name for name, of in configs.items() if of.bias != "none" or of.trainable_token_indices}
     _refuse_wholes(biased | {name for name in adapters for whole in wholes if name in whole.modules_to_save})
     banks = [getattr(model.model, BANK)[name] for name in adapters]
     parts = [_of_bank(bank) for bank in banks]
@@ -194,9 +195,9 @@ def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
 def _refuse_wholes(names: set[str]) -> None:
     if names:
         raise ValueError(
-            f"Cannot combine {', '.join(sorted(names))}: beside blocks it has biases or whole modules of its own "
-            "(bias, modules_to_save), of which there can be one at a time. Train adapters that are to be combined "
-            "without them, or merge one and train the other on the merged model."
+            f"Cannot combine {', '.join(sorted(names))}: beside blocks it has biases, rows or whole modules of its "
+            "own (bias, trainable_token_indices, modules_to_save), of which there can be one at a time. Train "
+            "adapters that are to be combined without them, or merge one and train the other on the merged model."
         )
 
 

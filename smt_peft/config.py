@@ -56,6 +56,8 @@ class SMTConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None  # which layers to adapt; default: all
     layers_pattern: list[str] | str | None = None  # name of the module list that `layers_to_transform` counts in
     modules_to_save: list[str] | None = None  # trained and saved whole, such as a new classifier
+    # Single rows of the embedding, such as those of new tokens, trained by themselves: of the input's, or by module.
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: Bias = "none"  # which are trained; 'smt_only': those of the targets
     init_weights: bool = True  # True: the delta starts at zero. False: small random values, for tests of other code
     block_size: int | Literal["auto"] = (
@@ -164,6 +166,10 @@ class SMTConfig(PeftConfig):
         pairs = self.num_blocks_pattern
         if not isinstance(pairs, Mapping) and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
             yield f"num_blocks_pattern={pairs!r} is not a mapping by name."
+        tokens = self.trainable_token_indices
+        lists = [*tokens.values()] if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
+        if not all(isinstance(rows, (list, tuple)) and all(_is_int(row, 0) for row in rows) for rows in lists):
+            yield f"trainable_token_indices={tokens!r} is neither a list of tokens nor a mapping to such lists."
         if not isinstance(self.selected_blocks, (Mapping, Selection, type(None))):
             yield f"selected_blocks={self.selected_blocks!r} is not a mapping by name."
         layers = self.layers_to_transform

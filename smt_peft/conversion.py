@@ -31,7 +31,14 @@ from smt_peft.ops import reduce_blocks
 from smt_peft.selection import Lines, arrange, select, sort_lines
 from smt_peft.writing import written_whole
 
-KEPT = ("modules_to_save", "task_type", "base_model_name_or_path", "revision", "auto_mapping")  # by a LoRA adapter
+KEPT = (  # by a LoRA adapter
+    "modules_to_save",
+    "trainable_token_indices",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+)
 
 # --- to LoRA ---------------------------------------------------------------------------------------------------------
 

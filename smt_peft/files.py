@@ -57,7 +57,7 @@ class StoredAdapter(NamedTuple):
         shapes: of each target of the adapter (out_features, in_features), in the order of the index. Files of version
             1 hold none; looking one up raises ValueError then.
         blocks: of each target that has any, its blocks.
-        others: further tensors, of biases and modules_to_save, by their keys.
+        others: further tensors, of biases, modules_to_save and trainable_token_indices, by their keys.
         base: a sample of the base model, see `bases.sample`.
     """
 
@@ -146,7 +146,8 @@ def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[st
         name = key.removeprefix(PREFIX)
         is_bias = name.endswith(".bias") and config.bias != "none"
         is_known = parts.content is None or name in parts.content["others"]
-        if is_known and (is_bias or any(module in name for module in whole)):
+        is_row = config.trainable_token_indices and ".token_adapter." in name
+        if is_known and (is_bias or is_row or any(module in name for module in whole)):
             named[key] = tensor
         elif (module := name.rpartition(".base_layer.")[0]) not in targets or not is_embedding(module):
             warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")

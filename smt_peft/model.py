@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import (
     AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -134,7 +134,7 @@ class SMTModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
+        if isinstance(child, (ParamWrapper, TrainableTokensWrapper)) or isinstance(new_module, ParamWrapper):
             setattr(parent, child_name, new_module)  # PEFT's way hands `weight` over, which such modules lack
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -153,7 +153,7 @@ class SMTModel(BaseTuner):
         groups = share_budget(config, targets, base_parameters)
         device = "meta" if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(config, targets, groups, device)
-        bank.base_parameters, bank.base = base_parameters, bases.sample(bases.base_weights(model))
+        bank.base_parameters, bank.base = base_parameters, bases.sample(bases.base_weights(model, with_heads=False))
         active = adapter in self.active_adapters and not config.inference_mode
         bank.weight.requires_grad_(active)
         banks[adapter] = bank
@@ -349,9 +349,13 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
         if not len(getattr(root, BANK)):
             _remove_banks(root)
         for name, module in list(root.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-                module.modules_to_save.pop(adapter)
-                if not len(module.modules_to_save):
+            if not isinstance(module, AuxiliaryTrainingWrapper):
+                continue
+            has_rows = isinstance(module, TrainableTokensWrapper)
+            held = module.token_adapter.trainable_tokens_delta if has_rows else module.modules_to_save
+            if adapter in held:
+                module.delete_adapter(adapter, None)
+                if not len(held):
                     parent, _, child = name.rpartition(".")
                     setattr(root.get_submodule(parent), child, module.original_module)
         for name in configs[adapter].trained_before:

@@ -99,11 +99,11 @@ def _check_adapter(model: nn.Module, adapter: str) -> None:
             f"Adapter {adapter!r} has no blocks yet, so there is nothing to send. Pass "
             "callbacks=[SMTWarmupCallback()] to the Trainer, or call smt_peft.select_blocks(model, dataloader)."
         )
-    if config.bias != "none" or config.modules_to_save:
+    if config.bias != "none" or config.modules_to_save or config.trainable_token_indices:
         raise ValueError(
             f"Adapter {adapter!r} trains more than blocks (bias={config.bias!r}, modules_to_save="
-            f"{config.modules_to_save!r}), and a patch holds blocks alone. Train without these, or send the merged "
-            "model's whole state dict."
+            f"{config.modules_to_save!r}, trainable_token_indices={config.trainable_token_indices!r}), and a patch "
+            "holds blocks alone. Train without these, or send the merged model's whole state dict."
         )
 
 

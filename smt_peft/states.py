@@ -133,7 +133,7 @@ def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
 
 def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
     root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
-    different = other_base(stored, sample(base_weights(root), list(stored)))
+    different = other_base(stored, sample(base_weights(root, with_heads=False), list(stored)))
     if different:
         here = getattr(root, "name_or_path", "")
         warn(

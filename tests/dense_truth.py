@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -55,7 +56,8 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The layers that stand in for target modules, by the name of what they replace."""
     root = model.base_model.model if isinstance(model, PeftModel) else model
-    return {name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers = {name: module for name, module in root.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: layer for name, layer in layers.items() if not isinstance(layer, TrainableTokensLayer)}
 
 
 def bank_of(model: nn.Module, adapter: str = "default") -> nn.Module:

@@ -296,11 +296,17 @@ def test_whole_modules_are_refused(llama, tmp_path):
 LINEAR = Method("linear", None, "total")
 
 
+def test_rows_of_tokens_are_refused(llama):
+    model = get_peft_model(llama, make_config(trainable_token_indices=[5, 9]))
+    with pytest.raises(ValueError, match="biases, rows or whole modules of its own"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
 @pytest.mark.parametrize("biased", ["first", "second"])
 def test_biases_are_refused_whichever_adapter_has_them(make_llama, biased):
     model = get_peft_model(make_llama(attention_bias=True), make_config(bias="all" if biased == "first" else "none"))
     model.add_adapter("second", make_config(bias="all" if biased == "second" else "none", seed=1))
-    with pytest.raises(ValueError, match="biases or whole modules of its own"):
+    with pytest.raises(ValueError, match="biases, rows or whole modules of its own"):
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
 
 

@@ -172,6 +172,15 @@ def test_what_peft_cannot_convert_is_refused(llama, tmp_path):
         convert_to_lora(wrap(llama), rank=2, adapter_name="other")
 
 
+def test_rows_of_tokens_come_along(llama, batches, tmp_path):
+    model = wrap(llama, budget=5, trainable_token_indices=[5, 9])
+    torch.nn.init.normal_(model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"])
+    model.save_pretrained(tmp_path / "smt")
+    convert_to_lora_files(tmp_path / "smt", tmp_path / "lora", energy=1.0)
+    lora = PeftModel.from_pretrained(deepcopy(llama), tmp_path / "lora")
+    torch.testing.assert_close(outputs(lora, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_a_delta_of_zeros_has_no_error(tmp_path):
     rows = torch.arange(8)[None]
     blocks = {"q": Blocks(rows, rows, torch.zeros(1, 8, 8))}

@@ -284,6 +284,28 @@ def test_an_adapter_in_a_subfolder_is_read_and_refused_like_any_other(llama, fol
         assert_same_state(state_of(llama), before)
 
 
+@doors
+@pytest.mark.parametrize("tokens", [[9, 5], [5, 8], {"embed_tokens": [5, 9]}, None, "59"], ids=str)
+def test_rows_of_other_tokens_than_the_files_are_refused(llama, tmp_path, load, tokens):
+    wrap(llama, trainable_token_indices=[5, 9]).save_pretrained(tmp_path)
+    change_config(tmp_path, trainable_token_indices=tokens)
+    before = state_of(llama)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        load(llama, tmp_path)
+    assert_same_state(state_of(llama), before)
+
+
+@doors
+def test_rows_of_another_width_are_refused_and_leave_no_wrapper(llama, tmp_path, load):
+    wrap(llama, trainable_token_indices=[5, 9]).save_pretrained(tmp_path)
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    change_weights(tmp_path, lambda tensors: tensors.update({key: torch.ones(2, 8)}))
+    before = state_of(llama)
+    with pytest.raises(ValueError, match=r"trainable_tokens_delta.* where the model has"):
+        load(llama, tmp_path)
+    assert_same_state(state_of(llama), before)
+
+
 OF_A_MODEL = {"other targets", "no regex", "an endless regex"}  # only a model shows what is wrong with these
 
 

@@ -21,7 +21,7 @@ from dense_truth import (
     with_everything_trainable,
     wrap,
 )
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -367,6 +367,30 @@ def test_a_sequence_of_layers_may_be_the_whole_model(method):
     assert not torch.equal(y, base(x))
     model.merge_adapter()
     assert_close(y, model(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("by_module", [False, True])
+def test_rows_of_the_embedding_are_trained_and_saved_with_it(make_llama, batches, tmp_path, method, tied, by_module):
+    """As TRL asks for where a chat template adds tokens."""
+    base, tokens = make_llama(tie_word_embeddings=tied), batches[0]["input_ids"].unique().tolist()[2:0:-1]
+    model = wrap(base, method, trainable_token_indices={"embed_tokens": tokens} if by_module else tokens)
+    train(model, batches)
+    rows = model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].detach()
+    dense = dense_of(base, model)
+    assert not torch.equal(rows, dense.model.embed_tokens.weight[tokens])
+    dense.model.embed_tokens.weight.data[tokens] = rows
+    expected = outputs(model, batches[0])
+    torch.testing.assert_close(expected, outputs(dense, batches[0]), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded, by_transformers = PeftModel.from_pretrained(deepcopy(base), tmp_path), deepcopy(base)
+    by_transformers.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(loaded, batches[0]), expected)
+    assert torch.equal(outputs(by_transformers, batches[0]), expected)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, batches[0]), outputs(base, batches[0]))
+    merged = outputs(loaded.merge_and_unload(), batches[0])
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pefts_switch_for_the_casting_of_inputs_changes_nothing(base, batches, method):

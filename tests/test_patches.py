@@ -309,6 +309,7 @@ def test_what_no_patch_can_be_made_of(llama):
     refuse(ValueError, "'default' has no blocks yet", wrap(llama, selection="gradient"))
     refuse(ValueError, "trains more than blocks .*lm_head", wrap(llama, modules_to_save=["lm_head"]))
     refuse(ValueError, "trains more than blocks .*smt_only", wrap(llama, bias="smt_only"))
+    refuse(ValueError, r"trains more than blocks .*\[5, 9\]", wrap(llama, trainable_token_indices=[5, 9]))
     model = wrap(llama)
     model.merge_adapter()
     refuse(ValueError, r"holds the merged adapter\(s\) default", model)
