@@ -28,7 +28,7 @@ NAMES = {  # module: its names, in the order of the page
         convert_to_lora_files lora_errors Loss Loss.summary adapter_of_difference Difference Difference.summary""",
     "smt_peft.patches": "sparse_patch apply_patch fused_rows",
     "smt_peft.selection": "select sort_lines Lines",
-    "smt_peft.plotting": "plot_selection plot_shares plot_overlap plot_losses plot_quality plot_adapter",
+    "smt_peft.plotting": "plot_selection plot_shares plot_overlap plot_losses plot_adapter",
 }
 TOP = """# API reference
 

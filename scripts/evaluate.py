@@ -32,8 +32,8 @@ from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 import smt_peft  # registers SMT with PEFT
+from smt_peft.checkpoints import local_folder
 from smt_peft.files import adapter_config
-from smt_peft.merging import local_folder
 
 FREE_TO_CHANGE = {"output", "tasks", "batch_size"}  # between a run and its continuation
 

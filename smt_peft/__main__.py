@@ -21,6 +21,7 @@ from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from smt_peft.checkpoints import local_folder
 from smt_peft.combining import CombinationType, combine_adapters
 from smt_peft.config import Arrangement
 from smt_peft.conversion import adapter_of_difference, convert_to_lora_files
@@ -29,7 +30,6 @@ from smt_peft.inspection import compare, describe
 from smt_peft.merging import (
     DTYPES,
     load_model,
-    local_folder,
     merge_files,
     merge_loaded,
 )

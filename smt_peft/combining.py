@@ -24,6 +24,7 @@ from smt_peft.bases import other_base
 from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
 from smt_peft.files import Blocks, StoredAdapter, fill, read_adapter, write_adapter
+from smt_peft.writing import refuse_same_folder
 
 if TYPE_CHECKING:
     from smt_peft.model import SMTModel
@@ -181,12 +182,6 @@ def _warn_of_other_base(folders: list[str], parts: list[StoredAdapter]) -> None:
                 f"{folders[0]} and {folder} were made for different base models: their weights have other values. "
                 "Each learnt a difference from its own, and their sum fits neither."
             )
-
-
-def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
-    """Raise ValueError where what is read would be written over."""
-    if any(Path(out).resolve() == Path(folder).resolve() for folder in folders):
-        raise ValueError(f"{out} is one of the inputs; write into another folder.")
 
 
 # --- what both need --------------------------------------------------------------------------------------------------

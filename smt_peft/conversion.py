@@ -21,15 +21,14 @@ from tqdm import tqdm
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.bases import far_apart, sample
+from smt_peft.checkpoints import STORED_FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.checks import BANK, PREFIX
-from smt_peft.combining import refuse_same_folder
 from smt_peft.config import SMTConfig
 from smt_peft.files import Blocks, read_adapter
 from smt_peft.layer import Linear
-from smt_peft.merging import FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.ops import reduce_blocks
 from smt_peft.selection import Lines, arrange, select, sort_lines
-from smt_peft.writing import written_whole
+from smt_peft.writing import refuse_same_folder, written_whole
 
 KEPT = (  # by a LoRA adapter
     "modules_to_save",
@@ -205,7 +204,9 @@ class Pair:
         self.base, self.tuned = base, tuned
         looks = {key: [one.look(key) for one in (base, tuned)] for key in base.files if key in tuned.files}
         fits = {
-            key for key, ((shape, kind), (other, its)) in looks.items() if shape == other and {kind, its} <= {*FLOATS}
+            key
+            for key, ((shape, kind), (other, its)) in looks.items()
+            if shape == other and {kind, its} <= {*STORED_FLOATS}
         }
         self.keys = sorted(fits, key=lambda key: (base.files[key], key))
         self.not_compared = sorted({*base.files, *tuned.files} - fits)

@@ -44,7 +44,7 @@ HOW_TO_LOAD = """
 ## How to load this adapter
 
 ```python
-import smt_peft  # pip install smt-peft; registers SMT with PEFT (without it: KeyError: 'SMT')
+import smt_peft  # registers SMT with PEFT (without it: KeyError: 'SMT')
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "this folder or repository")

@@ -1,8 +1,6 @@
 """Merging an adapter into its base model's files, shard by shard: the model is never in memory.
 
-What a tensor of a checkpoint is called in the model, and whether it is stored as it is used, transformers knows: an
-empty model (on the meta device) and its rules for renaming and converting tell. Whatever cannot be merged as it
-lies in the files is refused before anything is written.
+Whatever cannot be merged as it lies in the files is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -12,36 +10,29 @@ import shutil
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from smt_peft import ops
 from smt_peft.bases import other_base, sample
+from smt_peft.checkpoints import BESIDE_WEIGHTS, STORED_FLOATS, TOKENIZER, Checkpoint, empty_model, stored_keys
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, StoredAdapter, adapter_config, read_adapter, read_json
 from smt_peft.writing import check_is_new, written_whole
 
 TRAINING_DATA = "training_data.json"  # scripts/ name there what a model was trained on
-TOKENIZER = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
-TOKENIZER += ["*.model", "*.tiktoken"]
-BESIDE_WEIGHTS = ["config.json", "generation_config.json", "*processor_config.json", "*.py"]
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_FLOATS.values()}
 CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -59,113 +50,6 @@ class Change(NamedTuple):
     whole: Tensor | None
     blocks: Blocks | None
     transposed: bool  # Conv1D stores [in, out]
-
-
-class Checkpoint:
-    """The safetensors files of a model in a folder, one or many.
-
-    Attributes:
-        files: key -> the name of its file.
-        index: the file that says so; None where there is one file of weights.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.index = folder / SAFE_WEIGHTS_INDEX_NAME
-        if (folder / SAFE_WEIGHTS_NAME).is_file():  # first, as transformers does: an index may be of an earlier save
-            self.files = dict.fromkeys(_keys(folder / SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
-            self.index = None
-        elif self.index.is_file():
-            self.files: dict[str, str] = read_json(self.index).get("weight_map") or {}
-            if not isinstance(self.files, dict) or not self.files or {*map(type, self.files.values())} != {str}:
-                raise ValueError(f"{self.index} has no weight_map; download or copy it again.")
-        else:
-            raise ValueError(
-                f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: it is no model, or one "
-                f"saved in another format. Save it anew by transformers; to merge, there is --load, too."
-            )
-        outside = sorted(name for name in set(self.files.values()) if Path(name).name != name)
-        if outside:
-            raise ValueError(f"The index of {folder} names {outside[0]}, which is no file of this folder; refused.")
-        missing = sorted(name for name in set(self.files.values()) if not (folder / name).is_file())
-        if missing:
-            raise ValueError(f"{folder} lacks {missing[0]}, which its index names; download or copy it again.")
-        if self.index:
-            there = {(key, name) for name in set(self.files.values()) for key in _keys(folder / name)}
-            if lacking := sorted(set(self.files.items()) - there):
-                raise ValueError(
-                    f"{folder / lacking[0][1]} lacks {lacking[0][0]}, which the index of the folder places there."
-                )
-
-    def look(self, key: str) -> tuple[tuple[int, ...], str]:
-        """The shape and the dtype of a tensor."""
-        with safe_open(self.folder / self.files[key], "pt") as file:
-            tensor = file.get_slice(key)
-            return tuple(tensor.get_shape()), tensor.get_dtype()
-
-    def read(self, key: str) -> Tensor:
-        """A tensor; what is not looked at is not read."""
-        with safe_open(self.folder / self.files[key], "pt") as file:
-            return file.get_tensor(key)
-
-
-def _keys(file: Path) -> list[str]:
-    """What a file has, by its header, which tells its length, too."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file} is broken or cut off ({error}); download or copy it again.") from None
-
-
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
-def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = ("*.safetensors",)) -> Path:
-    """A folder, or a name on the Hugging Face hub: what belongs to it is downloaded, once.
-
-    Args:
-        revision: on the hub.
-        kinds: of files that hold weights; of the first that is there.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        for kind in kinds:
-            wanted = [kind, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
-            skipped = ["*/*", "consolidated*"]
-            folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skipped)
-            names = [path.name for path in Path(folder).glob(kind)]
-            if not all(name.startswith("consolidated") for name in names):
-                break  # many repositories have the same weights in both forms
-        return Path(folder)
-    except (OSError, ValueError) as error:  # of many kinds, with many words
-        why = type(error).__name__
-        raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
-
-
-def empty_model(base: Path) -> PreTrainedModel:
-    """The model of a checkpoint, with all its names and shapes, and without any weights."""
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-    if kind is None:
-        raise ValueError(f"The config of {base} names {config.architectures[0]}, which transformers does not have.")
-    if hasattr(config, "quantization_config"):
-        raise ValueError(f"{base} is quantised; merge into the model that it was made from.")
-    with torch.device("meta"):
-        return kind.from_config(config) if kind is transformers.AutoModel else kind(config)
-
-
-def stored_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str | None]:
-    """Name of a parameter -> its key in the checkpoint, or None where it is not stored as it is used."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    parameters, stored = model.state_dict(), {}
-    for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        stored[name] = None if converted else key
-    return stored
 
 
 # --- what changes ----------------------------------------------------------------------------------------------------
@@ -211,7 +95,7 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
                 f"{target} has the shape {expected[-1]} in the adapter, and {found[-1]} in {base}: the adapter was "
                 "made for another model; name that with --base."
             )
-        if blocks is not None and dtype not in FLOATS:
+        if blocks is not None and dtype not in STORED_FLOATS:
             raise ValueError(f"{base} stores {name} quantised ({dtype}); merge into the model it was made from.")
         changes[stored[name]] = Change(whole.get(target), blocks, transposed)
     return changes
@@ -327,7 +211,7 @@ def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: 
     with safe_open(source, "pt") as file:  # mapped, each page is copied on the first write to it: the file stays
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, tensor in tensors.items():
-        if dtype and tensor.dtype in FLOATS.values():
+        if dtype and tensor.dtype in STORED_FLOATS.values():
             tensors[key] = tensor.to(dtype)
         if key in changes:
             tensors[key] = changed(key, tensors[key], changes[key])

@@ -1,4 +1,4 @@
-"""Pictures: where the selected blocks are, and how well training went. They need matplotlib: smt-peft[plot].
+"""Pictures: where the selected blocks are, and how well training went. They need matplotlib.
 
 Every function returns a matplotlib Figure, and saves it where it is given a path, whose ending chooses the format
 (.png, .pdf, .svg). Colours are Okabe's and Ito's, which every eye tells apart; a marker, a dash or a hatch goes
@@ -141,53 +141,25 @@ def plot_losses(
         runs: name -> what `trainer.state.log_history` holds, or a list of (step, loss).
         key: which entry of a log to draw, such as "eval_loss" or "grad_norm".
     """
-    curves = {name: [(*point, 0.0) for point in _points(name, log, key)] for name, log in runs.items()}
-    return _saved(_curves(curves, xlabel="step", ylabel=key.replace("_", " ")).figure, path)
-
-
-def plot_quality(
-    methods: Mapping[str, Sequence[tuple[float, ...]]],
-    xlabel: str = "trained parameters",
-    ylabel: str = "loss",
-    path: str | Path | None = None,
-) -> Figure:
-    """Draw quality against budget, one curve per method, on a logarithmic axis.
-
-    Args:
-        methods: name -> (budget, loss) or (budget, loss, spread); a spread becomes a bar of that length each way.
-    """
-    from matplotlib.ticker import LogLocator
-
-    curves = {name: [(*point, 0.0)[:3] for point in sorted(points)] for name, points in methods.items()}
-    ax = _curves(curves, xlabel=xlabel, ylabel=ylabel)
-    budgets = [budget for points in methods.values() for budget, *_ in points]
-    ax.set_xscale("log")  # with plain numbers: 1, 2, 5, 10, ..., or powers of ten where those would be too many
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(budgets) < 100 * min(budgets) else (1,)))
-    ax.xaxis.set_major_formatter("{x:,.10g}")
-    ax.xaxis.set_minor_formatter("")
-    return _saved(ax.figure, path)
+    curves = {name: _points(name, log, key) for name, log in runs.items()}
+    figure = _figure(5.5, 3.6)
+    ax = figure.subplots()
+    for (name, points), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
+        every = -(-len(points) // 8)  # markers tell curves apart in print; on every point they would hide them
+        look = {"color": colour, "marker": marker, "linestyle": dash, "markevery": every}
+        ax.plot(*zip(*points, strict=True), label=name, **look)
+    ax.set(xlabel="step", ylabel=key.replace("_", " "))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return _saved(figure, path)
 
 
 def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A picture needs matplotlib; run: pip install 'smt-peft[plot]'") from error
+        raise ImportError("A picture needs matplotlib; run: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout=layout)
-
-
-def _curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], **labels: str) -> Axes:
-    """Curves through points (x, y, spread)."""
-    ax = _figure(5.5, 3.6).subplots()
-    for (name, points), colour, marker, dash in zip(curves.items(), cycle(COLOURS), cycle(MARKERS), cycle(DASHES)):
-        x, y, spread = zip(*points, strict=True)
-        look = {"fmt": dash, "color": colour, "marker": marker, "capsize": 3, "label": name}
-        every = -(-len(points) // 8)  # markers tell curves apart in print; on every point they would hide them
-        ax.errorbar(x, y, spread if any(spread) else None, markevery=every, **look)
-    ax.set(**labels)
-    ax.grid(alpha=0.3)
-    ax.legend()
-    return ax
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:

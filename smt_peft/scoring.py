@@ -169,7 +169,7 @@ class ScoreCollector(Collector):
         size = self.block_size
         if x is None:
             gradient = self._in_order(position, dy.float())
-            sums = partial(ops.sum_squares, edge=size, dtype=torch.float32)
+            sums = partial(ops.sum_tiles, edge=size, dtype=torch.float32)
             return sums(gradient) if self.keeps == "sums" else ops.reduce_blocks(gradient, size, self.score)
         if self.lines is not None:
             rows, cols = self.lines[position]

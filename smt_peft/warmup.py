@@ -165,7 +165,7 @@ def _rule_out(other: DeltaBank, bank: DeltaBank, scores: list[torch.Tensor], lin
             taken = torch.zeros(target.rows * bank.block_size, target.cols * bank.block_size)
             taken[ops.entries(plan, other.block_size)] = 1
             taken = taken if lines is None else lines[i].in_order(taken)
-            scores[i][ops.sum_squares(taken, bank.block_size, torch.float32) > 0] = -1
+            scores[i][ops.sum_tiles(taken, bank.block_size, torch.float32) > 0] = -1
 
 
 def _run(

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -63,3 +63,9 @@ def _flush(file: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that have no such call
             raise
+
+
+def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:
+    """Raise ValueError where what is read would be written over."""
+    if any(Path(out).resolve() == Path(folder).resolve() for folder in folders):
+        raise ValueError(f"{out} is one of the inputs; write into another folder.")

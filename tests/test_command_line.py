@@ -24,7 +24,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from smt_peft import SMTConfig, merging
+from smt_peft import SMTConfig, checkpoints, merging
 from smt_peft.__main__ import main
 from smt_peft.files import read_adapter
 from smt_peft.patches import apply_patch
@@ -170,7 +170,7 @@ def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_o
     save(tmp_path, llama)
     assert f"There is one in {tmp_path / 'adapter'}." in refused("info", tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
-    monkeypatch.setattr(merging, "snapshot_download", Mock(side_effect=OSError))
+    monkeypatch.setattr(checkpoints, "snapshot_download", Mock(side_effect=OSError))
     words = ["merge", tmp_path / "adapter", "--out", tmp_path / "out"]
     assert f"{tmp_path / 'adapter'} names it as its base model; --base names another" in refused(*words)
     assert "names it" not in refused(*words, "--base", tmp_path / "base")
@@ -313,7 +313,7 @@ def test_the_revision_of_the_base_model_is_the_adapters(llama, tmp_path, monkeyp
         asked.append((name, revision))
         return str(tmp_path / "base")
 
-    monkeypatch.setattr(merging, "snapshot_download", download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     run("merge", tmp_path / "adapter", "--base", "some/base", "--out", tmp_path / "again")
     assert asked == [("some/base", "v1"), ("some/base", None)]
@@ -327,11 +327,11 @@ def test_of_weights_in_two_forms_one_is_downloaded(tmp_path, monkeypatch):
         (tmp_path / "pytorch_model.bin").touch() if asked[-1] == "*.bin" else None
         return str(tmp_path)
 
-    monkeypatch.setattr(merging, "snapshot_download", download)
-    merging.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    checkpoints.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
     assert asked == ["*.safetensors", "*.bin"], "there are no others"
     (tmp_path / "model.safetensors").touch()
-    merging.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    checkpoints.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
     assert asked[2:] == ["*.safetensors"]
 
 

@@ -5,9 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from dense_truth import bank_of, deltas_of, wrap
 
 from smt_peft import Selection
-from smt_peft.plotting import plot_losses, plot_overlap, plot_quality, plot_selection, plot_shares
+from smt_peft.files import read_adapter
+from smt_peft.plotting import plot_adapter, plot_losses, plot_overlap, plot_selection, plot_shares
 from smt_peft.selection import select
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -70,6 +72,25 @@ def test_a_few_extreme_scores_leave_the_others_their_shades():
     scores[0, :4], scores[0, 4:8] = 1e-6, 1e6
     [image] = images(plot_selection(Selection(["layers.0.q"], 4, torch.tensor([[0, 0, 4]]), [scores])))
     assert image[1].mean() - image[-1].mean() > 0.25  # of the 0.42 between white and the darkest grey
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+def test_an_adapter_is_drawn_where_its_deltas_are_and_how_large(llama, tmp_path, method):
+    model = wrap(llama, method, budget=8)
+    with torch.no_grad():
+        bank_of(model).weight *= torch.arange(1, 9)[:, None, None]
+    model.save_pretrained(tmp_path)
+    figure, truth, seen = plot_adapter(read_adapter(tmp_path)), deltas_of(model), []
+    kinds = ["q_proj", "k_proj", "v_proj"]
+    names = [f"model.layers.{layer}.self_attn.{kind}" for kind in kinds for layer in range(2)]
+    for image, name in zip(images(figure), names, strict=True):
+        tiles = truth[name].unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).square().mean((1, 3))
+        assert torch.equal(coloured(image), tiles > 0), name
+        seen += zip(tiles[tiles > 0].tolist(), image.mean(-1)[tiles > 0].tolist(), strict=True)
+    assert min(seen)[1] > max(seen)[1], "the larger, the darker"
+    assert ("8 sorted blocks" if method == "sorted" else "8 of 64 blocks") in figure.get_suptitle() + str(
+        texts(figure)
+    )
 
 
 def test_counts_are_the_selected_blocks_and_all_blocks(selection):
@@ -149,9 +170,8 @@ def test_the_ending_of_the_path_chooses_the_format(selection, tmp_path, ending, 
         lambda selection, path: plot_shares(selection, path),
         lambda selection, path: plot_overlap({"one": selection}, path),
         lambda selection, path: plot_losses({"run": [(1, 2.0)]}, path=path),
-        lambda selection, path: plot_quality({"method": [(1, 2.0)]}, path=path),
     ],
-    ids=["shares", "overlap", "losses", "quality"],
+    ids=["shares", "overlap", "losses"],
 )
 def test_every_picture_is_saved_where_it_is_given_a_path(selection, tmp_path, draw):
     draw(selection, tmp_path / "picture.png")
@@ -164,9 +184,9 @@ def test_without_scores_it_says_what_is_missing(selection):
         plot_selection(selection)
 
 
-def test_without_matplotlib_it_names_the_extra(selection, monkeypatch):
+def test_without_matplotlib_it_names_the_way_out(selection, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'smt-peft\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_selection(selection)
 
 
@@ -226,8 +246,8 @@ LOG = [{"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 2.5}, {"step": 2, "los
 
 
 def curves(figure) -> dict[str, list[tuple[float, float]]]:
-    drawn = figure.axes[0].containers
-    return {curve.get_label(): [tuple(point) for point in curve.lines[0].get_xydata()] for curve in drawn}
+    lines = figure.axes[0].get_lines()
+    return {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in lines}
 
 
 def test_losses_are_those_of_the_log_or_of_the_list():
@@ -257,33 +277,3 @@ def test_runs_differ_by_more_than_colour():
 def test_runs_beyond_the_palette_are_told_apart():
     lines = plot_losses({str(run): [(0, run), (1, run)] for run in range(20)}).axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
-
-
-def test_quality_stands_at_its_budget_with_its_spread():
-    figure = plot_quality({"SMT": [(200, 1.5, 0.25), (100, 2.0, 0.5)], "full": [(900, 1.0)]})
-    smt, full = figure.axes[0].containers
-    assert smt.lines[0].get_xydata().tolist() == [[100, 2.0], [200, 1.5]]
-    assert [bar.tolist() for bar in smt.lines[2][0].get_segments()] == [
-        [[100, 1.5], [100, 2.5]],
-        [[200, 1.25], [200, 1.75]],
-    ]
-    assert full.lines[0].get_xydata().tolist() == [[900, 1.0]] and figure.axes[0].get_xscale() == "log"
-
-
-def test_points_without_a_spread_may_stand_among_others():
-    [smt] = plot_quality({"SMT": [(200, 1.5, 0.25), (100, 2.0)]}).axes[0].containers
-    assert [bar[:, 1].tolist() for bar in smt.lines[2][0].get_segments()] == [[2.0, 2.0], [1.25, 1.75]]
-
-
-@pytest.mark.parametrize("budgets", [[3200, 25600], [1e5, 1e7], [0.0086, 0.05]], ids=str)
-def test_budgets_are_written_out_in_full(budgets, tmp_path):
-    figure = plot_quality({"SMT": [(budget, 1.0) for budget in budgets]}, path=tmp_path / "picture.png")
-    low, high = figure.axes[0].get_xlim()
-    labels = [
-        label.get_text()
-        for tick, label in zip(figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels(), strict=True)
-        if low <= tick <= high
-    ]
-    assert len(labels) >= 2 and all(
-        budgets[0] / 10 < float(text.replace(",", "")) < 10 * budgets[1] for text in labels
-    )

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .plan import Plan, Side, entries, move, plan, tile_features
-from .reference import SCORES, Score, block_sums, reduce_blocks, rounded_sum, sum_squares
+from .reference import SCORES, Score, block_sums, reduce_blocks, rounded_sum, sum_tiles
 
 __all__ = [
     "SCORES",
@@ -37,7 +37,7 @@ __all__ = [
     "plan",
     "reduce_blocks",
     "rounded_sum",
-    "sum_squares",
+    "sum_tiles",
     "tile_features",
 ]
 

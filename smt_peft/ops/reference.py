@@ -162,7 +162,7 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
         gradient = gradient.to(dtype).square()
     elif score != "mean_abs":
         gradient = gradient.abs()
-    return finish_score(sum_squares(gradient, block_size, dtype), block_size, score)
+    return finish_score(sum_tiles(gradient, block_size, dtype), block_size, score)
 
 
 def rounded_sum(before: Tensor, delta: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def rounded_sum(before: Tensor, delta: Tensor) -> Tensor:
     return (before.to(wide) + delta).to(before.dtype)
 
 
-def sum_squares(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
+def sum_tiles(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
     """Sum a matrix [R * edge, C * edge] over squares: [R, C] in `dtype`."""
     return _lines(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
 

@@ -369,7 +369,7 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     numbers = _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()
     constants = block_size, span, score == "l2", _precision(x.dtype)
     _launch(_block_scores_kernel, (sums, dy, x), (), tokens, numbers, constants, grid)
-    return reference.finish_score(reference.sum_squares(sums, parts, torch.float32), block_size, score)
+    return reference.finish_score(reference.sum_tiles(sums, parts, torch.float32), block_size, score)
 
 
 def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
