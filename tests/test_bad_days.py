@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from distributed_worker import LENGTH, STEPS, Cell, Samples, bank_of, launch, make_base, make_trainer
+from distributed_worker import LENGTH, STEPS, Cell, Samples, launch, make_base, make_trainer
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -139,14 +139,6 @@ def test_a_truncated_adapter_file_is_refused(checkpoint, tmp_path):
 def test_resuming_the_right_checkpoint_takes_steps(checkpoint, tmp_path):
     with pytest.raises(AssertionError, match="a step was taken"):
         resume(checkpoint, tmp_path)
-
-
-def test_an_adapter_without_its_selection_is_refused(checkpoint):
-    trainer = make_trainer("single", checkpoint / "base", Cell(), checkpoint / "unselected")
-    bank = bank_of(trainer)
-    state = {"weight": torch.ones_like(bank.weight)}
-    with pytest.raises(ValueError, match="index"):
-        bank.load_state_dict(state, strict=False)
 
 
 def batches(count=4):

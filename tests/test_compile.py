@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     counters.clear()
 
 
@@ -100,7 +100,7 @@ def test_compiled_layers_share_a_graph_where_the_first_target_has_no_blocks(base
     """More layers than the compiler would make graphs for."""
     config, graphs = LlamaConfig.from_pretrained(base, num_hidden_layers=12), []
     for first in ({}, {"model.layers.0.self_attn.q_proj": [[0, 0]]}):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         counters.clear()
         blocks = {**first, **{f"model.layers.{layer}.self_attn.v_proj": [[0, 0]] for layer in range(12)}}
         options = SMTConfig(block_size=16, selected_blocks=blocks, init_weights=False)

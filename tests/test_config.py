@@ -78,62 +78,11 @@ def test_a_ratio_that_is_no_number_is_refused_in_words(value):
         SMTConfig(trainable_ratio=value)
 
 
-MODEL_REFUSALS = [
-    ({"block_size": 48}, r"block_size=48 does not divide .*q_proj's weight of shape \(64, 64\); use 32 or"),
-    ({"block_size": 64}, r"block_size=64 does not divide .*k_proj's weight of shape \(32, 64\); use 32 or"),
-    ({"num_blocks": 65}, "A budget of 65 blocks is above the 64 blocks of 16 x 16 .* lower num_blocks"),
-    ({"trainable_ratio": 0.9}, "above the 64 blocks of 16 x 16 .* trainable_ratio .*at most 0"),
-    (
-        {"num_blocks_pattern": {"v_proj": 17}},
-        r"A budget of 17 blocks is above the 16 .*lower num_blocks_pattern\['v_proj'\]\.",
-    ),
-    ({"num_blocks_pattern": {"mlp": 3}}, r"num_blocks_pattern 'mlp' matches none of the targets \(.*fix the pattern"),
-    ({"num_blocks_pattern": {"proj": 3}, "num_blocks": 2}, "covers every target, .* main budget would be unused"),
-    (
-        {"selected_blocks": {"q": [[0, 0]]}},
-        "selected_blocks names 'q', which is not among the 6 target .* fix the name",
-    ),
-    ({"selected_blocks": {Q0: [[0, 4]]}}, r"block \[0, 4\] of .*q_proj', which has 4 x 4 blocks of 16 x 16"),
-    ({"selected_blocks": {Q0: [[-1, 0]]}}, r"block \[-1, 0\] of .*q_proj', which has 4 x 4"),
-    ({"selected_blocks": {Q0: [[0, 0], [0, 0]]}}, r"names block \[0, 0\] of .*q_proj' twice; fix it"),
-    ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; SMT trains blocks of torch.nn.Linear"),
-    ({"target_modules": ["q_proj", "input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm; SMT trains"),
-    ({"target_modules": ["no_such"]}, "no_such"),
-]
-
-
 def test_the_largest_ratio_that_an_error_names_is_possible(llama):
     with pytest.raises(ValueError, match="trainable_ratio") as refusal:
         get_peft_model(deepcopy(llama), SMTConfig(block_size=1, trainable_ratio=0.9))
     largest = float(re.search(r"at most (0\.\d+)", str(refusal.value))[1])
     get_peft_model(llama, SMTConfig(block_size=1, trainable_ratio=largest))
-
-
-@pytest.mark.parametrize("options, message", MODEL_REFUSALS)
-def test_what_does_not_fit_the_model_is_refused_and_the_model_stays_as_it_was(llama, logits, options, message):
-    before, expected = [name for name, _ in llama.named_modules()], logits(llama)
-    with pytest.raises((ValueError, TypeError), match=message):
-        get_peft_model(llama, SMTConfig(**{"block_size": 16, **options}))
-    assert [name for name, _ in llama.named_modules()] == before
-    assert not llama._forward_pre_hooks and torch.equal(logits(llama), expected)
-
-
-@pytest.mark.parametrize("options, message", MODEL_REFUSALS)
-def test_a_second_adapter_that_is_refused_leaves_the_first_alone(llama, logits, options, message):
-    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=9, selection="random", init_weights=False))
-    before, expected = [name for name, _ in model.named_modules()], logits(model)
-    with pytest.raises((ValueError, TypeError), match=message):
-        model.add_adapter("second", SMTConfig(**{"block_size": 16, **options}))
-    assert [name for name, _ in model.named_modules()] == before and list(model.peft_config) == ["default"]
-    assert torch.equal(logits(model), expected)
-    model.add_adapter("second", SMTConfig(block_size=8, num_blocks=3, selection="random"))
-
-
-def test_a_refused_config_can_be_followed_by_a_right_one(llama):
-    with pytest.raises(ValueError, match="block_size=48"):
-        get_peft_model(llama, SMTConfig(block_size=48))
-    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=4))
-    assert model.get_nb_trainable_parameters()[0] == 4 * 256
 
 
 @pytest.mark.parametrize("sides, expected", [((512, 1024), 256), ((64, 96), 32), ((30, 45), 1)])

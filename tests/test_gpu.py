@@ -122,7 +122,7 @@ def run_trainer(model: nn.Module, device: str, folder, **options) -> tuple[list[
 
 
 def test_trainer_with_torch_compile_equals_trainer_without(base, device, tmp_path):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = {"torch_compile": True, "torch_compile_backend": "inductor" if device == "cuda" else "aot_eager"}
     results = []
     for options in ({}, compiled):

@@ -241,7 +241,11 @@ def test_a_budget_above_all_blocks_is_refused(llama, batches):
     ("budget", "words"),
     [
         ({"num_blocks": 0}, "num_blocks=0 is not a positive integer"),
+        ({"num_blocks": 2.5}, "num_blocks=2.5 is not a positive integer"),
+        ({"trainable_ratio": -1}, r"trainable_ratio=-1 is not in \(0, 1\]"),
+        ({"trainable_ratio": 0}, r"trainable_ratio=0 is not in \(0, 1\]"),
         ({"num_blocks": 3, "trainable_ratio": 0.1}, "both set the budget"),
+        ({"scope": "layer"}, "scope='layer' is not one of model, input, module"),
     ],
     ids=str,
 )
@@ -423,20 +427,6 @@ def test_more_blocks_than_are_left_are_refused(llama, batches):
     model.set_adapter("second")
     with pytest.raises(ValueError, match="A budget of 5 blocks is above the 4 that may be selected"):
         select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"trainable_ratio": -1}, r"trainable_ratio=-1 is not in \(0, 1\]"),
-        ({"trainable_ratio": 0}, r"trainable_ratio=0 is not in \(0, 1\]"),
-        ({"num_blocks": 2.5}, "num_blocks=2.5 is not a positive integer"),
-        ({"scope": "layer"}, "scope='layer' is not one of model, input, module"),
-    ],
-)
-def test_an_impossible_budget_is_refused_by_rebudget_too(llama, batches, options, what):
-    with pytest.raises(ValueError, match=what):
-        selection_of(llama, batches).rebudget(**options)
 
 
 def test_a_folder_without_a_selection_is_named(tmp_path):

@@ -131,17 +131,6 @@ def test_training_after_a_warm_up_is_training_without_one(base, make_trainer, op
     assert_same_result(first, second)
 
 
-@pytest.mark.parametrize("mode", [False, True], ids=["non-reentrant", "reentrant"])
-def test_gradient_checkpointing_changes_nothing(base, make_trainer, mode):
-    plain = make_trainer(deepcopy(base))
-    plain.train()
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": mode}}
-    saving = make_trainer(base, **options)
-    saving.train()
-    assert torch.equal(bank(plain).index, bank(saving).index)
-    torch.testing.assert_close(bank(plain).weight, bank(saving).weight, rtol=1e-4, atol=1e-5)
-
-
 def test_a_run_interrupted_after_some_steps_resumes_bit_for_bit(base, make_trainer):
     whole = make_trainer(deepcopy(base), whole_run := Recorder())
     whole.train()
@@ -427,11 +416,6 @@ def test_generators_of_samplers_go_back_wherever_they_are():
     with _same_order_afterwards(data):
         first = next(iter(data))
     assert torch.equal(first, next(iter(data)))
-
-
-def test_training_without_the_callback_says_how_to_get_blocks(base, make_trainer):
-    with pytest.raises(RuntimeError, match=r"no blocks yet.*SMTWarmupCallback"):
-        make_trainer(base, warm_up=0).train()
 
 
 def test_the_summary_is_printed_once(base, make_trainer, capsys):

@@ -1,16 +1,13 @@
 """The warm-up scores what dense gradients say, selects the best, and leaves everything else as it was."""
 
-import random
 from copy import deepcopy
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
 from dense_truth import SCORES, dense_gradients
 from peft import get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
@@ -127,34 +124,6 @@ def test_the_score_of_a_batch_whose_signed_gradients_are_summed_is_their_size(ll
     for found, gradients in zip(selection.batch_scores, dense_gradients(base, selection.names, batches), strict=True):
         grids = [g.unflatten(1, (-1, SIZE)).unflatten(0, (-1, SIZE)) for g in gradients.values()]
         assert found == pytest.approx(sum(size(grid).sum().item() for grid in grids), rel=1e-4)
-
-
-# --- what it leaves alone --------------------------------------------------------------------------------------
-
-
-def state_of(model) -> dict:
-    return {
-        "weights": {k: v.clone() for k, v in model.state_dict().items() if "smt_bank" not in k},
-        "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
-        "training": {name: module.training for name, module in model.named_modules()},
-        "random": (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()),
-    }
-
-
-def test_weights_flags_modes_and_random_states_are_untouched(make_llama, batches):
-    model = wrap(make_llama(attention_dropout=0.3), modules_to_save=["lm_head"]).eval()
-    model.base_model.model.model.layers[1].train()
-    before = state_of(model)
-
-    def drawing(model, batch):
-        return model(**batch).loss * random.random() * numpy.random.rand() * torch.rand(())
-
-    data = DataLoader([{k: v[0] for k, v in b.items()} for b in batches], batch_size=1, shuffle=True)
-    warm_up(model, data, loss_function=drawing)
-    after = state_of(model)
-    assert all(torch.equal(value, after["weights"][name]) for name, value in before["weights"].items())
-    for kind in ("trainable", "training", "random"):
-        assert before[kind] == after[kind]
 
 
 # --- data that is too little or broken --------------------------------------------------------------------------

@@ -118,14 +118,47 @@ def test_wrapping_a_model_that_is_wrapped_gives_a_working_adapter_or_an_error_in
 
 OUTSIDE = {"selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 99]]}, "num_blocks": 1}
 REFUSED = {  # options, and what is said of them
-    "a block size that divides nothing": ({"block_size": 24}, "block_size=24 does not divide"),
-    "a budget above all blocks": ({"budget": 4000}, "A budget of 4000 blocks is above the 64"),
+    "a block size that divides nothing": (
+        {"block_size": 48},
+        r"block_size=48 does not divide .*q_proj's weight of shape \(64, 64\); use 32 or",
+    ),
+    "a block size for q alone": ({"block_size": 64}, r"k_proj's weight of shape \(32, 64\); use 32 or"),
+    "a budget above all blocks": ({"num_blocks": 65}, "A budget of 65 blocks is above the 64 .* lower num_blocks"),
+    "a ratio above all blocks": (
+        {"trainable_ratio": 0.9, "num_blocks": None},
+        "above the 64 blocks of 16 x 16 .* trainable_ratio .*at most 0",
+    ),
+    "a pattern above its blocks": (
+        {"num_blocks_pattern": {"v_proj": 17}},
+        r"A budget of 17 blocks is above the 16 .*lower num_blocks_pattern\['v_proj'\]\.",
+    ),
+    "a pattern of no target": (
+        {"num_blocks_pattern": {"mlp": 3}},
+        r"num_blocks_pattern 'mlp' matches none of the targets \(.*fix the pattern",
+    ),
+    "a pattern of all targets": (
+        {"num_blocks_pattern": {"proj": 3}},
+        "covers every target, .* main budget would be unused",
+    ),
     "targets that do not exist": ({"target_modules": ["no_such_module"]}, "no_such_module"),
     "blocks of a module that is no target": (
         {"selected_blocks": {"lm_head": [[0, 0]]}, "num_blocks": 1},
         "names 'lm_head', which is not among the 6",
     ),
-    "blocks outside of the weight": (OUTSIDE, r"names block \[0, 99\]"),
+    "blocks outside of the weight": (
+        OUTSIDE,
+        r"names block \[0, 99\] of .*q_proj', which has 4 x 4 blocks of 16 x 16",
+    ),
+    "blocks before the weight": (
+        {"selected_blocks": {"model.layers.0.self_attn.q_proj": [[-1, 0]]}, "num_blocks": 1},
+        r"block \[-1, 0\] of .*q_proj', which has 4 x 4",
+    ),
+    "a block twice": (
+        {"selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 0], [0, 0]]}, "num_blocks": 2},
+        r"names block \[0, 0\] of .*q_proj' twice; fix it",
+    ),
+    "an embedding": ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; SMT trains blocks of"),
+    "a norm": ({"target_modules": ["q_proj", "input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm; SMT trains"),
     "a target that has no weight": ({"target_modules": ["act_fn", "q_proj"]}, "is a SiLUActivation"),
 }
 
