@@ -28,6 +28,7 @@ from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, random_states, select_blocks
 
 PARTS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader: have generators
+LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")  # where TRL's losses log
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
 # Gradient norms that are a sign of divergence:
 SPIKE = 100  # times the running median
@@ -184,13 +185,7 @@ class _Apart:
             self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
         self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
-        for name in (
-            "_metrics",
-            "_logs",
-            "_pending_metrics",
-            "_pending_extra_logs",
-            "_stored_metrics",
-        ):  # where TRL's losses log
+        for name in LOGGED:
             if name in vars(trainer):
                 setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
         for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom
