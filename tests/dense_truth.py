@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from smt_peft import SMTConfig
 
@@ -53,6 +54,15 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+CHECKPOINTING = ["off", "non-reentrant", "reentrant"]
+
+
+def enable_checkpointing(mode: str, *models: nn.Module) -> None:
+    for model in models if mode != "off" else ():
+        model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+        model.enable_input_require_grads()
+
+
 def layers_of(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """The layers that stand in for target modules, by the name of what they replace."""
     root = model.base_model.model if isinstance(model, PeftModel) else model
@@ -72,16 +82,21 @@ def is_smt(model: nn.Module) -> bool:
 
 def in_place(model: nn.Module, blocks: torch.Tensor, adapter: str = "default") -> dict[str, torch.Tensor]:
     """A tensor like the bank's, scattered into matrices of the target weights' shapes."""
-    bank = bank_of(model, adapter)
+    bank, layers = bank_of(model, adapter), layers_of(model)
     size, index = bank.block_size, bank.index.tolist()
-    matrices = {name: torch.zeros_like(weight, dtype=blocks.dtype) for name, weight in base_weights(model).items()}
+    matrices = {name: blocks.new_zeros(layer.out_features, layer.in_features) for name, layer in layers.items()}
     for block, (target, *place) in zip(blocks.detach(), index, strict=True):
         if len(place) == 2:
             rows, cols = (range(at * size, (at + 1) * size) for at in place)
         else:
             rows, cols = place[:size], place[size:]
         matrices[bank.targets[target].name][torch.tensor(rows)[:, None], torch.tensor(cols)] = block
-    return matrices
+    return {name: as_stored(matrix, layers[name]) for name, matrix in matrices.items()}
+
+
+def as_stored(matrix: torch.Tensor, layer: BaseTunerLayer) -> torch.Tensor:
+    """[out, in] as the base layer holds it, and back."""
+    return matrix.T if isinstance(layer.get_base_layer(), Conv1D) else matrix
 
 
 def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -95,7 +110,7 @@ def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, torch.Ten
         return in_place(model, bank_of(model, adapter).weight, adapter)
     layers = {name: layer for name, layer in layers_of(model).items() if adapter in layer.lora_A}
     return {
-        name: layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter]
+        name: as_stored(layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight * layer.scaling[adapter], layer)
         for name, layer in layers.items()
     }
 
@@ -129,6 +144,7 @@ def assert_same_gradients(model: nn.Module, dense: nn.Module, adapter: str = "de
             compared += int(mask.any() and full.any())
         elif adapter in layer.lora_A:
             a, b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+            full = as_stored(full, layer)
             assert_close(filled(a), scale * b.T @ full)
             assert_close(filled(b), scale * full @ a.T)
             compared += int(full.any())

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from dense_truth import (
+    CHECKPOINTING,
     METHODS,
     add_adapter,
     assert_base_untouched,
@@ -14,6 +15,7 @@ from dense_truth import (
     assert_same_gradients,
     bank_of,
     dense_of,
+    enable_checkpointing,
     is_smt,
     outputs,
     wrap,
@@ -26,19 +28,12 @@ from transformers import T5Config, T5ForConditionalGeneration
 from smt_peft import select_blocks
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
-CHECKPOINTING = ["off", "non-reentrant", "reentrant"]
 
 
 @pytest.fixture
 def base(make_llama):
     """Never wrapped, in float64; its attention can be differentiated twice."""
     return make_llama(attn_implementation="eager").double()
-
-
-def enable_checkpointing(mode, *models):
-    for model in models if mode != "off" else ():
-        model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
-        model.enable_input_require_grads()
 
 
 # --- parts of a model ---------------------------------------------------------------------------------------------
