@@ -129,7 +129,8 @@ def complete(options: Options) -> list[str]:
 
 def load(options: Options, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """Load the model, its adapter if there is one, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with in_a_line():
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
     model = load_model(options)
     if not options.quantization:  # else it is there already, and 8-bit weights refuse to be moved
@@ -207,11 +208,11 @@ def main(argv: list[str]) -> dict:
             task: Unfinished(answers_file(output, task.name, ".unfinished"), rows, settings, run)
             for task, (rows, _) in todo.items()
         }
-        if todo:
-            if state.is_main_process and notes:  # hours before the table says them again
-                print(*notes, sep="\n")
-            transformers.set_seed(options.seed + state.process_index)
-            model, tokenizer = load(options, state.device)
+    if todo:
+        if state.is_main_process and notes:  # hours before the table says them again
+            print(*notes, sep="\n")
+        transformers.set_seed(options.seed + state.process_index)
+        model, tokenizer = load(options, state.device)
     for task, (rows, about) in todo.items():
         if longer := too_long(model, tokenizer, rows, PROTOCOLS[options.protocol]):
             about = [*about, *longer]

@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from command_line import in_a_line, parse, read_options
 from datasets.exceptions import DatasetsError
@@ -43,6 +44,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.hf_argparser import HfArg
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -231,19 +233,19 @@ def config_of(method: str, options: Options) -> PeftConfig | None:
 def adapted(method: str, model: torch.nn.Module, options: Options) -> torch.nn.Module:
     """Give the model with the method's adapter; with every parameter to train, if the method is full."""
     config = config_of(method, options)
-    try:
-        return get_peft_model(model, config) if config else model
-    except ValueError as error:
-        raise SystemExit(f"options of {method}: {error}") from error
+    return get_peft_model(model, config) if config else model
 
 
 def check_adapters(methods: list[str], options: Options) -> None:
     """End with an error where a method's options do not fit the model, before any work is done."""
-    with torch.device("meta"):
+    with torch.device("meta"), meta_device_safe_creation_ops():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model))
     for method in methods:
-        if options.smt.get("selection") != "magnitude":  # which reads the weights
-            adapted(method, copy.deepcopy(model), options)
+        if method != "smt" or options.smt.get("selection") != "magnitude":  # which reads the weights
+            try:
+                adapted(method, copy.deepcopy(model), options)
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f"options of {method}: {error}") from error
 
 
 class Progress(ProgressCallback):
@@ -455,7 +457,8 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
         args.learning_rate = options.lora_learning_rate or args.learning_rate
     # Its state is the last file of a checkpoint: one without was interrupted.
     states = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-    last = max((state.parent for state in states), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    steps = {int(step): state.parent for state in states if (step := state.parent.name.rpartition("-")[2]).isdigit()}
+    [last] = broadcast_object_list([steps[max(steps)] if steps else None])  # of a disk that others may not see
     how = (args.resume_from_checkpoint or "false").lower()
     if how == "false" and last:
         raise SystemExit(

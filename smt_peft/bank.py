@@ -123,9 +123,9 @@ class DeltaBank(nn.Module):
         if layout.order is not None or is_traced:
             return plan, self.split()[target]  # copies, which could go stale
         self._forget_views()  # first let go of the old graph
-        self._kept = Kept(weight, _state(weight), layout, device, self.split())
-        self._make_ready()
-        return self._kept.at(target)
+        kept = self._kept = Kept(weight, _state(weight), layout, device, self.split())
+        self._make_ready(kept)
+        return kept.at(target)  # not of `self._kept`: another thread may have made its own by now
 
     def split(self) -> tuple[Tensor, ...]:
         """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
@@ -293,10 +293,10 @@ class DeltaBank(nn.Module):
         self.running = None
         if self._kept is not None:
             self._kept = None
-            self._make_ready()
+            self._make_ready(None)
 
-    def _make_ready(self) -> None:
-        kept = self._kept if self._kept is not None and self._kept.device == self._kept.weight.device else None
+    def _make_ready(self, kept: Kept | None) -> None:
+        kept = kept if kept is not None and kept.device == kept.weight.device else None
         for share in filter(None, (reference() for reference in self.shares or ())):
             vars(share)["ready"] = kept and kept.at(share.target)  # not by nn.Module's way, which is slow
 

@@ -29,6 +29,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats
 TOKENS = "trainable_token_indices"  # repeated, too, where there are any; in their order, which is that of the rows
+ROWS = ".token_adapter.trainable_tokens_delta"  # how the keys of these rows end
 
 
 class Target(NamedTuple):
@@ -112,6 +113,7 @@ def _is_sound(content: dict) -> bool:
     return (
         all([type(part) for part in target] == [str, int, int] for target in targets)
         and all(0 < side <= 2**31 // size for target in targets for side in target[1:])
+        and all(target[0].isprintable() for target in targets)
         and len({target[0] for target in targets}) == len(targets) > 0
         and all(name in content for name in AGREED)
         and _is_list(content.get("others"), str)
@@ -306,6 +308,13 @@ def check_config(config: Mapping, parts: Parts) -> None:
                 f"adapter_config.json says {name}={short(said)}, but the weights beside it were saved with "
                 f"{name}={short(meant)}: they are of two adapters. Take both files from one save."
             )
+    rows = config[TOKENS] or []
+    wanted = {len(of_module) for of_module in (rows.values() if isinstance(rows, Mapping) else [rows])}
+    held = {len(tensor) for key, tensor in parts.others.items() if key.endswith(ROWS) and tensor.ndim}
+    if rows and held != wanted:
+        raise ValueError(
+            f"The file holds {sorted(held)} rows where adapter_config.json names {sorted(wanted)} ({TOKENS})."
+        )
     present = {key.removeprefix(PREFIX) for key in parts.others}
     missing = [name for name in content["others"] if name not in present] if content else []
     if missing:
@@ -319,7 +328,7 @@ def names_of(
 ) -> dict[int, list[str]]:
     """Which targets the positions in the index may be, by a config's selection, which must be that of the index."""
     index = index.detach().cpu().long()
-    found = {int(position): _same(index[index[:, 0] == position, 1:]) for position in index[:, 0].unique()}
+    found = {position: _same(index[slots, 1:]) for position, slots in by_target(index).items()}
     given = {name: _same(places_in(blocks).long()) for name, blocks in selected.items()}
     names: dict[int, list[str]] = {}
     for position, places in found.items():
@@ -331,6 +340,13 @@ def names_of(
             "adapters. Take both files from one save."
         )
     return names
+
+
+def by_target(index: Tensor) -> dict[int, Tensor]:
+    """Position of a target -> the slots of its blocks."""
+    order = torch.argsort(index[:, 0], stable=True)
+    positions, counts = index[order, 0].unique_consecutive(return_counts=True)
+    return dict(zip(positions.tolist(), order.split(counts.tolist()), strict=True))
 
 
 def _same(places: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class SMTConfig(PeftConfig):
         if not isinstance(config, SMTConfig):  # PEFT makes the config that the file is of
             return config
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
-        weights = _weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
+        weights = weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
             parts = checks.take_apart(checks.load(weights))
             checks.check_config(vars(config), parts)
@@ -110,6 +111,10 @@ class SMTConfig(PeftConfig):
         for refusal in self._refusals_of_types():
             raise ValueError(_shortened(refusal))
         self.num_blocks_pattern = dict(self.num_blocks_pattern)
+        if isinstance(rows := self.trainable_token_indices, Mapping):
+            self.trainable_token_indices = {name: list(of_module) for name, of_module in rows.items()}
+        elif rows is not None:
+            self.trainable_token_indices = list(rows)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -163,6 +168,16 @@ class SMTConfig(PeftConfig):
                 continue
             if isinstance(value, (str, Mapping)) or not _all(value, str):
                 yield f"{name}={value!r} is not a list of names."
+        for name in ("modules_to_save", "layers_pattern"):  # which PEFT makes regexes of
+            value = getattr(self, name) or ()
+            if not all(re.fullmatch(r"[\w.-]+", part) for part in ([value] if isinstance(value, str) else value)):
+                yield f"{name}={value!r} holds more than names of modules."
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except (re.error, RecursionError, OverflowError) as error:
+                yield f"{name}={value!r} is no regex ({error})."
         pairs = self.num_blocks_pattern
         if not isinstance(pairs, Mapping) and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
             yield f"num_blocks_pattern={pairs!r} is not a mapping by name."
@@ -170,6 +185,8 @@ class SMTConfig(PeftConfig):
         lists = [*tokens.values()] if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
         if not all(isinstance(rows, (list, tuple)) and all(_is_int(row, 0) for row in rows) for rows in lists):
             yield f"trainable_token_indices={tokens!r} is neither a list of tokens nor a mapping to such lists."
+        elif any(len(set(rows)) < len(rows) for rows in lists):
+            yield f"trainable_token_indices={tokens!r} names a token twice."
         if not isinstance(self.selected_blocks, (Mapping, Selection, type(None))):
             yield f"selected_blocks={self.selected_blocks!r} is not a mapping by name."
         layers = self.layers_to_transform
@@ -244,7 +261,7 @@ def _shortened(message: str) -> str:
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
-def _weights_beside(folder: str, options: Mapping) -> Path | None:
+def weights_beside(folder: str, options: Mapping) -> Path | None:
     """The file of the weights that belong to a config in a folder or a repository of the hub, if there is one."""
     weights = Path(folder, options.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
     if weights.exists() or weights.parent.exists():

@@ -98,7 +98,7 @@ def convert_to_lora_files(
     adapter = read_adapter(folder)
     config = adapter.config
     for option, allowed in (("bias", "none"), ("target_parameters", None)):
-        if (value := getattr(config, option)) != allowed:
+        if (value := getattr(config, option)) and value != allowed:
             raise ValueError(f"{folder} has {option}={value!r}, which cannot be converted to LoRA; merge it instead.")
     if not adapter.blocks:
         raise ValueError(f"{folder} has no blocks yet: train it first, or let select_blocks() choose them.")
@@ -128,7 +128,7 @@ def convert_to_lora_files(
 def _only(name: str, names: Iterable[str]) -> str:
     """A target's key in LoRA's patterns: PEFT compares it with the ends of names, which may be other targets', too."""
     is_end = any(other.endswith(f".{name}") for other in names)
-    return rf"(?<![\s\S]){re.escape(name)}" if is_end else name
+    return rf"(?<![\s\S]){re.escape(name)}" if is_end or not re.fullmatch(r"[\w.]+", name) else name
 
 
 def lora_errors(model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str = "default") -> Loss:

@@ -21,6 +21,7 @@ from smt_peft.checks import (
     PREFIX,
     Parts,
     Target,
+    by_target,
     check_config,
     is_embedding,
     load,
@@ -127,9 +128,8 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
     else:
         names, shapes = _names_in_version_1(parts, config.selected_blocks or {}, folder), _NoShapes()
     blocks = {}
-    for position, name in names.items():
-        slots = index[:, 0] == position
-        if slots.any():
+    for position, slots in by_target(index).items():
+        if (name := names.get(position)) is not None:
             rows, cols = index[slots, 1:].unflatten(1, (2, -1)).unbind(1)
             if rows.shape[1] == 1:
                 rows, cols = (tile_features(side[:, 0], size) for side in (rows, cols))
@@ -149,6 +149,8 @@ def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[st
         is_row = config.trainable_token_indices and ".token_adapter." in name
         if is_known and (is_bias or is_row or any(module in name for module in whole)):
             named[key] = tensor
+        elif config.trainable_token_indices and ".token_adapter.base_layer." in name:
+            continue  # all of an embedding, which PEFT saves beside its rows where it was resized
         elif (module := name.rpartition(".base_layer.")[0]) not in targets or not is_embedding(module):
             warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")
     return named

@@ -1,6 +1,6 @@
 """Adapter folders: written as a whole, pushed with their card, and read with all checks through transformers' door.
 
-PEFT and transformers offer nothing to hook into for this, so five of their public methods are wrapped. Each wrapper
+PEFT and transformers offer nothing to hook into for this, so six of their public methods are wrapped. Each wrapper
 acts for SMT adapters alone and calls the method it stands in for in all other cases.
 """
 
@@ -33,7 +33,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import checks
 from smt_peft.checks import PREFIX
-from smt_peft.config import DOWNLOAD, SMTConfig
+from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -54,16 +54,17 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 
 def wrap_methods() -> None:
     """Put the wrappers in their places, once."""
-    for owner, wrapper in (
-        (PeftModel, save_pretrained),
-        (PreTrainedModel, save_pretrained),
-        (PeftModel, create_or_update_model_card),
-        (PeftModel, push_to_hub),
-        (PeftAdapterMixin, load_adapter),
+    for owner, name, wrapper in (
+        (PeftModel, "save_pretrained", save_pretrained),
+        (PreTrainedModel, "save_pretrained", save_pretrained),
+        (PeftModel, "create_or_update_model_card", create_or_update_model_card),
+        (PeftModel, "push_to_hub", push_to_hub),
+        (PeftModel, "load_adapter", load_adapter_into_peft),
+        (PeftAdapterMixin, "load_adapter", load_adapter),
     ):
-        original = getattr(owner, wrapper.__name__)
+        original = getattr(owner, name)
         if not hasattr(original, "_of_smt_peft"):
-            setattr(owner, wrapper.__name__, _method(wrapper, original))
+            setattr(owner, name, _method(wrapper, original))
 
 
 def _method(wrapper: Callable, original: Callable) -> Callable:
@@ -152,6 +153,26 @@ def push_to_hub(model: PeftModel, original: Callable, *args, **options):
         return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **commit)
 
 
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **options) -> object:
+    """PEFT's, but a load that fails leaves no adapter behind, and weights are read from safetensors alone."""
+    if not _has_smt(model):
+        return original(model, *args, **options)
+    said = _said(original, model, *args, **options)
+    download = {option: said.kwargs[option] for option in DOWNLOAD if said.kwargs.get(option)}
+    try:
+        if _is_smt(said.model_id, None, download) and weights_beside(str(said.model_id), download) is None:
+            raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} beside the config in {said.model_id}.")
+        return original(model, *args, **options)
+    except BaseException as error:
+        forget_unloaded(model, said.adapter_name)
+        if isinstance(error, KeyError):
+            raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
+        raise
+
+
 # --- transformers' load_adapter --------------------------------------------------------------------------------------
 
 
@@ -201,6 +222,6 @@ def _is_smt(peft_model_id: str | None, peft_config: object, download: Mapping) -
         return False
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError:  # transformers tells
+    except (ValueError, RecursionError):  # transformers tells
         return False
     return isinstance(content, dict) and content.get("peft_type") == "SMT"

@@ -201,7 +201,7 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     name = name or CLASSES.get(about.get("task_type"))
     name = name or (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
-    if not hasattr(transformers, name):
+    if not hasattr(getattr(transformers, name, None), "from_pretrained"):
         raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
     return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, dtype=dtype or "auto"), adapter)
 
@@ -230,14 +230,21 @@ def _notes(adapter: Path, base: Path) -> dict | None:
 
 def _copy_tokenizer_and_notes(adapter: Path, base: Path, out: Path, notes: dict | None) -> None:
     """The adapter's own tokenizer wins."""
-    _copy(adapter if (adapter / "tokenizer_config.json").is_file() else base, out, TOKENIZER)
+    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    _copy(source, out, TOKENIZER, code=source == base)
     if notes:
         _write(notes, out / TRAINING_DATA)
 
 
-def _copy(source: Path, target: Path, patterns: list[str]) -> None:
+def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) -> None:
+    """Copy the files of these names; an adapter's `code` would be run by whoever trusts the base model's."""
+    root = source.resolve()
     for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
-        shutil.copyfile(path, target / path.name)
+        places = (root, root.parent.parent / "blobs")  # of a file of the folder, and of the hub's cache
+        if not any(path.resolve().is_relative_to(place) for place in places):
+            raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder; refused.")
+        if code or path.suffix != ".py":
+            shutil.copyfile(path, target / path.name)
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import (
     AuxiliaryTrainingWrapper,
     TrainableTokensWrapper,
@@ -27,7 +27,13 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
-from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
+from smt_peft.targets import (
+    TARGET_MODULES,
+    check_tokens,
+    choose_block_size,
+    count_base_parameters,
+    share_budget,
+)
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -56,6 +62,7 @@ class SMTModel(BaseTuner):
         budget, selection) must not leak into the next model that a user makes from the same config object.
         """
         _check_name(model, adapter_name)
+        _check_rows(model, self.peft_config, adapter_name)
         states.mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
@@ -63,6 +70,7 @@ class SMTModel(BaseTuner):
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
+        check_tokens(config, model)
         if config.awaits_weights:
             config.trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         put_back, banks, replaced = _snapshot(model), model._modules.get(BANK), None
@@ -78,6 +86,8 @@ class SMTModel(BaseTuner):
             if banks is None:
                 _remove_banks(model)
             put_back()
+            if replaced is None:
+                _take_out_of_wrappers(model, adapter_name)
             if replaced is not None:
                 self.peft_config[adapter_name] = replaced.config
             raise
@@ -185,6 +195,9 @@ class SMTModel(BaseTuner):
             for layer in _layers_of(self.model):
                 with onload_layer(layer):
                     layer.restore()
+            for wrapper in self.model.modules():
+                if isinstance(wrapper, TrainableTokensWrapper) and wrapper.token_adapter.merged:
+                    wrapper.token_adapter.unmerge()
         model = super()._unload_and_optionally_merge(merge=merge, **options)
         _remove_banks(model)
         return model
@@ -272,7 +285,7 @@ class SMTModel(BaseTuner):
         try:
             try:
                 for module in self.modules():
-                    if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                    if isinstance(module, (Linear, AuxiliaryTrainingWrapper)):
                         hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
                         hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
                 yield
@@ -311,6 +324,24 @@ def _check_name(model: nn.Module, adapter: str) -> None:
         )
 
 
+def _check_rows(model: nn.Module, configs: Mapping[str, SMTConfig], adapter: str) -> None:
+    """Refuse what PEFT's wrappers of rows cannot do: to change an adapter's rows, or to serve one that has none."""
+    having = {
+        name for module in model.modules() if isinstance(module, TrainableTokensWrapper) for name in module._adapters
+    }
+    if adapter in having:
+        raise ValueError(
+            f"The model has rows of an earlier adapter {adapter!r} (trainable_token_indices), which stay as they are; "
+            "call delete_adapter() or unload() first, or give the new adapter another name."
+        )
+    others = [name for name in configs if name != adapter]
+    if others and bool(configs[adapter].trainable_token_indices) != bool(having):
+        raise ValueError(
+            f"Adapter {adapter!r} and {', '.join(others)}: of the adapters of one model either all have "
+            "trainable_token_indices, or none has."
+        )
+
+
 def _layers_of(model: nn.Module) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear)]
 
@@ -340,24 +371,27 @@ def _take_out(model: nn.Module, adapter: str) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
 
 
+def _take_out_of_wrappers(root: nn.Module, adapter: str) -> None:
+    """Take an adapter out of PEFT's wrappers of whole modules and of rows, and the wrappers that have none left."""
+    for name, module in list(root.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            active = [other for other in module.active_adapters if other != adapter]
+            module.delete_adapter(adapter, None)
+            module._active_adapter = active  # which PEFT empties
+            if not module._adapters:
+                parent, _, child = name.rpartition(".")
+                setattr(root.get_submodule(parent), child, module.original_module)
+
+
 def forget_unloaded(model: nn.Module, adapter: str) -> None:
     """Take an adapter out whose config was loaded, and whose weights are refused."""
     owner = next((m for m in model.modules() if isinstance(m, SMTModel) and adapter in m.peft_config), None)
     root, configs = (owner.model, owner.peft_config) if owner else (model, model.peft_config)
-    if adapter in configs and configs[adapter].awaits_weights:
+    if getattr(configs.get(adapter), "awaits_weights", False):
         _take_out(root, adapter)
         if not len(getattr(root, BANK)):
             _remove_banks(root)
-        for name, module in list(root.named_modules()):
-            if not isinstance(module, AuxiliaryTrainingWrapper):
-                continue
-            has_rows = isinstance(module, TrainableTokensWrapper)
-            held = module.token_adapter.trainable_tokens_delta if has_rows else module.modules_to_save
-            if adapter in held:
-                module.delete_adapter(adapter, None)
-                if not len(held):
-                    parent, _, child = name.rpartition(".")
-                    setattr(root.get_submodule(parent), child, module.original_module)
+        _take_out_of_wrappers(root, adapter)
         for name in configs[adapter].trained_before:
             root.get_parameter(name).requires_grad_()
         del configs[adapter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -160,7 +160,7 @@ class Selection:
             )
             read._check()
             return read
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
 
     def _check(self) -> None:
@@ -253,7 +253,9 @@ def locations_of(names: Sequence[str], numbered: bool = False) -> list[Location]
         parts = [(stack, layer, re.sub(r"\b\d+\b", "*", inside)) for stack, layer, inside in parts]
     stacks = {stack: stack.split(".") for stack, layer, _ in parts if layer is not None}
     common = set.intersection(*map(set, stacks.values())) if stacks else set()
-    kinds = {inside: _kind(inside, {of for _, _, of in parts}) for _, _, inside in parts}
+    insides = {inside for _, _, inside in parts}
+    counts = Counter(end for inside in insides for end in _ends(inside))
+    kinds = {inside: next((end for end in _ends(inside) if counts[end] == 1), inside) for inside in insides}
     return [
         Location("" if layer is None else ".".join(p for p in stacks[stack] if p not in common), layer, kinds[inside])
         for stack, layer, inside in parts
@@ -265,13 +267,12 @@ def kinds_of(names: Sequence[str]) -> list[str]:
     return [location.kind for location in locations_of(names)]
 
 
-def _kind(name: str, names: set[str]) -> str:
-    """The shortest end of a name that no other has, and that does not begin with a number."""
+def _ends(name: str) -> Iterator[str]:
+    """The ends of a name that do not begin with a number, the shortest first; a kind is the first of its own."""
     words = name.split(".")
-    ends = (
-        ".".join(words[start:]) for start in range(len(words) - 1, 0, -1) if not re.fullmatch(r"\d+|\*", words[start])
-    )
-    return next((end for end in ends if sum(f".{of}".endswith(f".{end}") for of in names) == 1), name)
+    for start in range(len(words) - 1, -1, -1):
+        if not re.fullmatch(r"\d+|\*", words[start]):
+            yield ".".join(words[start:])
 
 
 def layers_of(locations: Sequence[Location]) -> list[str]:
@@ -283,7 +284,7 @@ def layers_of(locations: Sequence[Location]) -> list[str]:
 
 def _split(name: str) -> tuple[str, int | None, str]:
     """What stands before a module's layer, the layer, and the module's path inside of it."""
-    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.+))?", name)
+    found = re.fullmatch(r"(?:(.*?)\.)?(\d+)(?:\.(.+))?", name, re.DOTALL)
     if not found:
         return "", None, name
     before, layer, inside = found.groups(default="")

@@ -55,6 +55,11 @@ def to_load(
     bank.check(parts.weight, parts.index, parts.fingerprint)
     if config.awaits_weights and config.stored_blocks is not None:
         checks.names_of(parts.index, config.stored_blocks, bank.targets)
+    if parts.content and (config.trainable_token_indices or None) != parts.content.get(checks.TOKENS):
+        raise ValueError(
+            f"The file was saved with {checks.TOKENS}={short(parts.content.get(checks.TOKENS))}, and the adapter has "
+            f"{short(config.trainable_token_indices)}: its rows would be other tokens'."
+        )
     others = _own_weights(model, config, adapter, parts, [target.name for target in bank.targets])
     config.stop_waiting()
     values = [parts.weight, *(value for value in others.values() if value.is_floating_point())]
@@ -81,6 +86,8 @@ def _own_weights(
     # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
     own_base = tuple(f"{target}.base_layer." for target in targets if checks.is_embedding(target))
     foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
+    if config.trainable_token_indices:  # beside the rows it saves all of an embedding that was resized for them
+        foreign = [key for key in foreign if ".token_adapter.base_layer." not in key]
     foreign = [key for key in foreign if ".modules_to_save." not in key]
     if foreign:
         warn(

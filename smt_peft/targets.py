@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import regex
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smt_peft import bases
 from smt_peft.bank import Group, Target
@@ -50,6 +50,25 @@ def count_base_parameters(model: nn.Module) -> int:
             count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
         total += count
     return total
+
+
+def check_tokens(config: SMTConfig, model: nn.Module) -> None:
+    """Raise ValueError where `trainable_token_indices` names a token that the model does not have."""
+    tokens = config.trainable_token_indices or {}
+    if not isinstance(tokens, Mapping):
+        name = next((of for of, module in model.named_modules() if module is model.get_input_embeddings()), "")
+        tokens = {name: tokens}
+    for name, rows in tokens.items():
+        for module_name, module in model.named_modules():
+            if f".{module_name}".endswith(f".{name}") and isinstance(
+                weight := getattr(module, "weight", None), Tensor
+            ):
+                count = getattr(weight, "ds_shape", weight.shape)[0]
+                if rows and max(rows) >= count:
+                    raise ValueError(
+                        f"trainable_token_indices names token {max(rows)}, and {module_name} has {count} rows; resize "
+                        "the embeddings first: model.resize_token_embeddings(len(tokenizer))."
+                    )
 
 
 def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> int:

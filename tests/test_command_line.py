@@ -176,6 +176,18 @@ def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_o
     assert "names it" not in refused(*words, "--base", tmp_path / "base")
 
 
+def test_a_merge_copies_neither_an_adapters_code_nor_what_it_links_to(llama, tmp_path, refused, run):
+    save(tmp_path, llama)
+    for name in ("tokenizer_config.json", "tokenizer_of_a_stranger.py"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer_config.json").is_file() and not list((tmp_path / "out").glob("*.py"))
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "adapter/tokenizer.model").symlink_to(tmp_path / "secret")
+    message = refused("merge", tmp_path / "adapter", "--out", tmp_path / "again")
+    assert "tokenizer.model is a link to" in message and not (tmp_path / "again").exists()
+
+
 def untouched_shard(folder: Path) -> Path:
     """A shard of the base model that has neither blocks nor what tells base models apart: merging copies it."""
     adapter = read_adapter(folder / "adapter")

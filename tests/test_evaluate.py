@@ -138,6 +138,9 @@ def test_refusals(command, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"results\.json holds no scores of this script; name another"):
         evaluate.main(command("--output", f"{tmp_path}/results.json"))
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="nowhere"):
+        evaluate.main(command("--tasks", "boolq", "--limit", "1", model=str(tmp_path / "nowhere")))
 
 
 # --- what the weights were trained on, and the base model they belong to -----------------------------------------

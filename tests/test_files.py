@@ -244,6 +244,9 @@ REFUSED = {
     "letters for layers": (with_config(layers_to_transform="01"), "layers_to_transform='01' is neither"),
     "a mapping for a rule": (with_config(selection={"a": 1}), "selection=.* is not one of gradient"),
     "a list of lists": (with_config(modules_to_save=[[1]]), r"modules_to_save=\[\[1\]\] is not a list of names"),
+    "a regex for a module": (with_config(modules_to_save=["(a|a)+!"]), "holds more than names of modules"),
+    "no regex to leave out": (with_config(exclude_modules="("), r"exclude_modules='\(' is no regex"),
+    "a token twice": (with_config(trainable_token_indices=[1, 1]), "names a token twice"),
     "no regex": (with_config(num_blocks_pattern={"(": 3}, num_blocks=5, selected_blocks=None), "is no regex"),
     "an endless regex": (
         with_config(num_blocks_pattern={r"^(.|..|...)*[A-Z]\d$": 3}, num_blocks=5, selected_blocks=None),
@@ -295,15 +298,88 @@ def test_rows_of_other_tokens_than_the_files_are_refused(llama, tmp_path, load, 
     assert_same_state(state_of(llama), before)
 
 
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
 @doors
-def test_rows_of_another_width_are_refused_and_leave_no_wrapper(llama, tmp_path, load):
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (torch.ones(2, 8), r"trainable_tokens_delta.* where the model has"),
+        (torch.ones(3, 64), r"holds \[3\] rows .*\[2\]"),
+    ],
+    ids=["another width", "another number"],
+)
+def test_rows_of_another_shape_are_refused_and_leave_no_wrapper(make_llama, tmp_path, load, tied, rows, words):
+    base = make_llama(tie_word_embeddings=tied)
+    wrap(base, trainable_token_indices=[5, 9]).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.update({ROWS: rows}))
+    before, tokens = state_of(base), torch.arange(1, 9)[None]
+    expected = base(tokens).logits
+    with pytest.raises(ValueError, match=words):
+        load(base, tmp_path)
+    assert_same_state(state_of(base), before)
+    assert torch.equal(base(tokens).logits, expected)
+
+
+def test_rows_are_not_loaded_into_those_of_other_tokens(llama, tmp_path):
     wrap(llama, trainable_token_indices=[5, 9]).save_pretrained(tmp_path)
-    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
-    change_weights(tmp_path, lambda tensors: tensors.update({key: torch.ones(2, 8)}))
-    before = state_of(llama)
-    with pytest.raises(ValueError, match=r"trainable_tokens_delta.* where the model has"):
-        load(llama, tmp_path)
+    model = wrap(llama, trainable_token_indices=[9, 5])
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"saved with trainable_token_indices=\[5, 9\].*rows would be other tokens'"):
+        set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
+    assert_same_state(state_of(model), before)
+
+
+@pytest.mark.filterwarnings("error:The file of adapter", "error:The adapter's file")
+def test_an_embedding_that_was_resized_for_its_rows_is_nothing_to_warn_of(llama, tmp_path):
+    """PEFT saves all of it beside them."""
+    model = wrap(llama, trainable_token_indices=[5, 9], modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(".token_adapter.base_layer." in key for key in load_file(tmp_path / WEIGHTS))
+    by_peft(llama, tmp_path)
+    assert sorted(read_adapter(tmp_path).others) == ["base_model.model.lm_head.weight", ROWS]
+
+
+def test_a_refused_load_leaves_the_head_that_is_active(llama, tmp_path):
+    model = wrap(llama, modules_to_save=["lm_head"])
+    torch.nn.init.normal_(model.get_output_embeddings().modules_to_save["default"].weight)
+    wrap(llama, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.ones(5, 64)}))
+    tokens = torch.arange(1, 9)[None]
+    expected = model(tokens).logits
+    with pytest.raises(ValueError, match="lm_head"):
+        model.load_adapter(tmp_path, "b")
+    assert torch.equal(model(tokens).logits, expected) and list(model.peft_config) == ["default"]
+
+
+def only_a_config(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def only_a_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def without_its_head(folder):
+    """And without the manifest's word for it, as in files of version 1."""
+    change_config(folder, modules_to_save=["lm_head"])
+
+
+@pytest.mark.parametrize("damage", [only_a_config, only_a_pickle, without_its_head])
+def test_a_load_that_fails_leaves_the_model_as_it_was(llama, folder, damage):
+    model = wrap(llama)
+    damage(folder)
+    before, beside = state_of(llama), state_of(model)
+    with pytest.raises(ValueError, match=r"adapter_model|modules_to_save"):
+        PeftModel.from_pretrained(llama, folder)
     assert_same_state(state_of(llama), before)
+    with pytest.raises(ValueError, match=r"adapter_model|modules_to_save"):
+        model.load_adapter(folder, "second")
+    assert_same_state(state_of(model), beside)
+    assert list(model.peft_config) == ["default"]
 
 
 OF_A_MODEL = {"other targets", "no regex", "an endless regex"}  # only a model shows what is wrong with these

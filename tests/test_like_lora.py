@@ -393,6 +393,24 @@ def test_rows_of_the_embedding_are_trained_and_saved_with_it(make_llama, batches
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_come_off_and_stay_out_of_mixed_batches(make_llama, batches, method):
+    if method == "lora":
+        pytest.skip("leaves merged weights in an unloaded model, and cannot save one of two adapters")
+    base = make_llama()
+    model = wrap(base, method, trainable_token_indices=[5, 9])
+    with pytest.raises(ValueError, match="either all have trainable_token_indices, or none has"):
+        add_adapter(model, "other", seed=3)
+    add_adapter(model, "other", seed=3, trainable_token_indices=[9])
+    train(model, batches)
+    with torch.no_grad(), model.disable_adapter():
+        found = model.eval()(batches[0]["input_ids"], adapter_names=["default", "other"]).logits
+    assert_close(found, outputs(base, batches[0]))
+    with pytest.raises(ValueError, match=r"rows of an earlier adapter 'default' \(trainable_token_indices\)"):
+        get_peft_model(model.get_base_model(), make_config(method, trainable_token_indices=[7]))
+    model.merge_adapter()
+    assert torch.equal(outputs(model.unload(), batches[0]), outputs(base, batches[0]))
+
+
 def test_pefts_switch_for_the_casting_of_inputs_changes_nothing(base, batches, method):
     model = wrap(base, method)
     expected = outputs(model, batches[0])

@@ -281,7 +281,8 @@ def test_deepspeed_is_asked_for_one_method_at_a_time(monkeypatch):
 def test_each_method_resumes_from_its_own_last_checkpoint(tmp_path, given, found):
     for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-12", "lora"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("smt/checkpoint-2", "smt/checkpoint-10"):  # the third was interrupted
+    (tmp_path / "smt/checkpoint-copy").mkdir()
+    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-copy"):  # 12 was interrupted
         (tmp_path / name / "trainer_state.json").write_text("{}")
     args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=given)
     options = finetune.Options("m", "d", lora_learning_rate=1e-2)
@@ -310,6 +311,11 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path, sai
         (["--model", "{adapter}"], "is an adapter; train what `smt-peft merge"),
         (["--model", "{files}/nowhere"], "nowhere"),
         (["--methods", "smt,lora", "--lora.target_modules", "[q_prj]"], "options of lora: .*q_prj"),
+        (["--smt.target_modules", "[embed_tokens]"], "options of smt: .*is a Embedding"),
+        (
+            ["--smt.selection", "magnitude", "--methods", "smt,lora", "--lora.target_modules", "[q_prj]"],
+            "of lora: .*q_prj",
+        ),
         (["--smt.num_blocks", "999999"], "options of smt: .*999,?999"),
         (["--output_dir", "{files}/scores"], "holds scores of evaluate.py"),
     ],

@@ -157,6 +157,14 @@ REFUSED = {  # options, and what is said of them
         {"selected_blocks": {"model.layers.0.self_attn.q_proj": [[0, 0], [0, 0]]}, "num_blocks": 2},
         r"names block \[0, 0\] of .*q_proj' twice; fix it",
     ),
+    "a token that is none": (
+        {"trainable_token_indices": [3, 64]},
+        r"names token 64, and model\.embed_tokens has 64 rows|either all have trainable_token_indices",
+    ),
+    "rows in one adapter": (
+        {"trainable_token_indices": [3], "block_size": 48},
+        "of one model either all|does not divide",
+    ),
     "an embedding": ({"target_modules": ["embed_tokens"]}, r"embed_tokens is a Embedding; SMT trains blocks of"),
     "a norm": ({"target_modules": ["q_proj", "input_layernorm"]}, r"input_layernorm is a LlamaRMSNorm; SMT trains"),
     "a target that has no weight": ({"target_modules": ["act_fn", "q_proj"]}, "is a SiLUActivation"),

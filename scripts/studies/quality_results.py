@@ -138,7 +138,7 @@ def against_lora(studies: list[tuple[dict, Results]]) -> Against:
         blocks = [name for name, result in methods.items() if lora and len(result.runs) >= len(lora.runs)]
         if blocks and (place not in found or len(lora.runs) > len(found[place][0].runs)):
             best = min(blocks, key=lambda name: methods[name].mean("validation_loss"))
-            found[place] = lora, methods.get(PAPER), best, methods[best]
+            found[place] = lora, methods[PAPER] if PAPER in blocks else None, best, methods[best]
     return found
 
 
