@@ -25,6 +25,7 @@ VERSION = 2
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
 PREFIX = "base_model.model."  # that PEFT gives the keys of a file
 PARTS = ("weight", "index", "fingerprint", "manifest")
+WRAPPED = (".modules_to_save.", ".original_module.", ".token_adapter.base_layer.")  # in keys that PEFT's wrappers make
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
 AGREED = ("arrangement", "block_size", "bias", "modules_to_save")  # what a config says and its file repeats

@@ -19,6 +19,7 @@ from smt_peft.bank import DeltaBank, Group
 from smt_peft.checks import (
     BANK,
     PREFIX,
+    WRAPPED,
     Parts,
     Target,
     by_target,
@@ -149,8 +150,8 @@ def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[st
         is_row = config.trainable_token_indices and ".token_adapter." in name
         if is_known and (is_bias or is_row or any(module in name for module in whole)):
             named[key] = tensor
-        elif config.trainable_token_indices and ".token_adapter.base_layer." in name:
-            continue  # all of an embedding, which PEFT saves beside its rows where it was resized
+        elif any(part in name for part in WRAPPED):
+            continue  # what whole modules and rows stand in for, which PEFT saves where embeddings were resized
         elif (module := name.rpartition(".base_layer.")[0]) not in targets or not is_embedding(module):
             warnings.warn(f"The adapter's file holds {name}, which its config does not name; it is left out.")
     return named

@@ -86,9 +86,8 @@ def _own_weights(
     # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
     own_base = tuple(f"{target}.base_layer." for target in targets if checks.is_embedding(target))
     foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
-    if config.trainable_token_indices:  # beside the rows it saves all of an embedding that was resized for them
-        foreign = [key for key in foreign if ".token_adapter.base_layer." not in key]
-    foreign = [key for key in foreign if ".modules_to_save." not in key]
+    # Beside an adapter's rows and whole modules it saves what they stand in for, where embeddings were resized.
+    foreign = [key for key in foreign if not any(part in key for part in checks.WRAPPED)]
     if foreign:
         warn(
             f"The file of adapter {adapter!r} holds {short(foreign[0])}, which is not the adapter's "

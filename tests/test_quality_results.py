@@ -41,6 +41,14 @@ def test_what_has_fewer_seeds_than_lora_is_not_compared_yet(paper):
     assert [best[2] for best in against_lora([paper, unfinished]).values()] == ["SMT, per input"]
 
 
+def test_a_rank_above_the_budget_is_not_compared(paper):
+    study, results = paper
+    for place in results:
+        for run in results[place]["LoRA"].runs:
+            run["trained_parameters"] *= 2
+    assert against_lora([(study, results)]) == {}
+
+
 def test_of_a_method_that_ran_in_two_studies_the_one_with_more_seeds_is_taken(paper):
     short = tuned("LoRA", "SMT, whole model", seeds=[0])
     for studies in ([short, paper], [paper, short]):

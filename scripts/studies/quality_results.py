@@ -135,11 +135,17 @@ def against_lora(studies: list[tuple[dict, Results]]) -> Against:
     found = {}
     for (place, *_), methods in sorted(tuned.items()):
         lora = methods.pop(LORA, None)
-        blocks = [name for name, result in methods.items() if lora and len(result.runs) >= len(lora.runs)]
+        blocks = [name for name, result in methods.items() if lora and _as_large(lora, result)]
         if blocks and (place not in found or len(lora.runs) > len(found[place][0].runs)):
             best = min(blocks, key=lambda name: methods[name].mean("validation_loss"))
             found[place] = lora, methods[PAPER] if PAPER in blocks else None, best, methods[best]
     return found
+
+
+def _as_large(lora: Result, result: Result) -> bool:
+    """Whether a method has LoRA's seeds, and its parameters within a tenth: rank 1 may be above a budget."""
+    one, other = (of.runs[0]["trained_parameters"] for of in (lora, result))
+    return len(result.runs) >= len(lora.runs) and abs(one - other) <= 0.1 * other
 
 
 def forgets_more(result: Result, lora: Result) -> list[float]:
