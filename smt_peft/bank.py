@@ -445,5 +445,6 @@ def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
         raise ValueError(
             "Reentrant gradient checkpointing cannot train an SMT adapter in several processes: DDP and ZeRO would "
             "take the bank for finished after the first of the checkpointed segments. Use "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}, the default of transformers 5.'
+            'gradient_checkpointing_kwargs={"use_reentrant": False}, the default of transformers 5; under ZeRO-3 TRL '
+            'forces the other, so set trainer.args.gradient_checkpointing_kwargs["use_reentrant"] = False after it.'
         )
