@@ -33,7 +33,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import checks
 from smt_peft.checks import PREFIX
-from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
+from smt_peft.config import DOWNLOAD, SMTConfig
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -157,17 +157,13 @@ def push_to_hub(model: PeftModel, original: Callable, *args, **options):
 
 
 def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **options) -> object:
-    """PEFT's, but a load that fails leaves no adapter behind, and weights are read from safetensors alone."""
+    """PEFT's, but a load that fails leaves no adapter behind."""
     if not _has_smt(model):
         return original(model, *args, **options)
-    said = _said(original, model, *args, **options)
-    download = {option: said.kwargs[option] for option in DOWNLOAD if said.kwargs.get(option)}
     try:
-        if _is_smt(said.model_id, None, download) and weights_beside(str(said.model_id), download) is None:
-            raise ValueError(f"There is no {SAFETENSORS_WEIGHTS_NAME} beside the config in {said.model_id}.")
         return original(model, *args, **options)
     except BaseException as error:
-        forget_unloaded(model, said.adapter_name)
+        forget_unloaded(model, _said(original, model, *args, **options).adapter_name)
         if isinstance(error, KeyError):
             raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
         raise

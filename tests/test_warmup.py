@@ -1,5 +1,6 @@
 """The warm-up scores what dense gradients say, selects the best, and leaves everything else as it was."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -256,24 +257,15 @@ def test_what_a_reference_pass_thaws_is_frozen_again(llama, batches):
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_what_is_compiled_runs_eagerly_but_for_flex_attention(llama, batches, attention):
+def test_what_is_compiled_runs_eagerly_but_for_flex_attention(llama, batches, attention, monkeypatch):
     """Which needs a compiler, or it keeps all scores of all heads."""
-    model, compiled = wrap(llama), []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    double = torch.compile(lambda x: 2 * x, backend=backend)
+    stances = []
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: stances.append(stance) or nullcontext())
+    model = wrap(llama)
     model.other = torch.nn.Module()
     model.other.config = SimpleNamespace(_attn_implementation=attention)
-
-    def loss(model, batch):
-        double(torch.ones(2))
-        return model(**batch).loss
-
-    warm_up(model, batches, loss_function=loss)
-    assert bool(compiled) == (attention == "flex_attention")
+    warm_up(model, batches)
+    assert stances == ([] if attention == "flex_attention" else ["force_eager"])
 
 
 def test_positions_that_grow_with_the_longest_input_are_put_back(make_llama, batches):
