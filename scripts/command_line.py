@@ -24,11 +24,11 @@ Loader.add_implicit_resolver(
 
 
 @contextlib.contextmanager
-def in_a_line(*kinds: type[Exception]) -> Iterator[None]:
+def in_a_line() -> Iterator[None]:
     """End the program with what an error says, and no more, where it is the user who can mend it."""
     try:
         yield
-    except (OSError, ValueError, *kinds) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(" ".join(str(error).split())) from error
 
 

@@ -31,6 +31,7 @@ from command_line import in_a_line, parse, read_options
 from datasets.exceptions import DatasetsError
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
+from scores import write_whole
 from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
 from transformers import (
@@ -130,7 +131,7 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
         return tuple(datasets.Dataset.from_list(list(STDLIB[name](split))) for split in ("train", "test"))
     is_json = name.endswith((".jsonl", ".json"))
     if Path(name).is_file() and not is_json:
-        raise SystemExit(f"{name} is no .jsonl or .json file; smt-peft reads no other")
+        raise SystemExit(f"{name} is no .jsonl or .json file, and no other is read")
     where = {"path": "json", "data_files": name} if is_json else {"path": name}
     try:
         rows = datasets.load_dataset(**where, split="train")
@@ -184,9 +185,11 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
 
 def say_what_is_cut(rows: datasets.Dataset, encoded: datasets.Dataset, tokenizer: Any, length: int) -> None:
     """Say how many instructions were too long for `length`."""
+    if not is_labelled(rows):
+        return
     cut = sum(tokens[-1] != tokenizer.eos_token_id for tokens in encoded["input_ids"])
     lost = len(rows) - len(encoded)
-    if is_labelled(rows) and cut + lost:
+    if cut + lost:
         print(
             f"{cut + lost:,} of {len(rows):,} rows have more tokens than max_length={length}: {lost:,} are left out, "
             f"whose prompts alone have as many; of {cut:,} the end of the answer is cut off"
@@ -419,9 +422,7 @@ def write(results: dict, args: TrainingArguments) -> None:
     if args.process_index == 0:
         file = results_file(args)
         earlier = read_json(file) if file.is_file() else {}
-        new = file.with_name(file.name + ".new")
-        new.write_text(json.dumps({**earlier, **results}, indent=2), encoding="utf-8")
-        new.replace(file)
+        write_whole(file, json.dumps({**earlier, **results}, indent=2))
 
 
 def results_file(args: TrainingArguments) -> Path:

@@ -93,15 +93,20 @@ def average(scores: dict[str, dict]) -> dict:
     }
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a text so that the file is never half written."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
 def save(results: dict, task: str, unfinished: Unfinished, output: Path) -> None:
     """Write the answers to one task's rows, and then the results, so that neither is ever half written."""
     rows = answers_file(output, task)
     rows.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(one) + "\n" for one in unfinished.in_order())
-    for file, text in {rows: lines, output: json.dumps(results, indent=2) + "\n"}.items():
-        new = file.with_name(file.name + ".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
+    write_whole(rows, lines)
+    write_whole(output, json.dumps(results, indent=2) + "\n")
     unfinished.path.unlink()
 
 

@@ -27,7 +27,7 @@ from smt_peft.scoring import reduce_over_ranks
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, random_states, select_blocks
 
-PARTS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # of a dataloader: have generators
+HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
 LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")  # where TRL's losses log
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
 # Gradient norms that are a sign of divergence:
@@ -153,7 +153,7 @@ def _same_order_afterwards(dataloader) -> Iterator[None]:
     """Put the generators of a dataloader's own parts back, or training would shuffle and mask otherwise."""
     owners = [dataloader]
     for owner in owners:  # accelerate and transformers put layers between them
-        parts = [getattr(owner, name, None) for name in PARTS]
+        parts = [getattr(owner, name, None) for name in HAVING_GENERATORS]
         owners += [part for part in parts if all(part is not one for one in (None, *owners))]
     owners = [owner for owner in owners if hasattr(owner, "generator")]
     states = [(owner, owner.generator, _state(owner.generator)) for owner in owners]
