@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 BUDGETS = {"num_blocks", "trainable_ratio"}  # SMT takes one of them
@@ -28,7 +29,7 @@ def in_a_line() -> Iterator[None]:
     """End the program with what an error says, and no more, where it is the user who can mend it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(" ".join(str(error).split())) from error
 
 

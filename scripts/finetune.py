@@ -20,6 +20,7 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import datasets
@@ -121,6 +122,8 @@ class Options:
             raise SystemExit(f"dtype is {self.dtype!r}; it can be auto, float32, bfloat16 or float16")
         if self.eval_rows < 1:
             raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
+        if self.max_length < 1:
+            raise SystemExit(f"max_length is {self.max_length}; a row has a token at least: 1 or more")
         if self.questions < 1:
             raise SystemExit(f"questions is {self.questions}; what is saved is checked with the first: 1 or more")
 
@@ -135,15 +138,16 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     where = {"path": "json", "data_files": name} if is_json else {"path": name}
     try:
         rows = datasets.load_dataset(**where, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise SystemExit(f"data: {name}: {error} {error.__cause__ or ''}".rstrip()) from error
     if len(rows) < 2:
         raise SystemExit(f"{name} has {len(rows)} row; one is held out to evaluate on, so two are the least")
     columns = ["instruction", "output"] if is_labelled(rows) else ["text"]
     if not set(columns) <= set(rows.column_names):
         raise SystemExit(f"{name} has the columns {rows.column_names}; it needs instruction and output, or text")
-    for column in columns:
-        if row := next((row for row, value in enumerate(rows[column], 1) if not isinstance(value, str)), None):
+    for column in [*columns, *({"input"} & set(rows.column_names) if is_labelled(rows) else ())]:
+        may_be = str if column in columns else (str, NoneType)
+        if row := next((row for row, value in enumerate(rows[column], 1) if not isinstance(value, may_be)), None):
             raise SystemExit(f"{name}: row {row} has {rows[row - 1][column]!r} as its {column}, which is no text")
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
 
@@ -367,7 +371,7 @@ def check(
     if "before" not in prompts[0]:
         for each, before in zip(prompts, continued(model, tokenizer, prompts, args), strict=True):
             each["before"] = before
-    if Path(saved, "adapter_config.json").is_file():
+    if Path(saved, CONFIG_NAME).is_file():
         model = PeftModel.from_pretrained(model, saved)
         others = {"reloaded": logits_of(model, tokenizer, text)}
         others["merged"] = logits_of(model.merge_and_unload(), tokenizer, text)
@@ -441,7 +445,7 @@ def draw_blocks(adapter: str, selection: Selection | None) -> None:
 
 def draw_losses(output_dir: str, methods: list[str]) -> None:
     """Draw every method's training loss, where it was logged (`logging_steps`)."""
-    states = {method: Path(output_dir, method, "trainer_state.json") for method in methods}
+    states = {method: Path(output_dir, method, TRAINER_STATE_NAME) for method in methods}
     logs = {method: json.loads(state.read_text(encoding="utf-8"))["log_history"] for method, state in states.items()}
     logs = {method: log for method, log in logs.items() if any("loss" in entry for entry in log)}
     if logs:
@@ -461,6 +465,17 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
     steps = {int(step): state.parent for state in states if (step := state.parent.name.rpartition("-")[2]).isdigit()}
     [last] = broadcast_object_list([steps[max(steps)] if steps else None])  # of a disk that others may not see
     how = (args.resume_from_checkpoint or "false").lower()
+    if how not in ("true", "false") and not Path(args.resume_from_checkpoint, TRAINER_STATE_NAME).is_file():
+        raise SystemExit(
+            f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; it can be true, false, or a checkpoint "
+            f"with its {TRAINER_STATE_NAME}"
+        )
+    if how != "true" and options.data not in (training_data(args.output_dir) or [options.data]):
+        raise SystemExit(
+            f"{args.output_dir} holds what learnt {training_data(args.output_dir)[-1]}; name another output_dir"
+        )
+    if how == "true" and not last and args.process_index == 0:
+        print(f"There is no checkpoint in {args.output_dir}: training starts at its first step.")
     if how == "false" and last:
         raise SystemExit(
             f"{last} is of an earlier run: go on with it by --resume_from_checkpoint true, or name another output_dir"

@@ -52,12 +52,13 @@ from typing import Literal, NamedTuple
 
 import torch
 from command_line import read_options
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.hf_argparser import HfArg
 
 from smt_peft import SMTConfig
-from smt_peft.bank import Target
+from smt_peft.checks import Target
 from smt_peft.targets import TARGET_MODULES, choose_block_size, share_budget
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -146,7 +147,7 @@ def config_of(name: str) -> PretrainedConfig:
         return LlamaConfig(**dict(zip(SIZES, shape, strict=True)))
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise SystemExit(f"model is {name!r}: no folder with a config.json that transformers knows, not in the hub's "
                          f"cache, and no shape ({', '.join(SHAPES)}); name one of these, or download the config with "
                          f"`hf download {name} config.json`") from error  # fmt: skip

@@ -145,9 +145,13 @@ def prompt(instruction: str) -> str:
 def read_rows(path: Path, needed: Iterable[str] = ("instruction", "output", "answer")) -> list[dict]:
     """Read the rows of a .jsonl file, or of a .json file that holds a list of them."""
     text = path.read_text(encoding="utf-8")
-    rows = (
-        json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
-    )
+    is_list = path.suffix == ".json"
+    try:
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: what it holds are no rows, each of them a JSON object with names and values")
     for number, row in enumerate(rows, start=1):
         if missing := set(needed) - row.keys():
             raise ValueError(f"{path}: row {number} has no {' and no '.join(sorted(missing))}; a row needs them all")

@@ -110,11 +110,12 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, opt
     adamw = {"betas": (0.9, 0.95), "weight_decay": options.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, **adamw)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, options.warmup_steps, options.steps)
+    autocast = torch.autocast(options.device, torch.bfloat16, enabled=options.bfloat16)
     rows, losses = [], []
     for step in (progress := tqdm(range(1, options.steps + 1), unit="step")):
         starts = torch.randint(len(tokens) - options.length + 1, (options.batch_size,))
         batch = torch.stack([tokens[start : start + options.length] for start in starts]).to(model.device)
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.bfloat16):
+        with autocast:
             loss = model.train()(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,13 +124,15 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, test: torch.Tensor, opt
         schedule.step()
         losses.append(loss.item())
         if step * 10 // options.steps > len(rows):
-            rows.append((step, sum(losses) / len(losses), evaluate(model, test)))
+            with autocast:
+                rows.append((step, sum(losses) / len(losses), evaluate(model, test)))
             losses.clear()
             progress.set_postfix_str("training loss {1:.3f}, held-out loss {2:.3f}".format(*rows[-1]))
     return rows
 
 
 def main(options: Settings) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)  # fails now, if it must
     torch.set_num_threads(options.threads)
     transformers.set_seed(options.seed)
     corpora = (documentation, source_code) if options.source_code else (documentation,)

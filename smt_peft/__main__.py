@@ -13,10 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -35,7 +35,7 @@ from smt_peft.merging import (
 )
 from smt_peft.patches import sparse_patch
 from smt_peft.plotting import plot_adapter
-from smt_peft.writing import UNFINISHED, check_is_new
+from smt_peft.writing import check_is_new, written_whole
 
 OTHER_WEIGHTS = ("*.bin",)  # what transformers and PEFT load, too
 WHERE = "a folder, or a name on the Hugging Face hub"
@@ -120,9 +120,8 @@ def patch(args: argparse.Namespace) -> dict:
     if (method := adapter_config(adapter).get("peft_type")) != "SMT":
         raise ValueError(f"{args.adapter} is of the method {method}; patches are of SMT adapters.")
     values = sparse_patch(load_model(adapter, folder, dtype), safe_merge=True)
-    with TemporaryDirectory(prefix=UNFINISHED, dir=out.parent) as partial:
-        save_file(values, Path(partial, out.name))
-        Path(partial, out.name).replace(out)
+    with written_whole(out.parent) as new:
+        save_file(values, new / out.name)
     tensors = len({key.rpartition("/")[0] for key in values})
     return {"adapter": args.adapter, "base_model": base, "patch": args.out, "tensors": tensors}
 
@@ -254,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         commands.exit(130, "smt-peft: interrupted\n")
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         commands.exit(2, _line("error", error) + "\n")
 
 

@@ -224,15 +224,11 @@ class SMTMonitorCallback(TrainerCallback):
 
     def __init__(self, adapter_name: str = "default"):
         self.adapter_name = adapter_name
-        self._begin()
-
-    def _begin(self) -> None:
-        self._norms: deque[float] = deque(maxlen=100)
-        self._broken = 0  # norms in a row that are not finite
-        self._warned = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._begin()  # a callback may see several runs
+        self._norms: deque[float] = deque(maxlen=100)  # of this run; a callback may see several
+        self._broken = 0  # norms in a row that are not finite
+        self._warned = False
         self._bank = find_bank(model, self.adapter_name)  # in the end another callback may have merged it
         _, resumed = _calling_trainer()
         if resumed:

@@ -102,7 +102,7 @@ def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = 
             if not all(name.startswith("consolidated") for name in names):
                 break  # many repositories have the same weights in both forms
         return Path(folder)
-    except (OSError, ValueError) as error:  # of many kinds, with many words
+    except Exception as error:  # of many kinds, the network's own among them, with many words
         why = type(error).__name__
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from smt_peft.places import Tiles, places_in, short
 
 VERSION = 2
+MOST_FEATURES = 2**24  # along a side, which reports allocate; the experts of a layer together have about a million
+LONGEST_NAME = 1000  # whose ends are compared with those of all others
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
 PREFIX = "base_model.model."  # that PEFT gives the keys of a file
 PARTS = ("weight", "index", "fingerprint", "manifest")
@@ -44,9 +46,7 @@ class Target(NamedTuple):
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def manifest(
-    config: object, targets: Sequence[Target], index: Tensor, others: Iterable[str] = (), base: Mapping | None = None
-) -> Tensor:
+def manifest(config: object, targets: Sequence[Target], index: Tensor, others: Iterable[str], base: Mapping) -> Tensor:
     """What the other tensors alone do not say, as a uint8 tensor: a SHA-256 in hex, a line break, and UTF-8 JSON.
 
     The checksum is that of the JSON and of the index as little-endian int32. A tensor and no metadata, because PEFT
@@ -64,7 +64,7 @@ def manifest(
         **({TOKENS: tokens} if (tokens := getattr(config, TOKENS)) else {}),
         "targets": targets,
         "others": sorted(others),
-        "base": base or {},
+        "base": base,
     }
     text = json.dumps(content, separators=(",", ":")).encode()
     return torch.frombuffer(bytearray(_checksum(text, index) + b"\n" + text), dtype=torch.uint8)
@@ -113,8 +113,8 @@ def _is_sound(content: dict) -> bool:
         return False
     return (
         all([type(part) for part in target] == [str, int, int] for target in targets)
-        and all(0 < side <= 2**31 // size for target in targets for side in target[1:])
-        and all(target[0].isprintable() for target in targets)
+        and all(0 < side <= MOST_FEATURES // size for target in targets for side in target[1:])
+        and all(target[0].isprintable() and len(target[0]) <= LONGEST_NAME for target in targets)
         and len({target[0] for target in targets}) == len(targets) > 0
         and all(name in content for name in AGREED)
         and _is_list(content.get("others"), str)
@@ -227,7 +227,7 @@ def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
 
     Raises:
         ValueError: where a part is missing, unknown, or of another type or shape than it must be, where the parts do
-            not belong together, or where there is no selection.
+            not belong together, or where deltas that are not zero have no selection.
     """
     parts, others, prefixes = {}, {}, set()
     for key, tensor in tensors.items():

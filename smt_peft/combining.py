@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from torch import Tensor
@@ -24,15 +25,12 @@ from smt_peft.bases import other_base
 from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
 from smt_peft.files import Blocks, StoredAdapter, fill, read_adapter, write_adapter
+from smt_peft.targets import SMALLEST_FAST_BLOCK
 from smt_peft.writing import refuse_same_folder
-
-if TYPE_CHECKING:
-    from smt_peft.model import SMTModel
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 MajoritySignMethod = Literal["total", "frequency"]
 
-SMALLEST_PIECE = 16  # blocks are not cut smaller than this: what matrix units take
 WORTH_IT = 1.25  # blocks are cut no further for less than this: large ones are quicker
 MOST_GROWTH = 8  # times as many values as the adapters have together
 
@@ -100,7 +98,7 @@ class Grid(NamedTuple):
 
 
 def add_weighted_adapter(
-    model: SMTModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, method: Method
+    model: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, method: Method
 ) -> None:
     """See `SMTModel.add_weighted_adapter`."""
     if adapter_name in model.peft_config:
@@ -273,7 +271,7 @@ def _cut(parts: dict[str, list[Blocks]], shapes: dict[str, tuple[int, int]]) -> 
     """The size of the sum's blocks, and where they lie in each target."""
     everything = [blocks for of in parts.values() for blocks in of]
     common = math.gcd(*(blocks.rows.shape[1] for blocks in everything))
-    sizes = [size for size in range(common, min(common, SMALLEST_PIECE) - 1, -1) if common % size == 0]
+    sizes = [size for size in range(common, min(common, SMALLEST_FAST_BLOCK) - 1, -1) if common % size == 0]
     if all(map(_are_tiles, everything)):
         sizes = [common]
     cuts = [(size, {name: _grid(of, shapes[name], size) for name, of in parts.items()}) for size in sizes]

@@ -192,12 +192,12 @@ class SMTConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is not None and not isinstance(layers, int) and (isinstance(layers, str) or not _all(layers, int)):
             yield f"layers_to_transform={layers!r} is neither a number nor a list of numbers."
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+        if not _is_int(self.seed, -(2**63)) or self.seed >= 2**64:
             yield f"seed={self.seed!r} is not an integer of 64 bits."
 
     def _refusals(self) -> Iterator[str]:
         for name, allowed in CHOICES.items():
-            if not isinstance(getattr(self, name), str) or getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed:
                 yield f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}."
         if self.block_size != "auto" and not _is_int(self.block_size):
             yield f"block_size={self.block_size!r} is neither a positive integer nor 'auto'."

@@ -1,4 +1,4 @@
-"""The layer that stands in for a module of which one *parameter* is a target: a Mixture of Experts' 3-D weights.
+"""The layer that stands in for a module of which one *parameter* is a target: a Mixture of Experts' weights.
 
 A module of experts keeps `gate_up_proj` [experts, out, in] and multiplies with it as it likes (a loop over the
 experts, a grouped or a batched matmul), so there is no one input and output to look at. What is always there is the
@@ -20,7 +20,7 @@ from smt_peft.layer import Linear
 
 
 class ParamWrapper(Linear):
-    """A module with a frozen 3-D parameter whose selected blocks are trained.
+    """A module with a frozen parameter, of two dimensions or more, whose selected blocks are trained.
 
     Blocks are parts of the matrix [experts * out, in]. Several parameters of a module are wrapped one around the
     other. The class has the name by which PEFT knows such wrappers.

@@ -6,13 +6,18 @@ import torch
 from accelerate.utils import align_module_device
 from torch.nn.functional import pad
 
-from smt_peft.bank import DeltaBank, Target, is_sharded
+from smt_peft.bank import DeltaBank, is_sharded
+from smt_peft.checks import Target
 from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear
 from smt_peft.ops import reduce_blocks
 from smt_peft.places import places_in, short
 from smt_peft.selected import kinds_of
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
+
+# 13B in blocks of 16 has 50 million. A file may ask for blocks of one weight, whose scores would take many times the
+# memory of the model.
+MOST_SCORED_ON_LOADING = 2**26
 
 
 def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
@@ -21,6 +26,8 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
         return _listed(config, bank)
     size, lines = bank.block_size, None
     grids = [(target.rows, target.cols) for target in bank.targets]
+    if config.awaits_weights and sum(rows * cols for rows, cols in grids) > MOST_SCORED_ON_LOADING:
+        return None  # the file brings the index itself
     if config.selection == "random":
         scores = random_scores(grids, config.seed)
         lines = random_lines(grids, size, config.seed) if config.arrangement == "sorted" else None

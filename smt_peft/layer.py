@@ -37,7 +37,6 @@ class Linear(nn.Module, BaseTunerLayer):
         self.quantization_backend = backend
         self.smt_blocks = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self.__dict__["banks"] = banks  # not registered: their home is the root of the model
         self._shared_weight = shared_weight
         self._before: list[tuple] = []  # what merging wrote over, last written last: (entries, values [n, b, b])

@@ -237,7 +237,8 @@ def _copy_tokenizer_and_notes(adapter: Path, base: Path, out: Path, notes: dict 
 
 
 def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) -> None:
-    """Copy the files of these names; an adapter's `code` would be run by whoever trusts the base model's."""
+    """Copy the files of these names; without `code`, which whoever trusts the base model's would run of an adapter's,
+    and without what says where there is some."""
     root = source.resolve()
     for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
         places = (root, root.parent.parent / "blobs")  # of a file of the folder, and of the hub's cache
@@ -245,6 +246,8 @@ def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) ->
             raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder; refused.")
         if code or path.suffix != ".py":
             shutil.copyfile(path, target / path.name)
+        if not code and path.name.endswith("config.json") and "auto_map" in (config := read_json(path)):
+            _write({key: value for key, value in config.items() if key != "auto_map"}, target / path.name)
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:

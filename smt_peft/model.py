@@ -21,19 +21,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
-from smt_peft.bank import Banks, DeltaBank, Target, is_sharded
-from smt_peft.checks import BANK, FLOATS
+from smt_peft.bank import Banks, DeltaBank, is_sharded
+from smt_peft.checks import BANK, FLOATS, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
-from smt_peft.targets import (
-    TARGET_MODULES,
-    check_tokens,
-    choose_block_size,
-    count_base_parameters,
-    share_budget,
-)
+from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -70,7 +64,7 @@ class SMTModel(BaseTuner):
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
-        check_tokens(config, model)
+        _check_tokens(config, model)
         if config.awaits_weights:
             config.trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         put_back, banks, replaced = _snapshot(model), model._modules.get(BANK), None
@@ -88,7 +82,7 @@ class SMTModel(BaseTuner):
             put_back()
             if replaced is None:
                 _take_out_of_wrappers(model, adapter_name)
-            if replaced is not None:
+            else:
                 self.peft_config[adapter_name] = replaced.config
             raise
 
@@ -251,11 +245,7 @@ class SMTModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        try:
-            return states.to_load(model, config, adapter_name, state_dict)
-        except ValueError:
-            forget_unloaded(model, adapter_name)
-            raise
+        return states.to_load(model, config, adapter_name, state_dict)
 
     # --- one batch, several adapters -------------------------------------------------------------------------------
 
@@ -340,6 +330,25 @@ def _check_rows(model: nn.Module, configs: Mapping[str, SMTConfig], adapter: str
             f"Adapter {adapter!r} and {', '.join(others)}: of the adapters of one model either all have "
             "trainable_token_indices, or none has."
         )
+
+
+def _check_tokens(config: SMTConfig, model: nn.Module) -> None:
+    """Refuse in `trainable_token_indices` a token that the model does not have."""
+    tokens = config.trainable_token_indices or {}
+    if not isinstance(tokens, Mapping):
+        name = next((of for of, module in model.named_modules() if module is model.get_input_embeddings()), "")
+        tokens = {name: tokens}
+    for name, rows in tokens.items():
+        for module_name, module in model.named_modules():
+            if f".{module_name}".endswith(f".{name}") and isinstance(
+                weight := getattr(module, "weight", None), torch.Tensor
+            ):
+                count = getattr(weight, "ds_shape", weight.shape)[0]
+                if rows and max(rows) >= count:
+                    raise ValueError(
+                        f"trainable_token_indices names token {max(rows)}, and {module_name} has {count} rows; resize "
+                        "the embeddings first: model.resize_token_embeddings(len(tokenizer))."
+                    )
 
 
 def _layers_of(model: nn.Module) -> list[Linear]:

@@ -72,7 +72,7 @@ def sparse_patch(
         having = [name for name in adapters if layer._share(name) is not None]
         if not having:
             continue
-        share = layer._share(having[0])
+        share = layer.smt_blocks[having[0]]
         parameter = share.bank.targets[share.target].name.replace(".base_layer", "")
         if not isinstance(layer, ParamWrapper):
             parameter += ".weight"

@@ -39,6 +39,7 @@ PAGE = 9.5, 12.0
 NARROWEST, WIDEST = 0.2, 1.0
 FLATTEST, STEEPEST = 0.35, 1.6  # in terms of the width
 ABOVE, HEADING, BESIDE = 0.19, 0.25, 0.1
+MOST_TILES = 2**27  # of an adapter; two values each
 FINEST = 1 / 75  # two pixels, or selected blocks would not be seen
 
 
@@ -281,6 +282,9 @@ def plot_adapter(adapter: StoredAdapter, path: str | Path | None = None) -> Figu
     size = next(iter(adapter.blocks.values())).rows.shape[1]
     names = adapter.names
     shapes = [adapter.shapes[name] for name in names]  # refuses files of version 1, which have none
+    count = sum(rows * cols // size**2 for rows, cols in shapes)
+    if count > MOST_TILES:
+        raise ValueError(f"The adapter's targets have {count:,} tiles of {size} x {size}, too many for a picture.")
     grids = [torch.zeros(2, rows // size, cols // size) for rows, cols in shapes]
     for name, grid in zip(names, grids, strict=True):
         if name in adapter.blocks:

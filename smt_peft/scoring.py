@@ -51,7 +51,7 @@ class Collector:
 
     needs_backward = True
 
-    def __init__(self, layers: list[nn.Module], scale: float):
+    def __init__(self, layers: list[nn.Module], scale: float = 1.0):
         self.layers = layers
         self.scale = scale  # of the loss, for float16
         self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
@@ -169,8 +169,11 @@ class ScoreCollector(Collector):
         size = self.block_size
         if x is None:
             gradient = self._in_order(position, dy.float())
-            sums = partial(ops.sum_tiles, edge=size, dtype=torch.float32)
-            return sums(gradient) if self.keeps == "sums" else ops.reduce_blocks(gradient, size, self.score)
+            return (
+                ops.sum_tiles(gradient, size)
+                if self.keeps == "sums"
+                else ops.reduce_blocks(gradient, size, self.score)
+            )
         if self.lines is not None:
             rows, cols = self.lines[position]
             dy, x = dy.index_select(1, rows.flatten()), x.index_select(1, cols.flatten())
@@ -230,7 +233,7 @@ class ActivationCollector(Collector):
             self._read(position, args[0])
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if len(x):  # no token may be routed to an expert
-                self._take(position, self.scale * x.abs().float().mean(0))
+                self._take(position, x.abs().float().mean(0))
 
         return layer.register_forward_pre_hook(observe).remove
 

@@ -53,7 +53,7 @@ def to_load(
     bank, keys = _bank_and_keys(model, adapter)
     parts = checks.in_order_of(bank.targets, checks.take_apart(state_dict))
     bank.check(parts.weight, parts.index, parts.fingerprint)
-    if config.awaits_weights and config.stored_blocks is not None:
+    if config.stored_blocks is not None:
         checks.names_of(parts.index, config.stored_blocks, bank.targets)
     if parts.content and (config.trainable_token_indices or None) != parts.content.get(checks.TOKENS):
         raise ValueError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import regex
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smt_peft import bases
-from smt_peft.bank import Group, Target
+from smt_peft.bank import Group
+from smt_peft.checks import Target
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
+from smt_peft.diagnostics import warn
 from smt_peft.places import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
@@ -52,25 +53,6 @@ def count_base_parameters(model: nn.Module) -> int:
     return total
 
 
-def check_tokens(config: SMTConfig, model: nn.Module) -> None:
-    """Raise ValueError where `trainable_token_indices` names a token that the model does not have."""
-    tokens = config.trainable_token_indices or {}
-    if not isinstance(tokens, Mapping):
-        name = next((of for of, module in model.named_modules() if module is model.get_input_embeddings()), "")
-        tokens = {name: tokens}
-    for name, rows in tokens.items():
-        for module_name, module in model.named_modules():
-            if f".{module_name}".endswith(f".{name}") and isinstance(
-                weight := getattr(module, "weight", None), Tensor
-            ):
-                count = getattr(weight, "ds_shape", weight.shape)[0]
-                if rows and max(rows) >= count:
-                    raise ValueError(
-                        f"trainable_token_indices names token {max(rows)}, and {module_name} has {count} rows; resize "
-                        "the embeddings first: model.resize_token_embeddings(len(tokenizer))."
-                    )
-
-
 def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> int:
     """The side of a block for targets of these names and shapes (out_features, in_features).
 
@@ -101,7 +83,7 @@ def _warn_of_odd_modules(shapes: dict[str, tuple[int, int]], common: int) -> Non
         without = _common_block_size(shape for name, shape in shapes.items() if name not in odd)
         name, shape = next(iter(odd.items()))
         others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        warnings.warn(
+        warn(
             f"block_size='auto' is {common}, because of {name} with a weight of shape {shape}{others}; without it "
             f"blocks of {without} would do, which are faster. Leave it out with exclude_modules, or train it whole "
             "with modules_to_save."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from smt_peft import ops
 from smt_peft.bank import Banks, DeltaBank, find_bank
-from smt_peft.diagnostics import warn_of_concentration, warn_of_dominant_batch
+from smt_peft.diagnostics import warn, warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
 from smt_peft.selected import Selection, kinds_of
@@ -84,7 +83,7 @@ def select_blocks(
     batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
     if config.selection == "activation":
-        collector = ActivationCollector(layers, loss_scale)
+        collector = ActivationCollector(layers)
         run(collector, steps)
         lines = collector.lines(size) if is_sorted else None
         scores = collector.scores(size, lines)
@@ -165,7 +164,7 @@ def _rule_out(other: DeltaBank, bank: DeltaBank, scores: list[torch.Tensor], lin
             taken = torch.zeros(target.rows * bank.block_size, target.cols * bank.block_size)
             taken[ops.entries(plan, other.block_size)] = 1
             taken = taken if lines is None else lines[i].in_order(taken)
-            scores[i][ops.sum_tiles(taken, bank.block_size, torch.float32) > 0] = -1
+            scores[i][ops.sum_tiles(taken, bank.block_size) > 0] = -1
 
 
 def _run(
@@ -211,9 +210,7 @@ def _endless(dataloader: Iterable, steps: int) -> Iterator:
                 "iterated only once. Give it data, or a dataset that can be iterated again."
             )
         if before == 0 and seen < steps:
-            warnings.warn(
-                f"The data has {seen} batches, fewer than warmup_steps={steps}: the warm-up goes through them again."
-            )
+            warn(f"The data has {seen} batches, fewer than warmup_steps={steps}: the warm-up goes through them again.")
 
 
 def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:

@@ -45,8 +45,14 @@ def check_is_new(folder: Path) -> None:
         not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     ):
         raise ValueError(f"{folder} is not empty; name another folder, or empty it.")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        why = "may not be written to" if parent.is_dir() else "is no folder"
+        raise ValueError(f"{folder} cannot be made: {parent} {why}; name another folder.")
     for left in folder.glob(f"{UNFINISHED}*"):
-        warnings.warn(f"{left} was left by a run that was ended, and nothing uses it: remove it, it may be large.")
+        warnings.warn(
+            f"{left} was left by a run that was ended, unless one is writing there now: remove it, it may be large."
+        )
 
 
 def _order(file: Path) -> tuple[bool, bool, bool]:

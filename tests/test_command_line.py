@@ -179,9 +179,10 @@ def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_o
 def test_a_merge_copies_neither_an_adapters_code_nor_what_it_links_to(llama, tmp_path, refused, run):
     save(tmp_path, llama)
     for name in ("tokenizer_config.json", "tokenizer_of_a_stranger.py"):
-        (tmp_path / "adapter" / name).write_text("{}")
+        (tmp_path / "adapter" / name).write_text('{"auto_map": {"AutoTokenizer": "a/strangers--code.T"}, "pad": 1}')
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     assert (tmp_path / "out/tokenizer_config.json").is_file() and not list((tmp_path / "out").glob("*.py"))
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"pad": 1}
     (tmp_path / "secret").write_text("key")
     (tmp_path / "adapter/tokenizer.model").symlink_to(tmp_path / "secret")
     message = refused("merge", tmp_path / "adapter", "--out", tmp_path / "again")
@@ -450,14 +451,14 @@ def test_tokenizer_and_notes_come_along(llama, tmp_path, run):
     save(tmp_path, llama)
     for folder, files in (("base", ["tokenizer.json", "vocab.json"]), ("adapter", ["tokenizer.json"])):
         for name in (*files, "tokenizer_config.json"):
-            (tmp_path / folder / name).write_text(json.dumps(folder))
+            (tmp_path / folder / name).write_text(json.dumps({"of": folder}))
         (tmp_path / folder / "training_data.json").write_text(json.dumps({"train": [folder, "both"]}))
     (tmp_path / "base/README.md").write_text("of the base model")
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir() if "safetensors" not in path.name}
     notes = {"tokenizer.json", "tokenizer_config.json", "training_data.json"}
     assert names == {"config.json", "generation_config.json", *notes}
-    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == "adapter"
+    assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "adapter"}
     assert json.loads((tmp_path / "out/training_data.json").read_text()) == {"train": ["base", "both", "adapter"]}
 
 
@@ -503,6 +504,7 @@ def test_merge_refuses_in_words_and_leaves_nothing(llama, make_llama, tmp_path, 
     (tmp_path / "taken/file").touch()
     there, adapter, out = set(tmp_path.iterdir()), tmp_path / "adapter", ("--out", tmp_path / "out")
     assert "taken is not empty" in refused("merge", adapter, "--out", tmp_path / "taken")
+    assert "taken/file is no folder" in refused("convert", adapter, "--out", tmp_path / "taken/file/new/lora")
     assert "name that with --base" in refused("merge", adapter, *out, "--base", tmp_path / "smaller")
     assert "no adapter: it has no adapter_config" in refused("merge", tmp_path / "base", *out)
     assert "There is no folder nowhere" in refused("merge", "nowhere", *out)

@@ -30,9 +30,9 @@ from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
-from smt_peft import SMTConfig
+from smt_peft import SMTConfig, given
 from smt_peft.bases import far_apart
-from smt_peft.checks import fingerprint, in_order_of, take_apart
+from smt_peft.checks import Target, fingerprint, in_order_of, manifest, take_apart
 from smt_peft.files import read_adapter, write_adapter
 from smt_peft.places import Tiles
 
@@ -265,6 +265,26 @@ def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load,
     assert len(str(refusal.value)) < 700
     assert_same_state(state_of(llama), state_of(base))
     assert not getattr(llama, "peft_config", None)
+
+
+@pytest.mark.parametrize("target", [Target("a." * 600, 4, 4), Target("q_proj", 2**21, 4)], ids=["name", "side"])
+def test_names_and_shapes_that_no_model_has_are_refused(folder, target):
+    """Reports would allocate them."""
+    tensors = load_file(folder / WEIGHTS)
+    broken = manifest(SMTConfig.from_pretrained(folder), [target], tensors[BANK + "index"], (), {})
+    with pytest.raises(ValueError, match="says what cannot be"):
+        take_apart({**tensors, BANK + "manifest": broken})
+
+
+def test_loading_scores_no_more_blocks_than_a_model_has(llama, tmp_path, monkeypatch):
+    """A config may ask for random blocks of one weight."""
+    adapter = wrap(deepcopy(llama), selection="random")
+    adapter.save_pretrained(tmp_path)
+    change_config(tmp_path, selected_blocks=None)
+    monkeypatch.setattr(given, "MOST_SCORED_ON_LOADING", 10)
+    monkeypatch.setattr(given, "random_scores", lambda *_: pytest.fail("scored"))
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(by_peft(llama, tmp_path)(tokens).logits, adapter(tokens).logits)
 
 
 def test_an_adapter_in_a_subfolder_is_read_and_refused_like_any_other(llama, folder):

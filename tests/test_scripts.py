@@ -276,15 +276,16 @@ def test_deepspeed_is_asked_for_one_method_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize(
     "given, found",
-    [("true", "{out}/smt/checkpoint-10"), ("elsewhere/checkpoint-3", "elsewhere/checkpoint-3")],
+    [("true", "{out}/smt/checkpoint-10"), ("{out}/elsewhere/checkpoint-3", "{out}/elsewhere/checkpoint-3")],
 )
 def test_each_method_resumes_from_its_own_last_checkpoint(tmp_path, given, found):
-    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-12", "lora"):
+    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-12", "lora", "elsewhere/checkpoint-3"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "smt/checkpoint-copy").mkdir()
-    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-copy"):  # 12 was interrupted
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=given)
+    for name in ("smt/checkpoint-2", "smt/checkpoint-10", "smt/checkpoint-copy", "elsewhere/checkpoint-3"):
+        (tmp_path / name / "trainer_state.json").write_text("{}")  # 12 was interrupted
+    given = given.format(out=tmp_path)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=given, process_index=0)
     options = finetune.Options("m", "d", lora_learning_rate=1e-2)
     resumed = finetune.arguments_of("smt", options, args).resume_from_checkpoint
     assert resumed == (found and found.format(out=tmp_path))
@@ -304,10 +305,21 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path, sai
         finetune.arguments_of("smt", options, args)
 
 
+def test_what_learnt_other_data_is_not_written_over(tmp_path):
+    (tmp_path / "smt").mkdir()
+    (tmp_path / "smt/training_data.json").write_text('{"train": ["others"]}')
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=None)
+    assert finetune.arguments_of("smt", finetune.Options("m", "others"), args).output_dir == str(tmp_path / "smt")
+    with pytest.raises(SystemExit, match="smt holds what learnt others; name another output_dir"):
+        finetune.arguments_of("smt", finetune.Options("m", "d"), args)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--methods", "smt,lora", "--resume_from_checkpoint", "some/checkpoint-2"], "is of one; true takes each"),
+        (["--resume_from_checkpoint", "yes"], "is 'yes'; it can be true, false, or a checkpoint"),
+        (["--max_length", "0"], "max_length is 0"),
         (["--model", "{adapter}"], "is an adapter; train what `smt-peft merge"),
         (["--model", "{files}/nowhere"], "nowhere"),
         (["--methods", "smt,lora", "--lora.target_modules", "[q_prj]"], "options of lora: .*q_prj"),
@@ -457,6 +469,7 @@ def test_questions_of_the_standard_library_are_asked_in_one_split_only(monkeypat
         ("rows.jsonl", '{"text": "one"}\n{"text": "two"', r"data: .*rows\.jsonl"),
         ("rows.jsonl", '{"story": "one"}\n{"story": "two"}', r"\['story'\]; it needs instruction and output, or text"),
         ("rows.jsonl", '{"text": "one"}\n{"text": null}', r"row 2 has None as its text"),
+        ("rows.jsonl", '{"instruction": "a", "input": 3, "output": "b"}\n' * 2, r"row 1 has 3 as its input"),
     ],
 )
 def test_data_that_cannot_be_used_are_named(tmp_path, name, text, message):

@@ -232,3 +232,17 @@ def test_training_data_beside_weights(tmp_path):
     assert training_data(str(tmp_path)) is None and training_data("user/name") is None
     (tmp_path / "training_data.json").write_text('{"train": ["boolq_train"]}')
     assert training_data(str(tmp_path)) == ["boolq_train"]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("test.json", '{"instruction": "a"}', "are no rows"),
+        ("test.jsonl", '"a"\n', "are no rows"),
+        ("test.json", '[{"instruction": "a', "Unterminated"),
+    ],
+)
+def test_a_file_without_rows_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+        read_rows(tmp_path / name)

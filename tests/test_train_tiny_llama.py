@@ -43,3 +43,9 @@ def test_the_written_model_has_learnt_its_texts_and_says_how_it_was_made(tmp_pat
     page = (tmp_path / "README.md").read_text()
     assert ("documentation and the source code of Python" in page) == larger
     assert f"--source_code {larger}" in page and f"--bfloat16 {larger}" in page
+
+
+def test_a_folder_that_cannot_be_made_is_noticed_before_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        train_tiny_llama.main(train_tiny_llama.Settings(output=tmp_path / "file", steps=10**9))

@@ -3,7 +3,7 @@
 `reference.py` defines them in plain PyTorch; `triton_kernels.py` has the same functions for CUDA tensors, where
 Triton can be imported; `plan.py` says where blocks lie. `block_add_`, `block_grad` and `block_scores` are custom
 operators (`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.utils.flop_counter`. Their arguments are
-documented once, in `reference.py`. `add_blocks` is what a layer calls.
+documented once, in `reference.py`. `add_blocks` and `linear_add_blocks` are what a layer calls.
 """
 
 from collections.abc import Callable

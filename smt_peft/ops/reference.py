@@ -157,12 +157,11 @@ def reduce_blocks(gradient: Tensor, block_size: int, score: str) -> Tensor:
     Over the elements g of a block, `abs_mean` is mean |g|, `mean_abs` is |mean g|, `l1` is sum |g| and `l2`
     is sqrt(sum g^2).
     """
-    dtype = sum_dtype(gradient.dtype)
     if score == "l2":
-        gradient = gradient.to(dtype).square()
+        gradient = gradient.to(sum_dtype(gradient.dtype)).square()
     elif score != "mean_abs":
         gradient = gradient.abs()
-    return finish_score(sum_tiles(gradient, block_size, dtype), block_size, score)
+    return finish_score(sum_tiles(gradient, block_size), block_size, score)
 
 
 def rounded_sum(before: Tensor, delta: Tensor) -> Tensor:
@@ -171,9 +170,9 @@ def rounded_sum(before: Tensor, delta: Tensor) -> Tensor:
     return (before.to(wide) + delta).to(before.dtype)
 
 
-def sum_tiles(matrix: Tensor, edge: int, dtype: torch.dtype) -> Tensor:
-    """Sum a matrix [R * edge, C * edge] over squares: [R, C] in `dtype`."""
-    return _lines(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=dtype).sum(2)
+def sum_tiles(matrix: Tensor, edge: int) -> Tensor:
+    """Sum a matrix [R * edge, C * edge] over squares: [R, C], in float32 or better."""
+    return _lines(matrix, edge).unflatten(0, (-1, edge)).sum(1, dtype=sum_dtype(matrix.dtype)).sum(2)
 
 
 def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
@@ -185,9 +184,8 @@ def finish_score(sums: Tensor, block_size: int, score: str) -> Tensor:
 
 def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
     """A matrix as [T, lines, b], and for each block its line there: of neighbouring features a view."""
-    if side.at.ndim == 1:
-        return _lines(matrix, block_size), side.place
-    return _lines(gather(matrix, side.at, block_size), block_size), side.member
+    matrix = matrix if side.at.ndim == 1 else gather(matrix, side.at, block_size)
+    return _lines(matrix, block_size), side.place
 
 
 def _take(matrix: Tensor, side: Side, block_size: int) -> Tensor:

@@ -369,14 +369,14 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     numbers = _bucket(tokens), out_spans, in_spans, *dy.stride(), *x.stride()
     constants = block_size, span, score == "l2", _precision(x.dtype)
     _launch(_block_scores_kernel, (sums, dy, x), (), tokens, numbers, constants, grid)
-    return reference.finish_score(reference.sum_tiles(sums, parts, torch.float32), block_size, score)
+    return reference.finish_score(reference.sum_tiles(sums, parts), block_size, score)
 
 
 def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
     """A matrix to read blocks' features from, and each block's line there. Features in any order are copied out first:
     read one by one in a product, nothing of them is on its way while the product is computed, and written so, their
     many addresses take the registers that it needs."""
-    return (matrix, side.place) if side.at.ndim == 1 else (gather(matrix, side.at, block_size), side.member)
+    return matrix if side.at.ndim == 1 else gather(matrix, side.at, block_size), side.place
 
 
 def _launch(
