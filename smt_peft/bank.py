@@ -7,6 +7,7 @@ view as an input and returns that view's gradient; autograd joins the parts into
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -94,6 +95,7 @@ class DeltaBank(nn.Module):
         self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
         self._kept: Kept | None = None
         self._layout: Layout | None = None
+        self.register_state_dict_post_hook(_leave_out_what_is_not_sharded)
         self.register_load_state_dict_pre_hook(_refuse_other_checkpoints)
         self.register_load_state_dict_post_hook(_forget_layout)
 
@@ -278,7 +280,10 @@ class DeltaBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
         self._forget_views()
+        known = self.index, self.fingerprint
         moved = super()._apply(fn, recurse)
+        if self.index.device.type == "meta":
+            self.index, self.fingerprint = known  # small, and nothing could tell them anew
         self._prepare()
         return moved
 
@@ -418,7 +423,22 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _is_sharded_on_meta(bank: DeltaBank) -> bool:
+    """While accelerate hands rank 0's weights out (`fsdp_cpu_ram_efficient_loading`), as if all state were sharded."""
+    return is_sharded(bank.weight) and bank.weight.device.type == "meta"
+
+
+def _leave_out_what_is_not_sharded(bank: DeltaBank, state_dict: dict, prefix: str, *_: object) -> None:
+    if _is_sharded_on_meta(bank):
+        for name, _ in bank.named_buffers():
+            del state_dict[f"{prefix}{name}"]
+
+
 def _refuse_other_checkpoints(bank: DeltaBank, state_dict: dict, prefix: str, *_: object) -> None:
+    weight = state_dict.get(f"{prefix}weight")
+    if _is_sharded_on_meta(bank) and weight is not None:
+        own = {f"{prefix}{name}": buffer.to(weight.device) for name, buffer in bank.named_buffers()}
+        state_dict.update(own | state_dict)
     bank.check(*(state_dict.get(f"{prefix}{name}") for name in ("weight", "index", "fingerprint")))
 
 
@@ -440,7 +460,8 @@ def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
             return
         if vars(module).get("gradient_checkpointing"):
             function = vars(module).get("_gradient_checkpointing_func")
-            reentrant |= bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+            if isinstance(function, functools.partial):  # else a model's own, of which nothing is known
+                reentrant |= function.keywords.get("use_reentrant", True)
     if reentrant:
         raise ValueError(
             "Reentrant gradient checkpointing cannot train an SMT adapter in several processes: DDP and ZeRO would "

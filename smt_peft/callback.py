@@ -75,6 +75,7 @@ class SMTWarmupCallback(TrainerCallback):
         config = bank.config
         if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
             _refuse_to_train_without(bank.weight, self.adapter_name, optimizer)
+            _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = _calling_trainer()
         self.selection = self._given
         if self.avoid and config.selection not in ("gradient", "activation"):
@@ -211,6 +212,17 @@ class _Apart:
         if "_step" in vars(self.trainer):
             self.trainer._step += 1
         return loss
+
+
+def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -> None:
+    if weight.dtype.itemsize < 4 and any(
+        getattr(model, of, False) for of in ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    ):
+        warn(
+            f"The deltas of adapter {adapter!r} are {str(weight.dtype).removeprefix('torch.')}, in which small steps "
+            "are lost: TRL casts them so on a base in 4 or 8 bits. Before train(), "
+            f"trainer.model.get_base_model().smt_bank[{adapter!r}].float() makes them float32 again."
+        )
 
 
 class SMTMonitorCallback(TrainerCallback):

@@ -248,6 +248,11 @@ def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
             f"The checkpoint holds no SMT adapter: no {BANK}.weight among its keys ({found}, ...). It belongs "
             "to another PEFT method, or it is broken."
         )
+    if computed := [name for name, part in parts.items() if name != "weight" and part.is_floating_point()]:
+        raise ValueError(
+            f"The checkpoint's {computed[0]} is {form(parts[computed[0]])}, not the whole numbers that were saved. "
+            f"Was it averaged or cast? Do that to {BANK}.weight alone, and copy the others."
+        )
     if "weight" not in parts:
         raise ValueError("The checkpoint holds an index without deltas; the file is broken.")
     if "index" not in parts or "fingerprint" not in parts:

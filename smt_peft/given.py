@@ -45,6 +45,8 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
                         "them first, or give the blocks (selected_blocks)."
                     )
                 if is_sharded(layer.weight):
+                    if config.awaits_weights:
+                        return None
                     raise ValueError(
                         f"selection='magnitude' looks at the weights, and {target.name}'s is divided among processes: "
                         "select without it, and give the blocks (selected_blocks)."

@@ -67,7 +67,7 @@ class SMTModel(BaseTuner):
         _check_tokens(config, model)
         if config.awaits_weights:
             config.trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        put_back, banks, replaced = _snapshot(model), model._modules.get(BANK), None
+        put_back, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
         try:
             if banks is None:
                 setattr(model, BANK, Banks(model))
@@ -296,7 +296,8 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             "The model is a PeftModel already: add to it by model.add_adapter(name, config), or wrap its base model, "
             "model.get_base_model(), or model.unload()."
         )
-    inner = next((name for name, of in model.named_modules() if isinstance(of, Banks) and name != BANK), None)
+    own = getattr(model, BANK, None)  # inside of a compiled model
+    inner = next((name for name, of in model.named_modules() if isinstance(of, Banks) and of is not own), None)
     if inner is not None:
         raise ValueError(
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
@@ -407,6 +408,6 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
 
 
 def _remove_banks(model: nn.Module) -> None:
-    if BANK in model._modules:
+    if hasattr(model, BANK):
         getattr(model, BANK).let_go()
         delattr(model, BANK)

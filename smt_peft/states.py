@@ -25,14 +25,14 @@ def to_save(
     """Of a model's state dict what belongs to an adapter, but for modules that are saved whole, which PEFT adds.
 
     Raises:
-        KeyError: where a part is not there.
+        KeyError: where the deltas are not there.
     """
     mirror_selections(model, {adapter: config})
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
-    missing = [key for key in keys if key not in state_dict]
-    if missing:
-        raise KeyError(f"The state dict to save lacks {missing[0]!r}, a part of the SMT adapter {adapter!r}.")
-    chosen = {key: state_dict[key] for key in keys}
+    if keys[0] not in state_dict:
+        raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
+    own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers
+    chosen = {key: state_dict.get(key, own.get(key)) for key in keys}
     index = chosen[keys[1]] = checks.narrow(chosen[keys[1]])
     biases = BaseTuner._get_learnable_bias_state_dict(model, state_dict, config)
     others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter)]

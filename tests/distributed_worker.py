@@ -52,6 +52,7 @@ class Cell:
     continue_from: str = ""  # resume from the last checkpoint of this cell
     num_blocks: int = 17
     sharded_checkpoints: bool = False  # FSDP2: a file per rank
+    ram_efficient: bool = False  # FSDP2: rank 0 hands the weights out
     bf16: bool = False
 
 
@@ -179,6 +180,7 @@ def keep_deepspeed_from_compiling() -> None:
 def make_trainer(backend: str, base: Path, cell: Cell, output: Path, dtype: torch.dtype = torch.float32) -> Trainer:
     world = int(os.environ.get("WORLD_SIZE", 1))
     os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT" if cell.sharded_checkpoints else "FULL_STATE_DICT"
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(cell.ram_efficient).lower()
     arguments = TrainingArguments(  # before the model: ZeRO-3 shards while loading
         output_dir=str(output),
         use_cpu=not backend.startswith("zero"),

@@ -31,7 +31,10 @@ REFUSED = {"refused": {"checkpointing": "reentrant", "resume": False}}  # the la
 ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
     "single": BF16 | REENTRANT | ACTIVATION,
     "ddp": BF16 | REFUSED,
-    "fsdp2": BF16 | REENTRANT | ACTIVATION | {"sharded": {"sharded_checkpoints": True}},
+    "fsdp2": BF16
+    | REENTRANT
+    | ACTIVATION
+    | {"sharded": {"sharded_checkpoints": True}, "ram-efficient": {"ram_efficient": True}},
     "zero2": REFUSED,
     "zero3": REFUSED,
 }
@@ -126,6 +129,14 @@ def test_a_training_with_sharded_fsdp_checkpoints_can_save_its_adapter(ran):
     rank = outcomes(ran, "fsdp2", "sharded")[0]
     saved = load_file(ran("fsdp2")[0] / "sharded" / "adapter" / "adapter_model.safetensors")
     assert torch.equal(saved["base_model.model.smt_bank.weight"], rank["delta"])
+
+
+def test_under_fsdp2_weights_that_rank_0_hands_out_train_to_the_same_delta(ran):
+    (single,) = outcomes(ran, "single", "none-1")
+    for rank in outcomes(ran, "fsdp2", "ram-efficient"):
+        assert torch.equal(rank["index"], single["index"])
+        torch.testing.assert_close(rank["delta"], single["delta"], rtol=1e-3, atol=2e-5)
+        assert torch.equal(rank["resumed"]["delta"], rank["delta"])
 
 
 @pytest.mark.parametrize("cell", REENTRANT)

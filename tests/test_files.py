@@ -24,7 +24,7 @@ from dense_truth import (
 )
 from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
 from packaging.version import Version
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -215,7 +215,7 @@ REFUSED = {
     "bool deltas": (with_part("weight", lambda weight: weight > 0), "are bool"),
     "complex deltas": (with_part("weight", lambda weight: weight.to(torch.complex64)), "are complex64"),
     "float8 deltas": (with_part("weight", lambda weight: weight.to(torch.float8_e4m3fn)), "are float8_e4m3fn"),
-    "a float index": (with_part("index", torch.Tensor.float), "index is float32.*holds integers"),
+    "a float index": (with_part("index", torch.Tensor.float), "index is float32.*averaged or cast"),
     "another valid index": (with_part("index", with_another_block), "checksum of the index is wrong"),
     "an index of -1": (with_part("index", lambda index: index * 0 - 1), "-1 throughout, though it has deltas"),
     "deltas without an index": (without_part("index"), "without their index"),
@@ -265,6 +265,17 @@ def test_a_file_is_refused_in_words_before_anything_changes(llama, folder, load,
     assert len(str(refusal.value)) < 700
     assert_same_state(state_of(llama), state_of(base))
     assert not getattr(llama, "peft_config", None)
+
+
+def test_an_average_of_adapters_is_one_of_their_deltas_alone(llama, folder):
+    model = by_peft(llama, folder)
+    saved = get_peft_model_state_dict(model)
+    with pytest.raises(ValueError, match=r"averaged or cast\? Do that to smt_bank.weight alone, and copy the others"):
+        set_peft_model_state_dict(model, {key: value.float() / 2 for key, value in saved.items()})
+    halved = {key: value / 2 if value.is_floating_point() else value for key, value in saved.items()}
+    set_peft_model_state_dict(model, halved)
+    found = get_peft_model_state_dict(model)
+    assert all(torch.equal(found[key], value) for key, value in halved.items())
 
 
 @pytest.mark.parametrize("target", [Target("a." * 600, 4, 4), Target("q_proj", 2**21, 4)], ids=["name", "side"])

@@ -416,3 +416,26 @@ def test_pefts_switch_for_the_casting_of_inputs_changes_nothing(base, batches, m
     expected = outputs(model, batches[0])
     with disable_input_dtype_casting(model):
         assert torch.equal(outputs(model, batches[0]), expected)
+
+
+def test_a_state_dict_of_the_trained_parameters_is_enough_to_save(base, batches, tmp_path, method):
+    """As trainers gather it under ZeRO-3."""
+    model = wrap(base, method)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(tmp_path, state_dict=trained)
+    assert_close(outputs(PeftModel.from_pretrained(deepcopy(base), tmp_path), batches[0]), outputs(model, batches[0]))
+
+
+def test_a_base_that_was_compiled_first_takes_adapters_and_gives_them_back(base, batches, method):
+    plain = wrap(base, method)
+    add_adapter(plain, "second", seed=3)
+    torch.manual_seed(1)  # as `wrap`
+    model = get_peft_model(torch.compile(deepcopy(base), backend="eager"), make_config(method)).double()
+    add_adapter(model, "second", seed=3)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        plain.set_adapter(name)
+        assert any(f".{name}." in key for key in model.state_dict())
+        assert_close(outputs(model, batches[0]), outputs(plain, batches[0]))
+    merged = model.merge_and_unload(adapter_names=["default"])
+    assert {key.removeprefix("_orig_mod.") for key in merged.state_dict()} == set(base.state_dict())

@@ -25,10 +25,11 @@ from dense_truth import (
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
+from smt_peft import SMTConfig, SMTWarmupCallback, bank, select_blocks
 
 
 @pytest.fixture
@@ -489,3 +490,18 @@ def test_the_warm_up_copies_statistics_and_no_packed_weights(base, batches, monk
     select_blocks(model, batches, progress_bar=False)
     hook.remove()
     assert base.qweight.shape not in copied and base.counter.shape in copied and not base.counter.any()
+
+
+def test_a_models_own_checkpointing_is_not_taken_for_reentrant(llama, batches, monkeypatch):
+    """diffusers' models have a plain function there, which transformers' `functools.partial` is not."""
+    monkeypatch.setattr(bank.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(bank.dist, "get_world_size", lambda *_: 2)
+    model = wrap(llama)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="Reentrant gradient checkpointing"):
+        model(**batches[0])
+    for module in model.modules():
+        if "_gradient_checkpointing_func" in vars(module):
+            module._gradient_checkpointing_func = lambda of, *args: checkpoint(of, *args, use_reentrant=False)
+    model(**batches[0]).loss.backward()
+    assert bank_of(model).weight.grad.any()

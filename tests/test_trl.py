@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from dense_truth import bank_of
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
@@ -278,3 +279,32 @@ def test_activations_are_offloaded_in_the_warm_up_as_in_training(tokenizer, tmp_
     trainer.maybe_activation_offload_context = Counted()
     trainer.train()
     assert len(entered) == 2 + 3, "batches of the warm-up, then steps"
+
+
+def test_deltas_that_trl_casts_on_a_quantised_base_are_told_of_and_can_be_float32_again(tokenizer, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model().save_pretrained(tmp_path / "base")
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=int8, device_map="cpu")
+
+    def trained(restored: bool) -> torch.dtype:
+        trainer = trl.SFTTrainer(
+            copy.deepcopy(base),
+            trl.SFTConfig(**settings(tmp_path / "out", max_steps=1, save_strategy="no")),
+            train_dataset=Dataset.from_list(PLAIN),
+            processing_class=tokenizer,
+            peft_config=config(),
+            callbacks=[SMTWarmupCallback()],
+        )
+        if restored:
+            trainer.model.get_base_model().smt_bank.float()
+        trainer.train()
+        bank = bank_of(trainer.model)
+        assert bank.weight.any() and bank.index.dtype == torch.int32
+        return bank.weight.dtype
+
+    with pytest.warns(UserWarning, match="'default' are bfloat16, .*TRL casts them"):
+        assert trained(restored=False) == torch.bfloat16
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*TRL casts them")
+        assert trained(restored=True) == torch.float32
