@@ -8,6 +8,7 @@ scores once a batch under every kind of checkpointing: only one node for each fo
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,9 @@ from smt_peft.selection import Lines, sort_lines
 ROUNDED = 1e-5
 
 
+MOST_WIDENED = 2**24  # values of an expert's gradient that are float32 at a time
+
+
 class Watch(torch.autograd.Function):
     """Identity on y [..., out] that keeps x [..., in], and hands both dY and x to `consume` as matrices.
 
@@ -41,7 +45,9 @@ class Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        ctx.consume(dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1]))
+        device = dy.device.type
+        with torch.autocast(device, enabled=False) if ops.is_autocast(device) else contextlib.nullcontext():
+            ctx.consume(dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1]))
         return dy, None, None, None
 
 
@@ -96,7 +102,8 @@ class Collector:
     def _read(self, position: int, x: torch.Tensor) -> None:
         """Note which layers read one input, one after the other; DeepSpeed ZeRO-3 hands each a view of its own."""
         last = None if self._last is None else self._last[0]
-        if last is None or last.data_ptr() != x.data_ptr() or last.shape != x.shape:
+        is_same = last is x or (x.numel() and last is not None and last.data_ptr() == x.data_ptr())
+        if not is_same or last.shape != x.shape:
             self._last = x, position  # held, so that nothing else comes to lie there
         self.inputs[position] = self._last[1]
 
@@ -168,12 +175,14 @@ class ScoreCollector(Collector):
             return dy.float() if x is None else dy.float().T @ x.float()
         size = self.block_size
         if x is None:
-            gradient = self._in_order(position, dy.float())
-            return (
-                ops.sum_tiles(gradient, size)
-                if self.keeps == "sums"
-                else ops.reduce_blocks(gradient, size, self.score)
-            )
+            reduce = ops.sum_tiles if self.keeps == "sums" else partial(ops.reduce_blocks, score=self.score)
+            lines = max(1, MOST_WIDENED // (size * dy.shape[1]))  # of blocks at a time
+            if self.lines is None:
+                strips = dy.split(lines * size)
+            else:
+                rows, cols = self.lines[position]
+                strips = (dy[some.flatten()][:, cols.flatten()] for some in rows.split(lines))
+            return torch.cat([reduce(strip.float(), size) for strip in strips])
         if self.lines is not None:
             rows, cols = self.lines[position]
             dy, x = dy.index_select(1, rows.flatten()), x.index_select(1, cols.flatten())

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from distributed_worker import LENGTH, STEPS, Cell, Samples, launch, make_base, make_trainer
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -99,33 +99,6 @@ def other_base(**changes):
 def test_a_checkpoint_with_another_budget_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"17 blocks.*(\n.*)*18 blocks"):
         resume(checkpoint, tmp_path, config=smt(num_blocks=18))
-
-
-def test_a_checkpoint_with_another_block_size_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"16 x 16.*8 x 8"):
-        resume(checkpoint, tmp_path, config=smt(block_size=8))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 4}, {"num_key_value_heads": 4}, {"hidden_size": 128, "intermediate_size": 64}]
-)
-def test_a_checkpoint_of_a_base_model_of_another_shape_is_refused(checkpoint, tmp_path, changes):
-    with pytest.raises(ValueError, match="other target modules"):
-        resume(checkpoint, tmp_path, base=other_base(**changes))
-
-
-def test_a_checkpoint_with_other_target_modules_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="other target modules"):
-        resume(checkpoint, tmp_path, config=smt(target_modules=["v_proj", "o_proj", "up_proj"]))
-
-
-def test_a_lora_checkpoint_is_refused(checkpoint, tmp_path):
-    folder = tmp_path / "lora" / "out" / f"checkpoint-{STEPS // 2}"
-    shutil.copytree(checkpoint / "out" / f"checkpoint-{STEPS // 2}", folder)
-    lora = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint / "base"), LoraConfig(target_modules=["v_proj"]))
-    lora.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"LoRA|LORA|no SMT adapter"):
-        resume(tmp_path / "lora", tmp_path, base=LlamaForCausalLM.from_pretrained(checkpoint / "base"))
 
 
 def test_a_truncated_adapter_file_is_refused(checkpoint, tmp_path):

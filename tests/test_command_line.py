@@ -176,6 +176,29 @@ def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_o
     assert "names it" not in refused(*words, "--base", tmp_path / "base")
 
 
+def test_code_of_a_base_model_is_not_run(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    code = f"from transformers import LlamaConfig as C\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    (tmp_path / "base/strange.py").write_text(code)
+    file = tmp_path / "base/config.json"
+    strange = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.C"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | strange))
+    assert "trust_remote_code" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_in_the_hubs_cache_is_merged(llama, tmp_path, run):
+    save(tmp_path, llama)
+    expected, repo = merged(tmp_path, LlamaForCausalLM), tmp_path / "models--a--b"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots/abc").mkdir(parents=True)
+    for file in list((tmp_path / "base").iterdir()):
+        file.rename(repo / "blobs" / file.name)
+        (repo / "snapshots/abc" / file.name).symlink_to(Path("../../blobs") / file.name)
+    run("merge", tmp_path / "adapter", "--base", repo / "snapshots/abc", "--out", tmp_path / "out")
+    assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), expected)
+
+
 def test_a_merge_copies_neither_an_adapters_code_nor_what_it_links_to(llama, tmp_path, refused, run):
     save(tmp_path, llama)
     for name in ("tokenizer_config.json", "tokenizer_of_a_stranger.py"):

@@ -211,6 +211,8 @@ def left_by_cycles(base, batches, method, count):
 
 
 def test_forty_adapters_that_come_and_go_leave_no_tensors(make_llama, batches, method):
+    if method == "lora":
+        pytest.skip("is the control")
     base = make_llama(num_hidden_layers=1).double()
     left_by_cycles(base, batches, method, 2)  # what is made once
     assert left_by_cycles(base, batches, method, 40) <= max(0, left_by_cycles(base, batches, "lora", 40))

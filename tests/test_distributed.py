@@ -157,7 +157,7 @@ def test_reentrant_checkpointing_is_refused_before_the_first_step_with_the_way_o
     assert not list(folder.glob("refused/checkpoint-*"))
 
 
-@pytest.mark.parametrize("cell", MATRIX)
+@pytest.mark.parametrize("cell", ["non-reentrant-1", "non-reentrant-2"])
 @pytest.mark.parametrize("backend", EVERY)
 def test_gradient_checkpointing_changes_nothing(ran, backend, cell):
     plain = outcomes(ran, backend, f"none-{cell[-1]}")[0]

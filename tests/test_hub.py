@@ -27,6 +27,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
+            said = json.loads(body)
+            self.server.created.append(said.get("private") or said.get("visibility") == "private")
             self.answer({"name": "someone/adapter", "url": f"{self.server.url}/someone/adapter"})
         elif "/preupload/" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
@@ -34,6 +36,8 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             self.server.commits.append(unquote(self.path.rpartition("/")[2].partition("?")[0]))
             for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.server.messages.append(line["value"]["summary"])
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             url = f"{self.server.url}/someone/adapter/commit/{COMMIT}"
@@ -75,6 +79,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.url, server.files, server.commits = f"http://127.0.0.1:{server.server_port}", {}, []
+    server.created, server.messages = [], []
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -121,6 +126,7 @@ for load in (lambda base: PeftModel.from_pretrained(base, "someone/adapter"),
 def test_what_is_pushed_has_its_card_and_comes_back(hub, tmp_path):
     run(PUSH, hub, tmp_path / "home")
     assert set(hub.files) == {WEIGHTS, CONFIG, CARD} and hub.commits == ["main", "later"]
+    assert hub.created == [True, False] and hub.messages == ["First", "Upload model"]
     card = hub.files[CARD].decode()
     assert card.count("import smt_peft") == 1 and "library_name: peft" in card and "- mine" in card
     run(LOAD, hub, tmp_path / "another home")

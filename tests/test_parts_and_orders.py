@@ -71,11 +71,10 @@ class SeesAndSpeaks(nn.Module):
 PARTS = {"target_modules": ["tower.0", "tower.1", "query", "key"], "modules_to_save": ["head"]}
 
 
-@pytest.mark.parametrize("scope", ["model", "input", "module"])
-def test_a_tower_under_no_grad_and_a_head_that_is_saved_whole(method, scope):
+def test_a_tower_under_no_grad_and_a_head_that_is_saved_whole(method):
     torch.manual_seed(0)
     base, x = SeesAndSpeaks().double(), torch.randn(2, 6, 32, dtype=torch.float64)
-    model = wrap(base, method, scope=scope, budget=10, **PARTS)
+    model = wrap(base, method, budget=10, **PARTS)
     dense = dense_of(base, model)
     dense.head.requires_grad_()
     for _ in range(2):

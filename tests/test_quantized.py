@@ -254,3 +254,10 @@ def test_the_recipe_for_quantised_models_trains_with_checkpointing_in_a_trainer(
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_a_share_of_a_quantised_model_is_that_of_the_float_model(method, float_model):
+    options = {"block_size": SIZE, "trainable_ratio": 0.05, "selection": "random"}
+    models = quantized(float_model, method), LlamaForCausalLM.from_pretrained(float_model)
+    found = [get_peft_model(one, SMTConfig(**options)).peft_config["default"].num_blocks for one in models]
+    assert found[0] == found[1] > 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from smt_peft import SMTConfig, select_blocks
+from smt_peft import SMTConfig, scoring, select_blocks
 from smt_peft.config import Accumulation, Score
 from smt_peft.scoring import FeatureCollector
 from smt_peft.selection import arrange, select, sort_lines
@@ -173,13 +173,19 @@ def test_conv1d_has_rows_of_its_outputs(batches):
     assert torch.equal(layer.weight, base_weight)
 
 
-def test_experts_parameters_have_sorted_blocks(batches):
+EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
+def mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
-    base = MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
-    options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
-    model, selection = warmed_up(base, batches, **options, num_blocks=6)
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
+
+
+def test_experts_parameters_have_sorted_blocks(batches):
+    base = mixtral()
+    model, selection = warmed_up(base, batches, **EXPERTS, num_blocks=6)
     norms = {name: [0, 0] for name in selection.names}
     for batch in batches[:2]:
         dense = deepcopy(base).train().requires_grad_()
@@ -194,6 +200,23 @@ def test_experts_parameters_have_sorted_blocks(batches):
     logits = model.eval()(**batches[0]).logits
     assert not torch.allclose(logits, base(**batches[0]).logits)
     torch.testing.assert_close(model.merge_and_unload()(**batches[0]).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", Accumulation.__args__)
+@pytest.mark.parametrize("score", Score.__args__)
+def test_sorted_blocks_of_experts_are_scored_in_their_order(batches, score, accumulation, monkeypatch):
+    """And a part of a gradient at a time."""
+    monkeypatch.setattr(scoring, "MOST_WIDENED", 3 * SIZE * 32)
+    base = mixtral()
+    _, selection = warmed_up(base, batches, **EXPERTS, num_blocks=6, score=score, accumulation=accumulation)
+    gradients = []
+    for batch in batches[2:]:
+        dense = deepcopy(base).train().requires_grad_()
+        dense(**batch).loss.backward()
+        gradients.append({name: dense.get_parameter(name).grad.flatten(0, 1) for name in selection.names})
+    for name, scores, lines in zip(selection.names, selection.scores, selection.lines, strict=True):
+        grids = [g[name][lines.rows.flatten()][:, lines.cols.flatten()] for g in gradients]
+        torch.testing.assert_close(scores, scored(grids, score, accumulation), rtol=1e-4, atol=1e-8)
 
 
 # --- files and configs ---------------------------------------------------------------------------------------------
@@ -295,3 +318,14 @@ def test_a_layer_that_sees_no_token_is_ranked_like_any_other():
         get_peft_model(Routed(), config), data, progress_bar=False, loss_function=lambda model, x: model(x)
     )
     assert selection.index[:, 0].tolist() == [selection.names.index("used")] * 3
+
+
+def test_features_beyond_16_bits_are_saved_and_loaded(tmp_path):
+    blocks = {"0": [[list(range(2**15 - 8, 2**15 + 8)), list(range(16))]]}
+    plain = nn.Sequential(nn.Linear(16, 2**15 + 16, bias=False))
+    options = {"target_modules": ["0"], "block_size": 16, "arrangement": "sorted", "init_weights": False}
+    model = get_peft_model(deepcopy(plain), SMTConfig(**options, selected_blocks=blocks))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(plain, tmp_path)
+    assert bank_of(loaded).selected_blocks() == blocks
+    assert torch.equal(bank_of(loaded).weight, bank_of(model).weight)

@@ -14,8 +14,8 @@ from dense_truth import (
     assert_right,
     assert_same_gradients,
     bank_of,
+    deltas_of,
     dense_of,
-    is_smt,
     layers_of,
     make_config,
     outputs,
@@ -242,15 +242,41 @@ def test_freezing_the_adapter_for_one_forward_and_thawing_it_for_the_next(base, 
     waiting = model(**batches[0]).loss
     for parameter in trained:
         parameter.requires_grad_(False)
-    embeddings = model.get_input_embeddings()(batches[1]["input_ids"]).detach().requires_grad_()
-    model(inputs_embeds=embeddings, labels=batches[1]["labels"]).loss.backward()
-    assert all(p.grad is None for p in trained) and embeddings.grad.any()
+    below = []
+    for one in (model, dense):
+        embeddings = base.get_input_embeddings()(batches[1]["input_ids"]).detach().requires_grad_()
+        one(inputs_embeds=embeddings, labels=batches[1]["labels"]).loss.backward()
+        below.append(embeddings.grad)
+    assert_close(*below)
+    assert all(p.grad is None for p in trained)
+    dense.zero_grad()
     for parameter in trained:
         parameter.requires_grad_(True)
     (waiting + model(**batches[2]).loss).backward()
     (dense(**batches[0]).loss + dense(**batches[2]).loss).backward()
     assert_same_gradients(model, dense)
-    assert is_smt(model) == (method != "lora")
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+def test_deltas_of_an_index_out_of_order_are_never_stale(base, batches, method):
+    """As files of 0.1 can have it."""
+    model = wrap(base, method)
+    bank = bank_of(model)
+    bank.set_index(bank.index.flip(0))
+    assert bank.layout().order is not None
+    for _ in range(3):
+        assert_close(outputs(model, batches[0]), outputs(dense_of(base, model), batches[0]))
+        bank.weight.data.mul_(-2)  # changes no version
+
+
+def test_a_share_counts_what_zero3_has_taken_away():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    total = model.num_parameters()
+    for weight in model.parameters():
+        weight.ds_id, weight.ds_shape, weight.ds_numel = 0, weight.shape, weight.numel()
+        weight.data = torch.empty(0)
+    config = SMTConfig(trainable_ratio=0.01, block_size=8, selection="random", target_modules=["c_attn"])
+    assert get_peft_model(model, config).peft_config["default"].num_blocks == round(0.01 * total / 64) > 1
 
 
 # --- layers that are not what they seem ----------------------------------------------------------------------------
@@ -282,14 +308,44 @@ def test_a_replica_of_data_parallel_trains(base, batches, method):
     assert_same_gradients(model, dense)
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        self.kept = 2 * super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_subclass_of_linear_computes_by_its_own_forward_and_keeps_what_it_gave(method):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(Scaled(32, 32)).double(), torch.randn(3, 32, dtype=torch.float64)
+    model = wrap(base, method, target_modules=["0"], budget=2)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            assert_close(model(x), base(x) + x @ deltas_of(model)["0"].T)
+        assert_close(layers_of(model)["0"].get_base_layer().kept, base(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_hook_before_a_base_layer_is_obeyed_in_training(method):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(32, 32)).double(), torch.randn(3, 32, dtype=torch.float64)
+    model = wrap(base, method, target_modules=["0"], budget=2)
+    layers_of(model)["0"].get_base_layer().register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    assert_close(model(x), base(2 * x) + x @ deltas_of(model)["0"].T)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pruned_layer_trains(base, batches, method):
     """Its weight is made anew in each forward, and is no parameter."""
-    for layer in base.model.layers:
+    plain = deepcopy(base)
+    for layer, same in zip(base.model.layers, plain.model.layers, strict=True):
         prune.random_unstructured(layer.self_attn.q_proj, "weight", 0.5)
+        same.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.detach()
     model = get_peft_model(base, make_config(method)).double().train()
-    model(**batches[0]).loss.backward()
-    assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    dense = dense_of(plain, model)
+    for one in (model, dense):
+        one(**batches[0]).loss.backward()
+    assert_same_gradients(model, dense)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,6 +13,7 @@ from torch import nn
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import Accumulation, Score
 from smt_peft.layer import Linear
+from smt_peft.scoring import FeatureCollector
 
 SIZE = 16
 
@@ -167,11 +168,6 @@ def test_too_many_batches_that_are_not_finite_are_an_error(llama, batches):
 def test_scores_that_are_all_zero_are_an_error(llama, batches):
     with pytest.raises(ValueError, match=r"Every block scores zero.*Check that the labels"):
         warm_up(wrap(llama), batches, loss_function=lambda model, batch: model(**batch).loss * 0)
-
-
-def test_a_loss_without_a_graph_is_an_error_that_says_so(llama, batches):
-    with pytest.raises((ValueError, RuntimeError), match=r"grad"):
-        warm_up(wrap(llama), batches, loss_function=lambda model, batch: torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("empty", [[], iter(())], ids=["no batches", "an iterator at its end"])
@@ -330,3 +326,26 @@ def test_layers_that_read_one_input_on_any_rank_do_so_on_all(llama, batches, bes
     names = target_names(model)
     beside(sums=[], least=[0] * len(names))
     assert warm_up(model, batches).inputs == [0] * len(names)
+
+
+@pytest.mark.parametrize("score", ["abs_mean", "mean_abs"])
+def test_a_warm_up_inside_of_autocast_sums_as_widely_as_one_whose_backward_is_outside(llama, batches, score):
+    def forward(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    found = []
+    for inside in (True, False):
+        model = wrap(deepcopy(llama), selection="gradient", score=score, accumulation="signed", warmup_steps=4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(select_blocks(model, batches, loss_function=forward, progress_bar=False))
+    for scores, expected in zip(found[0].scores, found[1].scores, strict=True):
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+
+
+def test_two_experts_without_tokens_do_not_read_one_input():
+    collector = FeatureCollector([SimpleNamespace(device="cpu")] * 3, 1.0)
+    first, second = torch.empty(0, 4), torch.empty(0, 4)
+    for position, x in enumerate([first, second, second]):
+        collector._read(position, x)
+    assert collector.inputs == [0, 1, 1]
