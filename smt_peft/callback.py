@@ -17,7 +17,7 @@ import numpy
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
@@ -181,9 +181,11 @@ class _Apart:
     (inputs, num_items_in_batch), is a step of its own, without accumulation."""
 
     def __init__(self, trainer: Trainer, dataloader):
-        self.trainer, self.dataloader = copy.copy(trainer), copy.copy(dataloader)  # one may keep its workers
-        if hasattr(dataloader, "base_dataloader"):  # accelerate's
-            self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
+        self.trainer, self.dataloader = copy.copy(trainer), dataloader
+        if isinstance(dataloader, DataLoader):  # which may keep its workers
+            self.dataloader = copy.copy(dataloader)
+            if hasattr(dataloader, "base_dataloader"):  # accelerate's
+                self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
         self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
         for name in LOGGED:

@@ -102,7 +102,7 @@ class SMTModel(BaseTuner):
                 "transformers' Conv1D and their quantised forms. Narrow target_modules or use exclude_modules."
             )
         mesh = getattr(getattr(target, "weight", None), "device_mesh", None)
-        if not set(getattr(mesh, "mesh_dim_names", None) or ()) <= {"fsdp"}:
+        if not set(getattr(mesh, "mesh_dim_names", None) or ()) <= {"fsdp", "dp_replicate"}:
             raise TypeError(
                 f"Target module {current_key} is divided by tensor parallelism ({', '.join(mesh.mesh_dim_names)}); "
                 "SMT does not train parts of blocks. Load the model without it."

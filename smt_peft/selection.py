@@ -59,7 +59,8 @@ def _check_scores(scores: list[torch.Tensor]) -> None:
     if not (everything > 0).any():
         raise ValueError(
             "Every block scores zero: the loss does not depend on the target modules. Check that the labels are "
-            "not all -100 and that target_modules are used by this model's forward."
+            "not all -100, that target_modules are used by this model's forward, and, in RL, that completions of one "
+            "prompt had different rewards."
         )
 
 

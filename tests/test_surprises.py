@@ -520,7 +520,7 @@ def test_tensor_parallelism_is_refused(base):
     layer.weight.device_mesh = SimpleNamespace(mesh_dim_names=("tp",))
     with pytest.raises(TypeError, match=r"q_proj is divided by tensor parallelism \(tp\)"):
         get_peft_model(base, make_config())
-    layer.weight.device_mesh.mesh_dim_names = ("fsdp",)
+    layer.weight.device_mesh.mesh_dim_names = ("dp_replicate", "fsdp")
     get_peft_model(base, make_config())
 
 

@@ -437,3 +437,30 @@ def test_a_second_adapter_gets_its_own_warm_up(base, make_trainer):
     assert torch.equal(bank(first).weight, trained), "the adapter that was not active stays as it was"
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     assert sum(int(layer.get_delta_weight("second").any()) for layer in layers) == len(callback.selection.blocks())
+
+
+class Forwarding:
+    """A loader of one's own around another, as distillation trainers have it."""
+
+    def __init__(self, dataloader):
+        self.dataloader = dataloader
+
+    def __getattr__(self, name):
+        return getattr(self.dataloader, name)
+
+    def __iter__(self):
+        return iter(self.dataloader)
+
+    def __len__(self):
+        return len(self.dataloader)
+
+
+def test_a_loader_of_ones_own_is_warmed_up_on_and_left_as_it_is(base, make_trainer):
+    plain = make_trainer(deepcopy(base))
+    plain.train()
+    trainer = make_trainer(base)
+    loader = Forwarding(trainer.get_train_dataloader())
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    assert vars(loader).keys() == {"dataloader"}
+    assert_same_result(trainer, plain)
