@@ -437,7 +437,10 @@ def draw_blocks(adapter: str, selection: Selection | None) -> None:
     """Draw where the selected blocks are, with their scores; with their deltas if no warm-up of this run gave any."""
     with contextlib.suppress(ImportError):  # without matplotlib, no picture
         if selection is None:
-            plot_adapter(read_adapter(adapter), Path(adapter, "selection.png"))
+            try:
+                plot_adapter(read_adapter(adapter), Path(adapter, "selection.png"))
+            except ValueError as error:  # very many blocks
+                print(f"No picture of the blocks: {error}")
         else:
             plot_selection(selection, Path(adapter, "selection.png"))
             plot_shares(selection, Path(adapter, "shares.png"))
@@ -470,7 +473,7 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; it can be true, false, or a checkpoint "
             f"with its {TRAINER_STATE_NAME}"
         )
-    if how != "true" and options.data not in (training_data(args.output_dir) or [options.data]):
+    if not (how == "true" and last) and options.data not in (training_data(args.output_dir) or [options.data]):
         raise SystemExit(
             f"{args.output_dir} holds what learnt {training_data(args.output_dir)[-1]}; name another output_dir"
         )

@@ -229,16 +229,20 @@ def _notes(adapter: Path, base: Path) -> dict | None:
 
 
 def _copy_tokenizer_and_notes(adapter: Path, base: Path, out: Path, notes: dict | None) -> None:
-    """The adapter's own tokenizer wins."""
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    """The adapter's own tokenizer wins, but for code: whoever trusts the base model's would run it."""
+    name = "tokenizer_config.json"
+    source = adapter if (adapter / name).is_file() else base
     _copy(source, out, TOKENIZER, code=source == base)
+    if source == adapter and "auto_map" in (config := read_json(adapter / name)):  # names code, and where it is
+        trusted = read_json(base / name) if (base / name).is_file() else {}
+        own = {key: value for key, value in config.items() if key != "auto_map"}
+        _write(own | {key: value for key, value in trusted.items() if key == "auto_map"}, out / name)
     if notes:
         _write(notes, out / TRAINING_DATA)
 
 
 def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) -> None:
-    """Copy the files of these names; without `code`, which whoever trusts the base model's would run of an adapter's,
-    and without what says where there is some."""
+    """Copy the files of these names."""
     root = source.resolve()
     for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
         places = (root, root.parent.parent / "blobs")  # of a file of the folder, and of the hub's cache
@@ -246,8 +250,6 @@ def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) ->
             raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder; refused.")
         if code or path.suffix != ".py":
             shutil.copyfile(path, target / path.name)
-        if not code and path.name.endswith("config.json") and "auto_map" in (config := read_json(path)):
-            _write({key: value for key, value in config.items() if key != "auto_map"}, target / path.name)
 
 
 def _with_dtype(config: dict, dtype: torch.dtype) -> dict:

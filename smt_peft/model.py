@@ -408,6 +408,7 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
 
 
 def _remove_banks(model: nn.Module) -> None:
+    model = getattr(model, "_orig_mod", model)  # PyTorch 2.7's compiled model cannot delete what is inside of it
     if hasattr(model, BANK):
         getattr(model, BANK).let_go()
         delattr(model, BANK)

@@ -57,6 +57,11 @@ def select_blocks(
     bank = find_bank(model, adapter_name)
     config = bank.config
     if config.selection not in ("gradient", "activation"):
+        if not bank.is_selected:
+            raise ValueError(
+                f"Adapter {adapter_name!r} awaits the file that its config was read beside, which has its blocks: "
+                "load that by PeftModel.from_pretrained, or make a new SMTConfig."
+            )
         raise ValueError(
             f"selection={config.selection!r} needs no data: the blocks of adapter {adapter_name!r} were selected when "
             "it was made. Use selection='gradient' to select by a warm-up."

@@ -38,7 +38,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def check_is_new(folder: Path) -> None:
-    """Raise ValueError where there is a folder with something in it, or what is no folder."""
+    """Raise ValueError where there is a folder with something in it, or what is no folder, and where none can be
+    written."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"{folder} is a link to nothing; name another folder, or make what it links to.")
     if folder.exists() and (
@@ -48,7 +49,7 @@ def check_is_new(folder: Path) -> None:
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "may not be written to" if parent.is_dir() else "is no folder"
-        raise ValueError(f"{folder} cannot be made: {parent} {why}; name another folder.")
+        raise ValueError(f"{folder} cannot be written: {parent} {why}; name another folder.")
     for left in folder.glob(f"{UNFINISHED}*"):
         warnings.warn(
             f"{left} was left by a run that was ended, unless one is writing there now: remove it, it may be large."

@@ -8,7 +8,7 @@ import torch
 from distributed_worker import LENGTH, STEPS, Cell, Samples, launch, make_base, make_trainer
 from peft import get_peft_model
 from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from smt_peft import SMTConfig, SMTWarmupCallback, select_blocks
 
@@ -72,10 +72,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def resume(checkpoint, tmp_path, *, base=None, config=None):
-    """Resume with another base model or adapter; returns the bank as it was before and after."""
+def resume(checkpoint, tmp_path, *, config=None):
+    """Resume with another adapter."""
     arguments = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=STEPS, report_to="none", disable_tqdm=True)
-    base = base or LlamaForCausalLM.from_pretrained(checkpoint / "base")
+    base = LlamaForCausalLM.from_pretrained(checkpoint / "base")
     model = get_peft_model(base, config or smt())
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 64)
     trainer.add_callback(SMTWarmupCallback())
@@ -89,11 +89,6 @@ def resume(checkpoint, tmp_path, *, base=None, config=None):
 
 def smt(**changes):
     return SMTConfig(**{"num_blocks": 17, "block_size": 16, "warmup_steps": 2} | changes)
-
-
-def other_base(**changes):
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**shape | {"num_key_value_heads": 2, "vocab_size": 128} | changes))
 
 
 def test_a_checkpoint_with_another_budget_is_refused(checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -206,6 +207,10 @@ def test_a_merge_copies_neither_an_adapters_code_nor_what_it_links_to(llama, tmp
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     assert (tmp_path / "out/tokenizer_config.json").is_file() and not list((tmp_path / "out").glob("*.py"))
     assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == {"pad": 1}
+    (tmp_path / "base/tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "own.T"}}')
+    run("merge", tmp_path / "adapter", "--out", tmp_path / "trusted")
+    mixed = json.loads((tmp_path / "trusted/tokenizer_config.json").read_text())
+    assert mixed == {"pad": 1, "auto_map": {"AutoTokenizer": "own.T"}}
     (tmp_path / "secret").write_text("key")
     (tmp_path / "adapter/tokenizer.model").symlink_to(tmp_path / "secret")
     message = refused("merge", tmp_path / "adapter", "--out", tmp_path / "again")
@@ -520,13 +525,16 @@ def test_a_tied_weight_that_lies_in_the_files_is_refused(make_llama, tmp_path, r
     assert "tied" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
 
 
-def test_merge_refuses_in_words_and_leaves_nothing(llama, make_llama, tmp_path, refused):
+def test_merge_refuses_in_words_and_leaves_nothing(llama, make_llama, tmp_path, refused, monkeypatch):
     save(tmp_path, llama)
     make_llama(hidden_size=32).save_pretrained(tmp_path / "smaller")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").touch()
     there, adapter, out = set(tmp_path.iterdir()), tmp_path / "adapter", ("--out", tmp_path / "out")
     assert "taken is not empty" in refused("merge", adapter, "--out", tmp_path / "taken")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda *_: False)  # root may write anywhere
+        assert f"{tmp_path} may not be written to" in refused("merge", adapter, *out)
     assert "taken/file is no folder" in refused("convert", adapter, "--out", tmp_path / "taken/file/new/lora")
     assert "name that with --base" in refused("merge", adapter, *out, "--base", tmp_path / "smaller")
     assert "no adapter: it has no adapter_config" in refused("merge", tmp_path / "base", *out)

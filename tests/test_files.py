@@ -30,7 +30,7 @@ from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
-from smt_peft import SMTConfig, given
+from smt_peft import SMTConfig, given, select_blocks
 from smt_peft.bases import far_apart
 from smt_peft.checks import Target, fingerprint, in_order_of, manifest, take_apart
 from smt_peft.files import read_adapter, write_adapter
@@ -299,6 +299,15 @@ def test_loading_scores_no_more_blocks_than_a_model_has(llama, tmp_path, monkeyp
     monkeypatch.setattr(given, "random_scores", lambda *_: pytest.fail("scored"))
     tokens = torch.arange(1, 9)[None]
     assert torch.equal(by_peft(llama, tmp_path)(tokens).logits, adapter(tokens).logits)
+
+
+def test_a_fresh_adapter_of_a_config_that_awaits_its_file_says_so(llama, batches, tmp_path, monkeypatch):
+    wrap(deepcopy(llama), selection="random").save_pretrained(tmp_path)
+    change_config(tmp_path, selected_blocks=None)
+    monkeypatch.setattr(given, "MOST_SCORED_ON_LOADING", 10)
+    model = get_peft_model(llama, SMTConfig.from_pretrained(tmp_path))
+    with pytest.raises(ValueError, match="awaits the file that its config was read beside"):
+        select_blocks(model, batches)
 
 
 def test_an_adapter_in_a_subfolder_is_read_and_refused_like_any_other(llama, folder):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dense_truth import bank_of, deltas_of, wrap
 
-from smt_peft import Selection
+from smt_peft import Selection, plotting
 from smt_peft.files import read_adapter
 from smt_peft.plotting import plot_adapter, plot_losses, plot_overlap, plot_selection, plot_shares
 from smt_peft.selection import select
@@ -277,3 +277,10 @@ def test_runs_differ_by_more_than_colour():
 def test_runs_beyond_the_palette_are_told_apart():
     lines = plot_losses({str(run): [(0, run), (1, run)] for run in range(20)}).axes[0].get_lines()
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
+def test_more_tiles_than_a_picture_can_show_are_refused(llama, tmp_path, monkeypatch):
+    wrap(llama).save_pretrained(tmp_path)
+    monkeypatch.setattr(plotting, "MOST_TILES", 10)
+    with pytest.raises(ValueError, match=r"have \d+ tiles of 16 x 16, too many for a picture"):
+        plot_adapter(read_adapter(tmp_path))

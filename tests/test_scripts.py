@@ -308,10 +308,11 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path, sai
 def test_what_learnt_other_data_is_not_written_over(tmp_path):
     (tmp_path / "smt").mkdir()
     (tmp_path / "smt/training_data.json").write_text('{"train": ["others"]}')
-    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=None)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=None, process_index=0)
     assert finetune.arguments_of("smt", finetune.Options("m", "others"), args).output_dir == str(tmp_path / "smt")
-    with pytest.raises(SystemExit, match="smt holds what learnt others; name another output_dir"):
-        finetune.arguments_of("smt", finetune.Options("m", "d"), args)
+    for args.resume_from_checkpoint in (None, "true"):  # from no checkpoint
+        with pytest.raises(SystemExit, match="smt holds what learnt others; name another output_dir"):
+            finetune.arguments_of("smt", finetune.Options("m", "d"), args)
 
 
 @pytest.mark.parametrize(
