@@ -93,7 +93,7 @@ class SMTWarmupCallback(TrainerCallback):
             if self._given is None:
                 records = _record_beside(resumed, self.adapter_name), config.made_by
                 self.selection = next((one for one in records if one is not None and one.has_blocks(blocks)), None)
-            config.made_by = self.selection
+            config.made_by, config.selected_blocks = self.selection, blocks
             return
         if self._given is not None:
             apply_selection(model, self.adapter_name, self._given)

@@ -216,9 +216,13 @@ def _config_of_sum(parts: Sequence[StoredAdapter], blocks: dict[str, Blocks]) ->
     changes |= {"trainable_ratio": None, "num_blocks_pattern": {}, "selected_blocks": None}
     changes |= {"selection": "gradient", "init_weights": True}  # nothing that would select anew
     if any(names != targets[0] for names in targets[1:]):
-        known = {parameter for part in parts for parameter in part.config.target_parameters or ()}
         every = set().union(*targets)
-        parameters = {name for name in every if any(f".{name}".endswith(f".{parameter}") for parameter in known)}
+        parameters = {
+            name
+            for part in parts
+            for name in part.shapes
+            if any(f".{name}".endswith(f".{parameter}") for parameter in part.config.target_parameters or ())
+        }
         changes |= {"target_modules": every - parameters, "target_parameters": sorted(parameters) or None}
         changes |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     return replace(parts[0].config, **changes)

@@ -17,6 +17,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from smt_peft import ops
 from smt_peft.bank import DeltaBank
@@ -196,28 +197,31 @@ class Pair:
     """Two checkpoints of one architecture, read a tensor at a time.
 
     Attributes:
-        keys: of the tensors that both have, in floating-point numbers of one shape.
+        keys: in the base's files, of the tensors that both have, in floating-point numbers of one shape.
+        tuned_keys: key in the base's files -> that in the other's.
         not_compared: the other keys.
     """
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint):
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, model: PreTrainedModel):
         self.base, self.tuned = base, tuned
-        looks = {key: [one.look(key) for one in (base, tuned)] for key in base.files if key in tuned.files}
+        self.tuned_keys = {key: key for key in base.files if key in tuned.files}
+        of_base, of_tuned = (stored_keys(model, one.files) for one in (base, tuned))  # one may be without a prefix
+        for name in of_base.keys() & of_tuned.keys():
+            if of_base[name] is not None and of_tuned[name] is not None:
+                self.tuned_keys.setdefault(of_base[name], of_tuned[name])
+        looks = {key: [base.look(key), tuned.look(its)] for key, its in self.tuned_keys.items()}
         fits = {
             key
             for key, ((shape, kind), (other, its)) in looks.items()
             if shape == other and {kind, its} <= {*STORED_FLOATS}
         }
         self.keys = sorted(fits, key=lambda key: (base.files[key], key))
-        self.not_compared = sorted({*base.files, *tuned.files} - fits)
+        self.not_compared = sorted({*base.files, *tuned.files} - fits - {self.tuned_keys[key] for key in fits})
 
     def difference(self, key: str) -> Tensor:
         """tuned - base, float32."""
-        return self.read(self.tuned, key).sub_(self.read(self.base, key))
-
-    def read(self, checkpoint: Checkpoint, key: str) -> Tensor:
-        """A tensor of one of them, float32."""
-        return checkpoint.read(key).to(torch.float32, copy=True)
+        base, tuned = self.base.read(key), self.tuned.read(self.tuned_keys[key])
+        return tuned.to(torch.float32, copy=True).sub_(base.float())
 
 
 def adapter_of_difference(
@@ -241,8 +245,8 @@ def adapter_of_difference(
             differs.
     """
     refuse_same_folder(out, [base_folder, tuned_folder])
-    pair = Pair(Checkpoint(Path(base_folder)), Checkpoint(Path(tuned_folder)))
     empty = empty_model(Path(base_folder))
+    pair = Pair(Checkpoint(Path(base_folder)), Checkpoint(Path(tuned_folder)), empty)
     keys = stored_keys(empty, pair.keys)
     config = SMTConfig(
         num_blocks=num_blocks,

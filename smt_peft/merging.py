@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +42,7 @@ CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+CLASSIFIERS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 OR_LOAD = "merge with --load, which needs the whole model in memory"
 
 
@@ -197,13 +199,22 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
     about = adapter_config(adapter)
     if (method := about.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"{adapter} is of the method {method}, which this PEFT does not know; update it.")
-    mapping = about.get("auto_mapping")
+    mapping, task = about.get("auto_mapping"), about.get("task_type")
+    own = (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
+    generates = own.endswith(("ForCausalLM", "ForConditionalGeneration"))  # as models of vision and language do
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    name = name or CLASSES.get(about.get("task_type"))
-    name = name or (AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or ["AutoModel"])[0]
+    name = name or (own if task == "CAUSAL_LM" and generates else CLASSES.get(task, own))
     if not hasattr(getattr(transformers, name, None), "from_pretrained"):
         raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
-    return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, dtype=dtype or "auto"), adapter)
+    options = {"dtype": dtype or "auto", **(_labels(adapter) if "Classification" in name else {})}
+    return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, **options), adapter)
+
+
+def _labels(adapter: Path) -> dict[str, int]:
+    """How many labels a new classifier has: the adapter's file has it whole, the base's config knows nothing of it."""
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        heads = [key for key in file.keys() if key.endswith(CLASSIFIERS)]  # noqa: SIM118
+        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
 
 
 def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None) -> int:

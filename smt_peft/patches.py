@@ -206,7 +206,8 @@ def apply_patch(
         places = {key: _matrix(tensors[holder], row, groups[key]) for key, (holder, row) in homes.items()}
         for key, blocks in groups.items() if keep_original else ():  # before any are written: they may overlap
             before = blocks._replace(values=_read(places[key], blocks.rows, blocks.cols, blocks.values.shape))
-            original.update({f"{key}/{part}": tensor for part, tensor in before._asdict().items()})
+            # Copies: a file that the patch is mapped from may be another by the time this is undone.
+            original.update({f"{key}/{part}": tensor.clone() for part, tensor in before._asdict().items()})
         try:
             for key, blocks in groups.items():
                 _write(places[key], blocks.rows, blocks.cols, blocks.values)
@@ -306,11 +307,15 @@ def _untie(target: nn.Module | MutableMapping, tensors: MutableMapping[str, Tens
     for name in names:
         tensor = tensors[name]
         if uses[tensor.data_ptr()] > 1:
+            if not isinstance(target, nn.Module):
+                raise ValueError(
+                    f"{name} is tied to another tensor of the state dict, which would change with it: patch the model "
+                    "itself, or give the dict a copy under this name first."
+                )
             tensors[name] = tensor.detach().clone()
-            if isinstance(target, nn.Module):
-                owner, _, attribute = name.rpartition(".")
-                tensors[name] = nn.Parameter(tensors[name], tensor.requires_grad)
-                setattr(target.get_submodule(owner), attribute, tensors[name])
+            owner, _, attribute = name.rpartition(".")
+            tensors[name] = nn.Parameter(tensors[name], tensor.requires_grad)
+            setattr(target.get_submodule(owner), attribute, tensors[name])
 
 
 def _matrix(holder: Tensor, row: int, blocks: PatchedBlocks) -> Tensor:

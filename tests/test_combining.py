@@ -22,7 +22,13 @@ from dense_truth import (
 )
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
-from transformers import LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from smt_peft import SMTConfig, combining
 from smt_peft.combining import Method, combine, combine_adapters
@@ -423,3 +429,22 @@ def test_the_page_runs_and_names_every_type(tmp_path, monkeypatch):
     text = PAGE.read_text(encoding="utf-8")
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), {})
     assert all(f'"{kind}"' in text for kind in combining.CombinationType.__args__)
+
+
+def test_a_module_is_not_taken_for_the_parameter_that_its_name_ends_like(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "shared_expert_intermediate_size": 32}
+    base = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, **heads))
+    kinds = {"experts": {"target_modules": [], "target_parameters": ["down_proj"]}, "modules": {}}
+    kinds["modules"] = {"target_modules": ["shared_expert.down_proj"]}
+    both = base
+    for name, options in kinds.items():
+        wrap(base, budget=3, **options).save_pretrained(tmp_path / name)
+        both = PeftModel.from_pretrained(deepcopy(both), tmp_path / name).merge_and_unload()
+    combine_adapters([tmp_path / name for name in kinds], [1.0, 1.0], "linear", tmp_path / "sum")
+    found = PeftModel.from_pretrained(deepcopy(base), tmp_path / "sum").merge_and_unload().state_dict()
+    assert sum(not torch.equal(value, base.state_dict()[name]) for name, value in found.items()) == 2
+    for name, value in both.state_dict().items():
+        assert_close(found[name], value)

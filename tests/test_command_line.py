@@ -23,6 +23,8 @@ from transformers import (
     LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from smt_peft import SMTConfig, checkpoints, merging
@@ -436,6 +438,28 @@ def test_models_whose_files_are_not_what_they_seem(make_llama, tmp_path, run, ma
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     assert_same(kind.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, kind))
     assert tensors_in(tmp_path / "out").keys() == tensors_in(tmp_path / "base").keys()
+
+
+def test_a_new_classifier_has_the_labels_that_its_adapter_has(llama, tmp_path, run):
+    llama.save_pretrained(tmp_path / "base")
+    options = {"num_labels": 5, "pad_token_id": 0}
+    model = wrap(LlamaForSequenceClassification.from_pretrained(tmp_path / "base", **options), task_type="SEQ_CLS")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    run("merge", tmp_path / "adapter", "--load", "--out", tmp_path / "out")
+    found = LlamaForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert found.config.num_labels == 5
+    assert_same(found.state_dict(), model.merge_and_unload().state_dict())
+
+
+def test_a_model_that_generates_is_of_its_own_class_whatever_the_task(tmp_path):
+    """As models of vision and language are, which are trained with task_type="CAUSAL_LM", too."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    base = T5ForConditionalGeneration(T5Config(**sizes))
+    base.save_pretrained(tmp_path / "base")
+    wrap(base, task_type="CAUSAL_LM", target_modules=["q", "v"], budget=4).save_pretrained(tmp_path / "adapter")
+    loaded = merging.load_model(tmp_path / "adapter", tmp_path / "base")
+    assert isinstance(loaded.get_base_model(), T5ForConditionalGeneration)
 
 
 @pytest.mark.parametrize("stored, dtype", [("float32", "bfloat16"), ("bfloat16", "float32")])

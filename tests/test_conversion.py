@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_truth import base_weights, deltas_of, make_config, outputs, wrap
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -313,6 +313,21 @@ def test_conv1d_in_bfloat16(gpt2, tmp_path):
     merged = model.merge_and_unload()
     for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"):
         torch.testing.assert_close(merged.get_submodule(name).weight, tuned.get_submodule(name).weight)
+
+
+def test_a_base_whose_names_lack_a_prefix(gpt2, tmp_path):
+    """As GPT-2 lies on the hub, and not what is fine-tuned of it."""
+    base, tuned = gpt2, tuned_from(gpt2)
+    base.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    named = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    save_file(named, file, {"format": "pt"})
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = {"target_modules": ["c_attn", "c_fc"], "block_size": 8, "num_blocks": 224}
+    about, model = converted(base, tmp_path, **options)
+    assert about.of_targets == pytest.approx(1) and not about.not_compared
+    merged = model.merge_and_unload().transformer.h[0].attn.c_attn.weight
+    torch.testing.assert_close(merged, tuned.transformer.h[0].attn.c_attn.weight)
 
 
 def test_the_budget_may_be_a_share_and_the_block_size_automatic(folders):

@@ -451,3 +451,24 @@ def test_the_largest_place_that_a_patch_can_name_is_outside(make_llama, method, 
     with pytest.raises(ValueError, match="The patch is broken"):
         apply_patch(server, patch, keep_original=False)
     assert_same(server, before)
+
+
+def test_an_undo_needs_nothing_of_the_patch_that_it_undoes(llama):
+    """Whose tensors may be mapped from a file that the next one is written over."""
+    model = wrap(llama)
+    served = deepcopy(llama)
+    patch = {name: value.clone() for name, value in sparse_patch(model).items()}
+    undo = apply_patch(served, patch)
+    for value in patch.values():
+        value.zero_()
+    apply_patch(served, undo)
+    assert_same(served, llama)
+
+
+def test_a_tied_tensor_of_a_state_dict_is_refused(make_llama):
+    base = make_llama(tie_word_embeddings=True)
+    patch = sparse_patch(wrap(base, target_modules=["lm_head", "q_proj"], budget=8))
+    before = deepcopy(base)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied to another tensor of the state dict"):
+        apply_patch(base.state_dict(), patch)
+    assert_same(base, before)

@@ -142,6 +142,7 @@ def test_a_run_interrupted_after_some_steps_resumes_bit_for_bit(base, make_train
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-2")
     assert len(data.read) <= 2 * (STEPS + 1), "the checkpoint has its blocks: no second warm-up"
     assert_same_result(whole, resumed)
+    assert resumed.model.peft_config["default"].selected_blocks == bank(whole).selected_blocks()
     assert all(torch.equal(a, b) for a, b in zip(whole_run.banks[2:], resumed_run.banks, strict=True))
 
 
