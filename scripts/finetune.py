@@ -473,10 +473,9 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; it can be true, false, or a checkpoint "
             f"with its {TRAINER_STATE_NAME}"
         )
-    if not (how == "true" and last) and options.data not in (training_data(args.output_dir) or [options.data]):
-        raise SystemExit(
-            f"{args.output_dir} holds what learnt {training_data(args.output_dir)[-1]}; name another output_dir"
-        )
+    learnt = training_data(args.output_dir)
+    if not (how == "true" and last) and learnt and options.data not in learnt:
+        raise SystemExit(f"{args.output_dir} holds what learnt {learnt[-1]}; name another output_dir")
     if how == "true" and not last and args.process_index == 0:
         print(f"There is no checkpoint in {args.output_dir}: training starts at its first step.")
     if how == "false" and last:

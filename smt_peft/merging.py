@@ -212,7 +212,10 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
 
 def _labels(adapter: Path) -> dict[str, int]:
     """How many labels a new classifier has: the adapter's file has it whole, the base's config knows nothing of it."""
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    path = adapter / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():  # but one that is pickled, of another method: PEFT's own business
+        return {}
+    with safe_open(path, "pt") as file:
         heads = [key for key in file.keys() if key.endswith(CLASSIFIERS)]  # noqa: SIM118
         return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
 

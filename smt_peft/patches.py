@@ -205,9 +205,10 @@ def apply_patch(
         _untie(target, tensors, holders)
         places = {key: _matrix(tensors[holder], row, groups[key]) for key, (holder, row) in homes.items()}
         for key, blocks in groups.items() if keep_original else ():  # before any are written: they may overlap
-            before = blocks._replace(values=_read(places[key], blocks.rows, blocks.cols, blocks.values.shape))
             # Copies: a file that the patch is mapped from may be another by the time this is undone.
-            original.update({f"{key}/{part}": tensor.clone() for part, tensor in before._asdict().items()})
+            shape, rows, cols = (tensor.clone() for tensor in blocks[:3])
+            before = PatchedBlocks(shape, rows, cols, _read(places[key], rows, cols, blocks.values.shape))
+            original.update({f"{key}/{part}": tensor for part, tensor in before._asdict().items()})
         try:
             for key, blocks in groups.items():
                 _write(places[key], blocks.rows, blocks.cols, blocks.values)

@@ -25,8 +25,6 @@ from smt_peft.selection import Lines, sort_lines
 # The share of a batch's longest gradient of a token up to which there is none but for rounding, as for padding and for
 # the query of a first token, which attends to itself alone.
 ROUNDED = 1e-5
-
-
 MOST_WIDENED = 2**24  # values of an expert's gradient that are float32 at a time
 
 
@@ -176,12 +174,12 @@ class ScoreCollector(Collector):
         size = self.block_size
         if x is None:
             reduce = ops.sum_tiles if self.keeps == "sums" else partial(ops.reduce_blocks, score=self.score)
-            lines = max(1, MOST_WIDENED // (size * dy.shape[1]))  # of blocks at a time
+            count = max(1, MOST_WIDENED // (size * dy.shape[1]))  # of lines of blocks at a time
             if self.lines is None:
-                strips = dy.split(lines * size)
+                strips = dy.split(count * size)
             else:
                 rows, cols = self.lines[position]
-                strips = (dy[some.flatten()][:, cols.flatten()] for some in rows.split(lines))
+                strips = (Lines(some, cols).in_order(dy) for some in rows.split(count))
             return torch.cat([reduce(strip.float(), size) for strip in strips])
         if self.lines is not None:
             rows, cols = self.lines[position]

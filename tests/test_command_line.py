@@ -452,6 +452,17 @@ def test_a_new_classifier_has_the_labels_that_its_adapter_has(llama, tmp_path, r
     assert_same(found.state_dict(), model.merge_and_unload().state_dict())
 
 
+def test_a_classifier_whose_adapter_is_pickled_is_merged_by_loading(llama, tmp_path, run):
+    llama.save_pretrained(tmp_path / "base")
+    model = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", pad_token_id=0)
+    model = wrap(model, "lora", task_type="SEQ_CLS")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter", safe_serialization=False)
+    run("merge", tmp_path / "adapter", "--load", "--out", tmp_path / "out")
+    found = LlamaForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert_same(found, model.merge_and_unload().state_dict())
+
+
 def test_a_model_that_generates_is_of_its_own_class_whatever_the_task(tmp_path):
     """As models of vision and language are, which are trained with task_type="CAUSAL_LM", too."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
