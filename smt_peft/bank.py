@@ -39,7 +39,6 @@ class Layout(NamedTuple):
         index, version, values: of what; a copy of it, because DDP writes the index anew at each forward.
         counts: per target how many blocks it has; nothing before the selection.
         blocks: per target where they lie, int64 on the CPU: [n, 2] for tiles, [n, 2, b] for sorted blocks.
-        order: all slots of the bank in the order of the targets; None where they are, as in every selection made here.
         plans: device -> per target its plan there; None where it has no blocks.
     """
 
@@ -48,7 +47,6 @@ class Layout(NamedTuple):
     values: Tensor
     counts: list[int]
     blocks: list[Tensor]
-    order: Tensor | None
     plans: dict[torch.device, list[ops.Plan | None]]
 
 
@@ -70,7 +68,8 @@ class DeltaBank(nn.Module):
 
     * `weight`: float32 parameter [num_blocks, block_size, block_size].
     * `index`: int32 buffer [num_blocks, 3] of (target, block row, block column). In a sorted arrangement
-      [num_blocks, 1 + 2 * block_size]: the target, the block's rows, its columns. -1 before the selection.
+      [num_blocks, 1 + 2 * block_size]: the target, the block's rows, its columns. In the order of the targets, or -1
+      before the selection.
     * `fingerprint`: int64 buffer [1], a hash of the targets' names and grids, so that a checkpoint of another model
       or block size is refused instead of half-loaded.
     """
@@ -122,8 +121,8 @@ class DeltaBank(nn.Module):
             return plan, (self.split() if self.running is None else self.running)[target]
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
-        if layout.order is not None or is_traced:
-            return plan, self.split()[target]  # copies, which could go stale
+        if is_traced:
+            return plan, self.split()[target]
         self._forget_views()  # first let go of the old graph
         kept = self._kept = Kept(weight, _state(weight), layout, device, self.split())
         self._make_ready(kept)
@@ -133,7 +132,7 @@ class DeltaBank(nn.Module):
         """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
         weight, layout = self._parameters["weight"], self.layout()
         if torch.compiler.is_compiling():
-            return _split(weight, layout)
+            return weight.split(layout.counts)
         with torch.inference_mode(False), torch.enable_grad():
             if hasattr(weight, "ds_id"):
                 weight = self()
@@ -145,7 +144,7 @@ class DeltaBank(nn.Module):
                 if weight.requires_grad:
                     weight.register_hook(lambda gradient: gradient / mesh.size())
                     weight.register_hook(self._end_backward)
-            return _split(weight, layout)
+            return weight.split(layout.counts)
 
     def _end_backward(self, gradient: Tensor) -> None:
         self.running = None  # all that was made of it has had its gradient; a step may come now
@@ -237,14 +236,11 @@ class DeltaBank(nn.Module):
         on_cpu = index.detach().cpu().long()
         self._check_index(on_cpu)
         if not (on_cpu[:, 0] >= 0).all():
-            return Layout(index, _version(index), index.clone(), [], [], None, {})
+            return Layout(index, _version(index), index.clone(), [], [], {})
         checks.check_fingerprint(self.fingerprint, self.block_size, self.targets)
-        order = torch.argsort(on_cpu[:, 0], stable=True)
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
-        sides = on_cpu[order, 1:] if index.shape[1] == 3 else on_cpu[order, 1:].unflatten(1, (2, -1))
-        is_ordered = bool((on_cpu[1:, 0] >= on_cpu[:-1, 0]).all())
-        blocks, order = list(sides.split(counts)), None if is_ordered else order
-        layout = Layout(index, _version(index), index.clone(), counts, blocks, order, {})
+        sides = on_cpu[:, 1:] if index.shape[1] == 3 else on_cpu[:, 1:].unflatten(1, (2, -1))
+        layout = Layout(index, _version(index), index.clone(), counts, list(sides.split(counts)), {})
         if index.device.type != "meta":  # a compiler can look plans up, but not make them
             layout.plans[index.device] = self._plans(layout, index.device)
         return layout
@@ -277,6 +273,11 @@ class DeltaBank(nn.Module):
 
     def _check_index(self, index: Tensor) -> None:
         checks.check_index(index, *self.index.shape, self.block_size, self.targets)
+        if not checks.is_in_order(index):
+            raise ValueError(
+                "The blocks of the index are not in the order of the targets. Loading a file by PEFT sorts them; by "
+                "hand, sort index and deltas alike."
+            )
 
     def _apply(self, fn, recurse: bool = True) -> DeltaBank:
         self._forget_views()
@@ -384,12 +385,6 @@ class Share(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         if self.adapter in self.banks:
             yield self.bank.weight
-
-
-def _split(weight: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    if layout.order is not None:
-        weight = weight.index_select(0, layout.order.to(weight.device))
-    return weight.split(layout.counts)
 
 
 def find_bank(model: nn.Module, adapter: str) -> DeltaBank:

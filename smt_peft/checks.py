@@ -193,17 +193,16 @@ def check_index(index: Tensor, num_blocks: int, width: int, block_size: int, tar
             f"does not exist among the {len(targets)} targets of this model; the file is broken or belongs to "
             "another model or block size."
         )
-    sides = sides.sort(2).values
-    if len(torch.cat([target[:, None], sides.flatten(1)], 1).unique(dim=0)) != len(index):
+    if len(torch.cat([target[:, None], sides.sort(2).values.flatten(1)], 1).unique(dim=0)) != len(index):
         raise ValueError("The index names a block twice; the file is broken.")
     for side in sides.unbind(1) if unit > 1 else ():
         lines = torch.cat([target[:, None], side], 1).unique(dim=0)
         features = lines[:, :1] * int(grids.max()) + lines[:, 1:]
         if len(features.unique()) != features.numel():
             raise ValueError(
-                "Blocks of the index share some of their rows or columns, but not all, or name one twice; the "
-                "file is broken. Two blocks of a matrix must have the same rows or none in common, and columns "
-                "alike."
+                "Blocks of the index share some of their rows or columns, but not all, or in another order, or name "
+                "one twice; the file is broken. Two blocks of a matrix must have the same rows, in the same order, or "
+                "none in common, and columns alike."
             )
 
 
@@ -283,17 +282,27 @@ def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
 
 
 def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
-    """The same adapter for a model that has the same targets in another order; unchanged where they are others."""
-    held = parts.content["targets"] if parts.content else []
-    if held == targets or sorted(held) != sorted(targets):
+    """The same adapter for a model that may have its targets in another order, with its blocks in that order;
+    unchanged where it has others."""
+    held = parts.content["targets"] if parts.content else targets  # which in version 1 the model alone knows
+    if sorted(held) != sorted(targets):
         return parts
-    hashed = torch.tensor([fingerprint(parts.content["block_size"], targets)])
-    if (parts.index < 0).all():  # nothing is selected yet
-        return parts._replace(fingerprint=hashed)
-    index, position = parts.index.clone(), {target: i for i, target in enumerate(targets)}
-    index[:, 0] = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
-    order = torch.argsort(index[:, 0], stable=True)
-    return parts._replace(weight=parts.weight[order], index=index[order], fingerprint=hashed)
+    if held != targets:
+        parts = parts._replace(fingerprint=torch.tensor([fingerprint(parts.content["block_size"], targets)]))
+        if (parts.index < 0).all():  # nothing is selected yet
+            return parts
+        index, position = parts.index.clone(), {target: i for i, target in enumerate(targets)}
+        index[:, 0] = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
+        parts = parts._replace(index=index)
+    if is_in_order(parts.index):
+        return parts
+    order = torch.argsort(parts.index[:, 0], stable=True)
+    return parts._replace(weight=parts.weight[order], index=parts.index[order])
+
+
+def is_in_order(index: Tensor) -> bool:
+    """Whether blocks are in the order of their targets."""
+    return bool((index[1:, 0] >= index[:-1, 0]).all())
 
 
 def check_config(config: Mapping, parts: Parts) -> None:

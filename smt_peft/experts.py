@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_peft import ops
-from smt_peft.bank import Banks
+from smt_peft.bank import Banks, is_sharded
 from smt_peft.layer import Linear
 
 
@@ -71,9 +71,14 @@ class ParamWrapper(Linear):
     def _with_blocks(self) -> Tensor | None:
         """The weight with the active adapters' deltas, in the warm-up watched; None where it is the base weight."""
         weight, matrix = self.weight, None
-        for name in () if self.disable_adapters or self.merged else self.active_adapters:
-            if name not in self.smt_blocks:
-                continue
+        active = [] if self.disable_adapters or self.merged else self.active_adapters
+        active = [name for name in active if name in self.smt_blocks]
+        if is_sharded(weight) and (active or self.watch is not None):
+            raise TypeError(
+                f"{self.parameter_name} is divided among processes, as by ZeRO-3; SMT trains blocks of whole "
+                "parameters. Use ZeRO-2 or DDP, or take it out of target_parameters."
+            )
+        for name in active:
             plan, delta = self.smt_blocks[name].parts(weight.device)
             if plan is None:
                 self._require_selection(self.smt_blocks[name])

@@ -84,9 +84,10 @@ def _whole(value: object) -> int:
 
 
 def parse_sorted(name: str, blocks: Iterable) -> list[list[list[int]]]:
-    """Blocks of any rows and columns, [[[row, ...], [column, ...]], ...]."""
+    """Blocks of any rows and columns, [[[row, ...], [column, ...]], ...], ascending: blocks that share them must name
+    them in one order."""
     try:
-        return [[[_whole(feature) for feature in side] for side in (rows, cols)] for rows, cols in blocks]
+        return [[sorted(_whole(feature) for feature in side) for side in (rows, cols)] for rows, cols in blocks]
     except (TypeError, ValueError):
         what = f"selected_blocks[{short(name)}]={short(blocks)}"
         raise ValueError(f"{what} is not a list of [[rows], [columns]] pairs (sorted blocks).") from None

@@ -259,6 +259,19 @@ def test_sorted_blocks_train_after_a_first_forward_in_inference_mode():
     assert bank_of(wrapped).weight.grad.any()
 
 
+def test_experts_that_zero3_divides_after_wrapping_are_refused():
+    model, config = MODELS["mixtral"]
+    options = {"target_modules": [], "target_parameters": EXPERTS, "selection": "random"}
+    model = get_peft_model(model(copy.deepcopy(config)), SMTConfig(**options, num_blocks=2, block_size=SIZE))
+    for name, weight in model.named_parameters():
+        if name.endswith("_proj"):
+            weight.ds_id, weight.ds_shape, weight.data = 0, weight.shape, torch.empty(0)
+    with pytest.raises(TypeError, match="down_proj is divided among processes"):
+        model.base_model.model.model.layers[0].mlp.experts(
+            torch.zeros(3, 32), torch.zeros(3, 2).long(), torch.ones(3, 2)
+        )
+
+
 class Packed(torch.nn.Module):
     """Experts in a type that deltas cannot be added to."""
 

@@ -5,10 +5,13 @@
 
 import os
 import sys
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import library
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -357,6 +360,19 @@ def test_a_second_derivative_is_refused(small, keep_input):
             torch.autograd.grad(total.sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("has_grad", [True, False])
+def test_a_forward_mode_derivative_is_refused(small, has_grad, in_place):
+    """Without a graph the tangent of the product would be left out in silence."""
+    weight = torch.zeros(small.start.shape[1], small.x.shape[1])
+    with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
+        x = forward_ad.make_dual(small.x, torch.ones_like(small.x))
+        with pytest.raises(NotImplementedError):
+            ops.add_blocks(x @ weight.T, x, small.delta(), small.keeping, in_place)
+        with pytest.raises(NotImplementedError):
+            ops.linear_add_blocks(x, weight, None, small.delta(), small.keeping)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3), (2, 0), (1, 1, 5)])
 @pytest.mark.parametrize("keep_input", [True, False])
 def test_leading_dimensions(small, shape, keep_input):
@@ -527,6 +543,44 @@ def test_errors():
         ops.block_scores(dy, x, 4, "l1")
     with pytest.raises(ValueError, match="'l3'; choose one of abs_mean"):
         ops.block_scores(dy, dy, 4, "l3")
+
+
+def test_plain_pytorch_reads_nothing_back_from_a_device():
+    """Of one that has no values, as a GPU has none for the host, nothing can be read."""
+    plan = ops.move(ops.plan(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1]), keep_input=True), "meta")
+    dy, x = torch.empty(9000, 24, device="meta"), torch.empty(9000, 16, device="meta")
+    assert len(x) * 8**2 > reference.CALL_COST
+    delta = reference.block_grad(dy, x, plan.out, plan.inner, 8)
+    assert delta.shape == (3, 8, 8)
+    reference.block_add_(dy, x, delta, plan.out, plan.inner)
+
+
+@pytest.mark.parametrize(
+    "fails_with", [RuntimeError("Failed to find C compiler"), CalledProcessError(1, "gcc")], ids=str
+)
+def test_triton_that_cannot_compile_is_left_out(monkeypatch, fails_with):
+    """As on images without a C compiler or Python's headers, where all else works."""
+    kernels = pytest.importorskip("smt_peft.ops.triton_kernels")
+
+    def get_current_target():
+        raise fails_with
+
+    active = SimpleNamespace(get_current_target=get_current_target)
+    monkeypatch.setattr(kernels.triton.runtime.driver, "_active", active)
+    monkeypatch.setattr(ops, "interpret", False)
+    ops._triton_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="plain PyTorch computes instead"):
+            assert ops._triton_kernels() is None
+        active.get_current_target = lambda: SimpleNamespace(backend="cuda", arch=75)
+        ops._triton_kernels.cache_clear()
+        with pytest.warns(UserWarning, match="compute capability 7.5"):
+            assert ops._triton_kernels() is None
+        active.get_current_target = lambda: SimpleNamespace(backend="cuda", arch=90)
+        ops._triton_kernels.cache_clear()
+        assert ops._triton_kernels() is kernels
+    finally:
+        ops._triton_kernels.cache_clear()
 
 
 def test_triton_is_optional(monkeypatch):

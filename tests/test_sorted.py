@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dense_truth import SCORES, assert_right, bank_of, dense_gradients, in_place, wrap
+from dense_truth import SCORES, assert_right, bank_of, dense_gradients, dense_of, in_place, outputs, wrap
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -240,6 +240,28 @@ def test_blocks_can_be_given_by_hand(llama, batches):
     model = wrap(base, "sorted", num_blocks=None, selected_blocks={name: [[rows, cols], [other, cols]]})
     assert bank_of(model).selected_blocks() == {name: [[rows, cols], [other, cols]]}
     assert_right(model, base, batches[0])
+
+
+def test_blocks_by_hand_may_name_what_they_share_in_different_orders(llama, batches):
+    """As two lines these rows would be written twice in bfloat16, and the last one to write would win."""
+    name, rows, halves = "model.layers.0.self_attn.q_proj", list(range(16)), (list(range(16)), list(range(16, 32)))
+    turned = [[rows, halves[0]], [rows[::-1], halves[1][::-1]]]
+    model = wrap(llama, "sorted", num_blocks=None, selected_blocks={name: turned})
+    assert bank_of(model).selected_blocks() == {name: [[rows, half] for half in halves]}
+    with torch.no_grad():
+        bank_of(model).weight.normal_(std=0.1)
+    expected = outputs(dense_of(llama, model), batches[0])
+    actual = outputs(model.bfloat16(), batches[0])
+    assert (actual - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_file_that_names_what_blocks_share_in_different_orders_is_refused(llama):
+    name, rows, halves = "model.layers.0.self_attn.q_proj", list(range(16)), (list(range(16)), list(range(16, 32)))
+    model = wrap(llama, "sorted", num_blocks=None, selected_blocks={name: [[rows, half] for half in halves]})
+    index = bank_of(model).index.clone()
+    index[1, 1:17] = index[1, 1:17].flip(0)
+    with pytest.raises(ValueError, match="in another order"):
+        bank_of(model).set_index(index)
 
 
 @pytest.mark.parametrize(

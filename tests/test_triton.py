@@ -8,6 +8,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,31 @@ def test_tokens_are_split_without_loss(kernels, monkeypatch, tokens, split_token
     )
     check(kernels, 16, (2, 2), tokens)
     assert max(splits) == 4
+
+
+@pytest.mark.parametrize("tokens", [1, 2**22, 2**22 + 1, 2**24 + 5])
+def test_launches_are_within_what_cuda_allows(kernels, monkeypatch, tokens):
+    """All but the first axis of a grid end at 65,535."""
+    sides = ops.plan(torch.tensor([0, 1]), torch.tensor([0, 0]), keep_input=True)[:2]
+    y, x = (torch.empty(1, width).expand(tokens, width) for width in (32, 16))
+    for rows in (64, 128):
+        launched = []
+        launch = partial(lambda grids, meta, *args: grids.append(args[-1](meta)), launched, {"ROWS": rows, "COLS": 64})
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_launch", launch)
+            patch.setattr(torch.autograd.graph, "increment_version", lambda tensor: None)
+            kernels.block_add_(y, x, torch.empty(2, 16, 16), *sides)
+            kernels.block_grad(y, x, *sides, 16)
+            kernels.block_scores(y, x, 16, "l1")
+        assert all(max(grid[1:]) <= 65535 for grid in launched)
+        lines, tiles, more = launched[0]
+        assert lines == 2 and tiles * (more - 1) * rows < tokens <= tiles * more * rows
+
+
+@here
+def test_tokens_beyond_one_axis_of_the_grid_are_reached(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_MOST_TILES", 2)
+    check(kernels, 16, (3, 2), 330)
 
 
 @here

@@ -6,12 +6,15 @@ operators (`torch.ops.smt.*`): opaque to torch.compile and counted by `torch.uti
 documented once, in `reference.py`. `add_blocks` and `linear_add_blocks` are what a layer calls.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache
+from subprocess import SubprocessError
 from types import ModuleType
 
 import torch
 from torch import Tensor, library
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -59,7 +62,7 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
     """y + x @ D^T, D [out, in] being zero outside the blocks `delta`, with gradients for all three.
 
     For backward it keeps of x what `plan.kept` says, in the narrower dtype of x and y. There is no second derivative;
-    `create_graph=True` raises RuntimeError.
+    `create_graph=True` raises RuntimeError. Nor is there one of forward mode: NotImplementedError.
 
     Args:
         y: [..., out], the base layer's output.
@@ -70,6 +73,7 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
     """
     if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad or x.requires_grad):
         return AddBlocks.apply(y, x, delta, plan, in_place)
+    _refuse_tangents(x)
     total = _to_change(y, in_place)
     block_add_(total.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), delta, plan.out, plan.inner)
     return total
@@ -78,6 +82,8 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
 def linear_add_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, plan: Plan) -> Tensor:
     """`add_blocks` to x @ weight^T + bias, where neither of them is trained: both products are added in place, in
     backward too. All of one dtype and device but `delta`."""
+    if not torch.is_grad_enabled():
+        _refuse_tangents(x)
     return LinearAddBlocks.apply(x, weight, bias, delta, plan)
 
 
@@ -196,11 +202,27 @@ def _to_change(y: Tensor, in_place: bool) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
+def _refuse_tangents(x: Tensor) -> None:
+    """Where autograd does not look it does not say either that a function has no forward mode."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("SMT's block product has no forward-mode derivative: use reverse mode (backward).")
+
+
 @cache
 def _triton_kernels() -> ModuleType | None:
+    """None where Triton is not there or cannot work, as on images without a C compiler."""
     try:
         from . import triton_kernels
     except ImportError:
+        return None
+    try:
+        if not interpret:
+            triton_kernels.check_target()
+    except (RuntimeError, OSError, SubprocessError) as error:
+        warnings.warn(
+            f"Triton cannot compile SMT's kernels here ({error}); plain PyTorch computes instead, which is slower.",
+            stacklevel=2,
+        )
         return None
     return triton_kernels
 

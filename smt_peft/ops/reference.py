@@ -18,9 +18,11 @@ SCORES = get_args(Score)
 
 # Elements of the part of dW that block_scores holds at a time (16 MiB of float32).
 _STRIP_ELEMENTS = 1 << 22
-# Elements of one gathered operand: 256 KiB of float32, so that it is still in the cache when bmm reads it back.
-_GATHER_ELEMENTS = 1 << 16
-# Multiplications per block from which it pays to take blocks one by one, where they are: no copy, but more calls.
+# Elements of one gathered operand: 256 KiB of float32, so that it is still in a CPU's cache when bmm reads it back;
+# elsewhere, where calls cost more than memory, 64 MiB.
+_GATHER_ELEMENTS, _GATHER_ELEMENTS_ON_DEVICE = 1 << 16, 1 << 24
+# Multiplications per block from which it pays on a CPU to take blocks one by one, where they are: no copy, but more
+# calls, and places must be read.
 CALL_COST = 1 << 18
 
 
@@ -58,7 +60,7 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         total, rows = x.new_zeros(tokens, out.at.shape[0], block_size, dtype=dtype), out.member
     x, cols = _by_line(x, inner, block_size)
     blocks = delta.mT
-    if tokens * block_size**2 > CALL_COST:
+    if y.device.type == "cpu" and tokens * block_size**2 > CALL_COST:
         x = x.to(dtype)
         for block, row, col in zip(blocks.unbind(), rows.tolist(), cols.tolist(), strict=True):
             total.select(1, row).addmm_(x.select(1, col), block)
@@ -86,7 +88,7 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
     tokens, dtype = dy.shape[0], sum_dtype(dy.dtype)
     x = x if x.dtype == dy.dtype else x.to(dy.dtype)
     (x, cols), (dy, rows) = _by_line(x, inner, block_size), _by_line(dy, out, block_size)
-    if tokens * block_size**2 > CALL_COST:
+    if dy.device.type == "cpu" and tokens * block_size**2 > CALL_COST:
         gradient = dy.new_empty(rows.shape[0], block_size, block_size, dtype=dtype)
         dy, x = dy.to(dtype), x.to(dtype)
         for block, row, col in zip(gradient.unbind(), rows.tolist(), cols.tolist(), strict=True):
@@ -218,7 +220,8 @@ def _add_lines_(matrix: Tensor, at: Tensor, values: Tensor) -> None:
 
 def _chunks(elements: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Parts of tensors [n, ...], for as many blocks as may be gathered at a time with `elements` each."""
-    size = max(1, _GATHER_ELEMENTS // max(1, elements))
+    most = _GATHER_ELEMENTS if tensors[0].device.type == "cpu" else _GATHER_ELEMENTS_ON_DEVICE
+    size = max(1, most // max(1, elements))
     return [tensors] if tensors[0].shape[0] <= size else zip(*(t.split(size) for t in tensors), strict=True)
 
 

@@ -34,6 +34,8 @@ _ENOUGH_PROGRAMS = 256
 _SPLIT_TOKENS = 4096
 # Multiplications from which it pays to round the deltas once, and not in every program.
 _CAST_PRODUCTS = 1 << 31
+# What CUDA's grids end at, but for their first axis.
+_MOST_TILES = 65535
 # Elements that a program copies.
 _COPY_ELEMENTS = 4096
 # Most launches that are kept ready; a model has some ten, but strides that are token counts could make more.
@@ -64,6 +66,14 @@ def _fit(configs: list[triton.Config], operands: dict, **constants) -> list[trit
     """Without the tiles that are too wide: for registers where elements have 32 bit, or for small blocks."""
     most = 128 if operands["x"].dtype.itemsize > 2 else constants.get("PADDED", 256)
     return [config for config in configs if config.kwargs["COLS"] <= max(most, 128)] or configs
+
+
+def check_target() -> None:
+    """Raise RuntimeError, or what the C compiler fails with, where these kernels cannot run: Triton's first step is to
+    build a small program in C."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch < 80:
+        raise RuntimeError(f"compute capability {target.arch / 10}, and Triton supports 8.0 and later")
 
 
 @triton.jit
@@ -163,7 +173,8 @@ def _block_add_kernel(
     STEPS: tl.constexpr = (BLOCK + DEPTH - 1) // DEPTH
     line = tl.program_id(0) // PARTS
     i = tl.program_id(0) % PARTS * SPAN + tl.arange(0, SPAN)
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    token = tile * ROWS + tl.arange(0, ROWS)[:, None]
     inside = token < tokens
     token = tl.minimum(token, tokens - 1).to(tl.int64)  # reads need no mask: what is beyond is not stored
     # Deltas of 32 bit are rounded on their way: in registers, which only a product's first operand may be in.
@@ -310,7 +321,8 @@ def block_add_(y: Tensor, x: Tensor, delta: Tensor, out: Side, inner: Side) -> N
         delta = delta.to(x.dtype)
 
     def grid(meta: dict) -> tuple[int, int, int]:
-        return lines * -(-block_size // meta["COLS"]), -(-tokens // meta["ROWS"]), 1
+        tiles = -(-tokens // meta["ROWS"])
+        return lines * -(-block_size // meta["COLS"]), min(tiles, _MOST_TILES), -(-tiles // _MOST_TILES)
 
     _launch(
         _block_add_kernel,
