@@ -74,7 +74,7 @@ class SMTWarmupCallback(TrainerCallback):
         bank = find_bank(model, self.adapter_name)
         config = bank.config
         if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
-            _refuse_to_train_without(bank.weight, self.adapter_name, optimizer)
+            _refuse_to_train_without(bank.weight, self.adapter_name, model, optimizer)
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = _calling_trainer()
         self.selection = self._given
@@ -116,9 +116,15 @@ class SMTWarmupCallback(TrainerCallback):
             tqdm.write(self.selection.summary())
 
 
-def _refuse_to_train_without(deltas: nn.Parameter, adapter: str, optimizer: torch.optim.Optimizer | None) -> None:
-    groups = optimizer.param_groups if optimizer else []
-    if deltas.requires_grad and groups and not any(one is deltas for group in groups for one in group["params"]):
+def _refuse_to_train_without(
+    deltas: nn.Parameter, adapter: str, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Where an optimizer holds copies, as one that offloads does, that of the deltas has their shape; where it holds
+    nothing of the model, as one that steps in the backward does, nothing can be told."""
+    held = [one for group in (optimizer.param_groups if optimizer else []) for one in group["params"]]
+    has_deltas = any(one is deltas or one.shape == deltas.shape for one in held)
+    own = {id(parameter) for parameter in model.parameters()}
+    if deltas.requires_grad and not has_deltas and any(id(one) in own for one in held):
         raise ValueError(
             f"The optimizer does not have the deltas of adapter {adapter!r}, which would never be trained. They are "
             "one parameter at the root of the model, which parameters() of a part of it do not contain: add "

@@ -99,7 +99,7 @@ class SMTConfig(PeftConfig):
         if not isinstance(config, SMTConfig):  # PEFT makes the config that the file is of
             return config
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
-        weights = _weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
+        weights = weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
             parts = checks.take_apart(checks.load(weights))
             checks.check_config(vars(config), parts)
@@ -261,7 +261,7 @@ def _shortened(message: str) -> str:
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
-def _weights_beside(folder: str, options: Mapping) -> Path | None:
+def weights_beside(folder: str, options: Mapping) -> Path | None:
     """The file of the weights that belong to a config in a folder or a repository of the hub, if there is one."""
     weights = Path(folder, options.get("subfolder") or "", SAFETENSORS_WEIGHTS_NAME)
     if weights.exists() or weights.parent.exists():

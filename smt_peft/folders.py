@@ -1,7 +1,7 @@
 """Adapter folders: written as a whole, pushed with their card, and read with all checks through transformers' door.
 
-PEFT and transformers offer nothing to hook into for this, so six of their public methods are wrapped. Each wrapper
-acts for SMT adapters alone and calls the method it stands in for in all other cases.
+PEFT and transformers offer nothing to hook into for this, so six of their public methods are wrapped, and one function
+of PEFT's. Each wrapper acts for SMT adapters alone and calls what it stands in for in all other cases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights, save_and_load, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import PeftAdapterMixin
@@ -32,8 +32,9 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import checks
+from smt_peft.bank import Banks
 from smt_peft.checks import PREFIX
-from smt_peft.config import DOWNLOAD, SMTConfig
+from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -65,6 +66,9 @@ def wrap_methods() -> None:
         original = getattr(owner, name)
         if not hasattr(original, "_of_smt_peft"):
             setattr(owner, name, _method(wrapper, original))
+    original = save_and_load._get_adapter_state_dict_key_prefixes
+    if not hasattr(original, "_of_smt_peft"):
+        save_and_load._get_adapter_state_dict_key_prefixes = _method(adapter_key_prefixes, original)
 
 
 def _method(wrapper: Callable, original: Callable) -> Callable:
@@ -153,6 +157,12 @@ def push_to_hub(model: PeftModel, original: Callable, *args, **options):
         return hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, **commit)
 
 
+def adapter_key_prefixes(model: PeftModel, original: Callable) -> set[str]:
+    """PEFT's, with the bank: it looks for adapters' state in layers alone, and takes all else for the base model's."""
+    banks = {name for name, module in model.base_model.model.named_modules() if isinstance(module, Banks)}
+    return original(model) | banks
+
+
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +191,8 @@ def load_adapter(model: nn.Module, original: Callable, *args, **options) -> Load
     load_config = LoadStateDictConfig(**load_config)  # refuses others
     asked = {**(load_config.download_kwargs or {}), **(said.adapter_kwargs or {})}
     asked["local_files_only"] = said.local_files_only or asked.get("local_files_only")
+    if asked.get("revision"):  # transformers may have looked up the base model's commit for it
+        asked["revision"] = str(asked["revision"])
     download = {option: asked[option] for option in DOWNLOAD if asked.get(option)}
     where = said.peft_model_id or load_config.pretrained_model_name_or_path
     is_taken = name in getattr(model, "peft_config", {})
@@ -189,7 +201,9 @@ def load_adapter(model: nn.Module, original: Callable, *args, **options) -> Load
     config = copy.copy(said.peft_config) or SMTConfig.from_pretrained(where, **download)
     config.inference_mode, config.awaits_weights = not said.is_trainable, True
     weights = said.adapter_state_dict
-    weights = load_peft_weights(where, device="cpu", **download) if weights is None else weights
+    if weights is None:  # PEFT asks the hub even where it must not
+        file = weights_beside(str(where), download)
+        weights = checks.load(file) if file else load_peft_weights(where, device="cpu", **download)
     weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     inject_adapter_in_model(config, model, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
     try:

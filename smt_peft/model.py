@@ -55,6 +55,11 @@ class SMTModel(BaseTuner):
         An adapter that has this name already is replaced. The config is copied: what is resolved here (block size,
         budget, selection) must not leak into the next model that a user makes from the same config object.
         """
+        if state_dict is not None:
+            raise ValueError(
+                "SMT takes its targets from the config, not from the names in a state_dict: leave it out, and load it "
+                "afterwards by set_peft_model_state_dict."
+            )
         _check_name(model, adapter_name)
         _check_rows(model, self.peft_config, adapter_name)
         states.mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})

@@ -52,6 +52,7 @@ def to_load(
     """
     bank, keys = _bank_and_keys(model, adapter)
     parts = checks.in_order_of(bank.targets, checks.take_apart(state_dict))
+    _refuse_other_names(bank, parts)
     bank.check(parts.weight, parts.index, parts.fingerprint)
     if config.stored_blocks is not None:
         checks.names_of(parts.index, config.stored_blocks, bank.targets)
@@ -70,6 +71,17 @@ def to_load(
     if parts.content:
         _warn_of_other_base(model, adapter, config, parts.content["base"])
     return {**dict(zip(keys, parts[:3], strict=False)), **others}  # the manifest is no part of the model
+
+
+def _refuse_other_names(bank: DeltaBank, parts: checks.Parts) -> None:
+    here = {target.name for target in bank.targets}
+    missing = [target.name for target in parts.content["targets"] if target.name not in here] if parts.content else []
+    if missing:
+        raise ValueError(
+            f"The checkpoint was made for other target modules: it has {short(missing[0])}, and this adapter's "
+            f"{len(here)} targets are {short(bank.targets[0].name)}, ... Load it with the adapter_config.json saved "
+            "beside it, on its own base model, by a class and a version of transformers that give modules those names."
+        )
 
 
 def _own_weights(

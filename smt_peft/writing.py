@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from tempfile import TemporaryDirectory
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-UNFINISHED = ".saving-"  # what a crash may leave: a folder of this name in the one that was written to
+# What a crash may leave: a folder of this name in the one that was written to. Trainer pushes nothing that begins so.
+UNFINISHED = "_saving-"
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)  # file systems that have no such call
 
 
 @contextlib.contextmanager
@@ -21,15 +24,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
-            yield Path(name)
-            written = sorted((file for file in Path(name).rglob("*") if file.is_file()), key=_order)
+        with TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True) as name:
+            new = Path(name, "new")  # one level down: a folder with weights in a checkpoint is an adapter for Trainer
+            new.mkdir()
+            yield new
+            written = sorted((file for file in new.rglob("*") if file.is_file()), key=_order)
             for file in written:
                 _flush(file)
             for file in written:
-                place = folder / file.relative_to(name)
+                place = folder / file.relative_to(new)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(place)
+                _move(file, place)
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):
@@ -68,8 +73,17 @@ def _flush(file: Path) -> None:
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that have no such call
+        if error.errno not in NOT_OFFERED:
             raise
+
+
+def _move(file: Path, place: Path) -> None:
+    try:
+        file.replace(place)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        shutil.copyfile(file, place)
 
 
 def refuse_same_folder(out: str | Path, folders: Sequence[str | Path]) -> None:

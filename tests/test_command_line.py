@@ -241,7 +241,7 @@ def test_a_shard_that_is_cut_off_is_named_also_where_it_would_be_copied(llama, t
 
 def test_what_a_killed_merge_left_is_no_reason_to_refuse(llama, tmp_path, run):
     save(tmp_path, llama)
-    (tmp_path / "out/.saving-killed").mkdir(parents=True)
+    (tmp_path / f"out/{UNFINISHED}killed").mkdir(parents=True)
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
 

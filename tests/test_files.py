@@ -1,6 +1,8 @@
 """Adapter files: their format, what loading refuses, and saving as a whole."""
 
+import errno
 import json
+import os
 import re
 import tracemalloc
 import warnings
@@ -35,6 +37,7 @@ from smt_peft.bases import far_apart
 from smt_peft.checks import Target, fingerprint, in_order_of, manifest, take_apart
 from smt_peft.files import read_adapter, write_adapter
 from smt_peft.places import Tiles
+from smt_peft.writing import written_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -236,7 +239,10 @@ REFUSED = {
     "other modules": (with_config(modules_to_save=["lm_head"]), f"modules_to_save.*{TWO_ADAPTERS}"),
     "other biases": (with_config(bias="all"), f"bias='all'.*bias='none'.*{TWO_ADAPTERS}"),
     "another arrangement": (with_config(arrangement="sorted", selected_blocks=None), f"'sorted'.*{TWO_ADAPTERS}"),
-    "other targets": (with_config(target_modules=["q_proj", "k_proj"], selected_blocks=None), "other target modules"),
+    "other targets": (
+        with_config(target_modules=["q_proj", "k_proj"], selected_blocks=None),
+        "other target modules: it has .*class and a version",
+    ),
     "a row of 0.9": (with_config(selected_blocks={Q0: [[0.9, 0]] * 8}), "is not a list of"),
     "a row of true": (with_config(selected_blocks={Q0: [[True, 0]] * 8}), "is not a list of"),
     "text for rows": (with_config(selected_blocks={Q0: "0,1 ,2"}), "is not a list of"),
@@ -750,6 +756,24 @@ def test_state_by_hand_keeps_the_selection_of_the_file(llama, folder):
     model = wrap(llama, budget=8, seed=5)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     assert bank_of(model).index.tolist() == load_file(folder / WEIGHTS)[BANK + "index"].tolist()
+
+
+# --- where they are written ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
+def test_a_file_system_without_renaming_gets_copies(monkeypatch, tmp_path, error):
+    """As object stores that are mounted have it, which do not open what is there for writing either."""
+
+    def refuse(*_):
+        raise OSError(error, "not offered")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with written_whole(tmp_path / "out") as new:
+        (new / "sub").mkdir()
+        (new / "sub/file").write_text("whole")
+    assert (tmp_path / "out/sub/file").read_text() == "whole" and len(list((tmp_path / "out").iterdir())) == 1
 
 
 # --- without blocks ----------------------------------------------------------------------------------------------

@@ -48,10 +48,13 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "not found"}, 404)
 
     def do_GET(self) -> None:
-        name = re.fullmatch(r"/someone/adapter/resolve/[^/]+/(.+)", unquote(self.path.partition("?")[0]))
+        path = unquote(self.path.partition("?")[0])
+        name = re.fullmatch(rf"/someone/adapter/resolve/(?:main|later|{COMMIT})/(.+)", path)
         if name and name[1] in self.server.files:
             content = self.server.files[name[1]]
             self.answer(content, headers={"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT})
+        elif "/resolve/" in path and not name:
+            self.answer({}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif name:
             self.answer({}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         elif self.path.startswith("/api/models/someone/adapter"):
@@ -111,6 +114,14 @@ by_transformers.load_adapter("someone/adapter")
 for model in (by_peft, by_transformers):
     assert torch.equal(model(tokens).logits, expected(tokens).logits)
 """
+LOAD_IN_TRANSFORMERS = """
+from huggingface_hub import ResolvedRevision
+from transformers.modeling_utils import LoadStateDictConfig
+model, download = make_base(), OPTIONS
+model.load_adapter("someone/adapter", load_config=LoadStateDictConfig(download_kwargs=download))
+tokens = torch.arange(1, 9)[None]
+assert torch.equal(model(tokens).logits, make("tiles").eval()(tokens).logits)
+"""
 REFUSE = """
 for load in (lambda base: PeftModel.from_pretrained(base, "someone/adapter"),
              lambda base: base.load_adapter("someone/adapter")):
@@ -130,6 +141,16 @@ def test_what_is_pushed_has_its_card_and_comes_back(hub, tmp_path):
     card = hub.files[CARD].decode()
     assert card.count("import smt_peft") == 1 and "library_name: peft" in card and "- mine" in card
     run(LOAD, hub, tmp_path / "another home")
+
+
+def test_transformers_loads_with_a_revision_of_the_base_model_and_then_from_the_cache(hub, tmp_path):
+    """Where it was pointed at an adapter, it has looked up the base's commit, which the adapter's does not know."""
+    for file in (WEIGHTS, CONFIG):
+        hub.files[file] = (FOLDER / "tiles" / file).read_bytes()
+    options = f"{{'revision': ResolvedRevision('{'1' * 40}', repo_id='someone/base')}}"
+    run(LOAD_IN_TRANSFORMERS.replace("OPTIONS", options), hub, tmp_path / "home")
+    hub.files.clear()
+    run(LOAD_IN_TRANSFORMERS.replace("OPTIONS", "{'local_files_only': True}"), hub, tmp_path / "home")
 
 
 def test_a_card_that_the_repository_has_is_kept(hub, tmp_path):

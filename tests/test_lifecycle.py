@@ -19,6 +19,7 @@ from dense_truth import (
     state_of,
     wrap,
 )
+from peft import get_base_model_state_dict, set_base_model_state_dict
 from transformers import GPT2Config, GPT2LMHeadModel
 
 OTHER = {"block_size": 8, "budget": 30, "seed": 5, "target_modules": ["v_proj", "down_proj"]}
@@ -232,12 +233,19 @@ def test_base_weights_loaded_into_a_model_in_use_get_the_deltas(base, batches, m
     torch.manual_seed(4)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    state = {key.replace(".base_layer.", "."): key for key in model.state_dict()}
-    model.load_state_dict(
-        {state[f"base_model.model.{key}"]: value for key, value in other.state_dict().items()}, False
-    )
+    set_base_model_state_dict(model, other.state_dict())
     assert_base_untouched(model, other)
     assert_right(model, other, batches[0])
+
+
+@methods
+def test_base_weights_of_one_model_leave_the_adapter_of_another_alone(base, batches, method):
+    model, other = wrap(base, method), wrap(base, method, seed=5)
+    before = state_of(model)
+    held = get_base_model_state_dict(other)
+    assert held.keys() == base.state_dict().keys()
+    set_base_model_state_dict(model, held)
+    assert_same_state(state_of(model), before)
 
 
 @methods

@@ -262,6 +262,12 @@ def test_freezing_the_adapter_for_one_forward_and_thawing_it_for_the_next(base, 
     assert_same_gradients(model, dense)
 
 
+def test_names_in_a_state_dict_are_no_targets(base):
+    """LoRA takes its targets from them; the bank's are in its manifest."""
+    with pytest.raises(ValueError, match="targets from the config"):
+        inject_adapter_in_model(SMTConfig(target_modules=["q_proj"]), base, state_dict=base.state_dict())
+
+
 @pytest.mark.parametrize("method", ["smt", "sorted"])
 def test_deltas_in_any_order_are_sorted_by_target_when_they_are_loaded(base, batches, method):
     """Files may have them so; each layer would need a copy of the whole bank."""
@@ -500,6 +506,9 @@ def test_an_optimizer_with_groups_by_part_lacks_the_adapter_and_is_refused(base,
         train_with(*parts)
     train_with(model.get_base_model().model.parameters(), model.get_base_model().smt_bank.parameters())
     assert not torch.equal(bank.weight, before)
+    # One that offloads holds copies, one that steps in the backward nothing of the model's.
+    train_with([bank.weight.detach().clone()], model.get_base_model().lm_head.parameters())
+    train_with([torch.zeros(1, 1, requires_grad=True)])
 
 
 def test_a_conv1d_whose_weight_zero3_has_taken_away_keeps_its_shape():

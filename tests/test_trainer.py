@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback
 from smt_peft.callback import _refuse_what_is_read_once, _same_order_afterwards
 from smt_peft.layer import Linear
+from smt_peft.writing import written_whole
 
 STEPS, WARMUP_STEPS = 6, 3
 
@@ -244,6 +245,19 @@ def test_an_adapter_of_another_name_resumes_with_its_record(make_llama, make_tra
     banks = [trainer.model.base_model.model.smt_bank["mine"] for trainer in (whole, resumed)]
     assert torch.equal(banks[0].index, banks[1].index) and torch.equal(banks[0].weight, banks[1].weight)
     assert Selection.load(tmp_path / f"run/checkpoint-{STEPS}/mine").rebudget(5)
+
+
+def test_what_a_killed_save_left_in_a_checkpoint_does_not_stop_a_resume(make_llama, make_trainer, tmp_path):
+    """Trainer takes each folder in a checkpoint that has an adapter's weights for one more adapter."""
+    trainer = make_trainer(make_llama(), save_strategy="steps", max_steps=2)
+    trainer.train()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-2")
+    saving = written_whole(checkpoint)
+    PeftModel.save_pretrained.__wrapped__(trainer.model, str(saving.__enter__()))  # and then the process ends
+    assert len(list(checkpoint.rglob("adapter_model.safetensors"))) == 2
+    resumed = make_trainer(make_llama(), save_strategy="steps")
+    assert resumed.train(resume_from_checkpoint=True).global_step == STEPS
+    assert [*resumed.model.peft_config] == ["default"]
 
 
 def test_a_given_record_survives_resuming_and_a_second_run(make_llama, make_trainer, tmp_path):

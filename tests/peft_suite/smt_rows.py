@@ -87,7 +87,6 @@ NOT_APPLICABLE = {
     r"test_add_adapter_no_autocast_adapter_dtype\[(?!dtype0-.*T5)": "the delta is float32 whatever the base's dtype",
     r"test_training.*_layer_indexing\[": "counts tensors; the bank is one tensor for any number of layers",
     r"test_from_pretrained_config_construction\[": "wants the user's config object itself; SMT resolves a copy of it",
-    r"test_get_base_model_state_dict\[": "PEFT looks for adapter keys in layers only; the bank is at the root",
     r"test_lora_conversion\[.*OPT": "looks for a name in the config's target_modules, which are left to the defaults",
 }
 
