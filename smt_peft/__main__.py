@@ -27,12 +27,7 @@ from smt_peft.config import Arrangement
 from smt_peft.conversion import adapter_of_difference, convert_to_lora_files
 from smt_peft.files import adapter_config, read_adapter
 from smt_peft.inspection import compare, describe
-from smt_peft.merging import (
-    DTYPES,
-    load_model,
-    merge_files,
-    merge_loaded,
-)
+from smt_peft.merging import DTYPES, load_model, merge_files, merge_loaded
 from smt_peft.patches import sparse_patch
 from smt_peft.plotting import plot_adapter
 from smt_peft.writing import check_is_new, written_whole
@@ -132,7 +127,7 @@ def _with_base(args: argparse.Namespace, formats: Sequence[str]) -> tuple[Path, 
     Args:
         formats: of weights, beside safetensors.
     """
-    adapter = local_folder(args.adapter, kinds=("*.safetensors", *formats))
+    adapter = local_folder(args.adapter, patterns=("*.safetensors", *formats))
     about = adapter_config(adapter)
     base, revision = args.base or about.get("base_model_name_or_path"), None if args.base else about.get("revision")
     if not base:

@@ -102,7 +102,7 @@ class DeltaBank(nn.Module):
 
     def parts(self, target: int, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
         """Where a target's blocks lie, for the operations on `device`, and their deltas [n, b, b]; None, None without
-        any. What uses the deltas brings gradients to `weight`, also where they are made under no_grad.
+        any. Gradients of the deltas reach `weight`, even where this is called under no_grad.
 
         Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
         values needs no new ones; what changes its version, and each forward of the whole model that builds a graph,
@@ -387,9 +387,14 @@ class Share(nn.Module):
             yield self.bank.weight
 
 
+def banks_of(model: nn.Module) -> dict[str, Banks]:
+    """Where in a model banks are; in several places if parts of it were wrapped."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
+
+
 def find_bank(model: nn.Module, adapter: str) -> DeltaBank:
     """An adapter's bank. Raises ValueError where there is no such adapter, or more than one."""
-    homes = {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
+    homes = banks_of(model)
     if not homes:
         raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
     found = [name for name, banks in homes.items() if adapter in banks]

@@ -1,15 +1,10 @@
-"""The two callbacks for a Trainer: one decides when the warm-up runs, and gives it the Trainer's own loss; the other
-looks after the run, and says where it goes wrong without an error."""
+"""The callback that decides when a Trainer's warm-up runs, and gives it the Trainer's own loss."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
-import math
-import os
-import statistics
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,17 +18,12 @@ from transformers import Trainer, TrainerCallback
 
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
-from smt_peft.scoring import reduce_over_ranks
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, random_states, select_blocks
 
 HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
 LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")  # where TRL's losses log
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
-# Gradient norms that are a sign of divergence:
-SPIKE = 100  # times the running median
-FEWEST_NORMS = 5
-OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its scale
 
 
 class SMTWarmupCallback(TrainerCallback):
@@ -76,7 +66,7 @@ class SMTWarmupCallback(TrainerCallback):
         if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
             _refuse_to_train_without(bank.weight, self.adapter_name, model, optimizer)
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
-        trainer, resumed = _calling_trainer()
+        trainer, resumed = calling_trainer()
         self.selection = self._given
         if self.avoid and config.selection not in ("gradient", "activation"):
             raise ValueError(
@@ -233,77 +223,7 @@ def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -
         )
 
 
-class SMTMonitorCallback(TrainerCallback):
-    """Warns, once, where a run diverges: of gradient norms in the Trainer's log that are not finite or leap, and of
-    deltas that are not finite, at every save and in the end. Refuses to resume from a checkpoint that is half written.
-    Of several processes each needs it.
-
-    Args:
-        adapter_name: whose deltas to look at.
-    """
-
-    def __init__(self, adapter_name: str = "default"):
-        self.adapter_name = adapter_name
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._norms: deque[float] = deque(maxlen=100)  # of this run; a callback may see several
-        self._broken = 0  # norms in a row that are not finite
-        self._warned = False
-        self._bank = find_bank(model, self.adapter_name)  # in the end another callback may have merged it
-        _, resumed = _calling_trainer()
-        if resumed:
-            _refuse_half_written(resumed, args)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or logs.get("grad_norm") is None:
-            return
-        norm = float(logs["grad_norm"])
-        median = statistics.median(self._norms) if len(self._norms) >= FEWEST_NORMS else None
-        if math.isfinite(norm):
-            self._norms.append(norm)
-            self._broken = 0
-            wrong = median is not None and norm > SPIKE * median > 0
-        else:
-            self._broken += 1
-            wrong = self._broken > (OVERFLOWS if args.fp16 else 0)
-        if wrong:
-            before = "" if median is None else f", after a median of {median:.3g}"
-            self._warn_once(f"The gradient norm is {norm:.3g} at step {state.global_step}{before}")
-
-    def on_save(self, args, state, control, **kwargs):
-        part = self._bank.local()
-        counts = torch.tensor([part.isfinite().sum(), part.numel()], device=self._bank.index.device)
-        finite, count = reduce_over_ranks(counts).tolist()  # each may have another part
-        if finite < count:
-            share = f"{100 - 100 * finite / count:.3g} %"
-            self._warn_once(f"{share} of the trained values are not finite at step {state.global_step}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.on_save(args, state, control)
-
-    def _warn_once(self, fact: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warn(
-                f"{fact}: training is about to diverge, or has. Lower the learning rate, train in bfloat16 instead of "
-                "float16, or set max_grad_norm=1.0; go on from a checkpoint before this step. logging_steps=10 shows "
-                "in the log when it begins."
-            )
-
-
-def _refuse_half_written(checkpoint: str, args) -> None:
-    """Raise where a rank died while the checkpoint was written: its random state is missing, so the run that goes on
-    from there would be another one. Trainer itself only logs that."""
-    name = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    files = os.listdir(checkpoint)
-    if any(file.startswith("rng_state") for file in files) and name not in files:
-        raise FileNotFoundError(
-            f"{checkpoint} has no {name}: rank {args.process_index} died while it was written, or the number of "
-            "processes was another. Resume from an earlier checkpoint, or with as many processes as wrote it."
-        )
-
-
-def _calling_trainer() -> tuple[Trainer | None, str | None]:
+def calling_trainer() -> tuple[Trainer | None, str | None]:
     """The Trainer whose event this is, and the checkpoint it resumes from.
 
     Events hand over the model and the data but not the Trainer, and only it knows the loss; it is found as the `self`

@@ -76,7 +76,7 @@ class Checkpoint:
 
 
 def _keys(file: Path) -> list[str]:
-    """What a file has, by its header, which tells its length, too."""
+    """The keys of a file, from its header; opening it checks its length, too."""
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
@@ -84,21 +84,21 @@ def _keys(file: Path) -> list[str]:
         raise ValueError(f"{file} is broken or cut off ({error}); download or copy it again.") from None
 
 
-def local_folder(name: str, revision: str | None = None, kinds: Sequence[str] = ("*.safetensors",)) -> Path:
+def local_folder(name: str, revision: str | None = None, patterns: Sequence[str] = ("*.safetensors",)) -> Path:
     """A folder, or a name on the Hugging Face hub: what belongs to it is downloaded, once.
 
     Args:
         revision: on the hub.
-        kinds: of files that hold weights; of the first that is there.
+        patterns: of files of weights, the preferred ones first; those of the first that matches are downloaded.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
-        for kind in kinds:
-            wanted = [kind, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
+        for pattern in patterns:
+            wanted = [pattern, "*.json", "*.txt", *TOKENIZER, *BESIDE_WEIGHTS]
             skipped = ["*/*", "consolidated*"]
             folder = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=skipped)
-            names = [path.name for path in Path(folder).glob(kind)]
+            names = [path.name for path in Path(folder).glob(pattern)]
             if not all(name.startswith("consolidated") for name in names):
                 break  # many repositories have the same weights in both forms
         return Path(folder)

@@ -378,7 +378,7 @@ def form(tensor: Tensor) -> str:
 
 
 def load(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; they are read where they are looked at."""
+    """The tensors of a safetensors file, memory-mapped: each is read when it is used."""
     try:
         return load_file(file)
     except (SafetensorError, KeyError, AttributeError) as error:  # the last two: a dtype that PyTorch lacks

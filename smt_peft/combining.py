@@ -73,7 +73,7 @@ class Method(NamedTuple):
         return prune(deltas, self.density, "random" if is_random else "magnitude", rescale=is_random)
 
     def mix(self, deltas: list[Tensor], weights: Tensor) -> Tensor:
-        """One tensor out of as many, of one shape, as there are weights."""
+        """The combination of several adapters' deltas, all of one shape, with a weight for each."""
         if not self.combination_type.endswith("ties"):
             return task_arithmetic(deltas, weights)
         stacked = torch.stack(deltas)

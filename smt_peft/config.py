@@ -25,14 +25,8 @@ Arrangement = Literal["tiles", "sorted"]
 Bias = Literal["none", "all", "smt_only"]
 
 DEFAULT_TRAINABLE_RATIO = 0.0086  # 890 blocks of 256 x 256 in LLaMA-7B, the budget of the paper's main tables
-DOWNLOAD = (
-    "subfolder",
-    "revision",
-    "cache_dir",
-    "token",
-    "local_files_only",
-    "force_download",
-)  # options of the hub's
+# Options of the hub's.
+DOWNLOAD = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
 LONGEST_MESSAGE = 600
 LISTS = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save")
 NEVER_STRINGS = ("target_parameters", "modules_to_save")

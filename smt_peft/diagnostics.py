@@ -7,7 +7,8 @@ from collections import Counter
 
 import torch.distributed as dist
 
-from smt_peft.selected import Selection, locations_of
+from smt_peft.locations import locations_of
+from smt_peft.selected import Selection
 
 CONCENTRATED = 0.8  # share of the blocks in modules that read the same input
 FEWEST_BLOCKS = 20  # fewer say nothing about where a ranking leads

@@ -32,7 +32,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import checks
-from smt_peft.bank import Banks
+from smt_peft.bank import banks_of
 from smt_peft.checks import PREFIX
 from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.model import forget_unloaded
@@ -159,8 +159,7 @@ def push_to_hub(model: PeftModel, original: Callable, *args, **options):
 
 def adapter_key_prefixes(model: PeftModel, original: Callable) -> set[str]:
     """PEFT's, with the bank: it looks for adapters' state in layers alone, and takes all else for the base model's."""
-    banks = {name for name, module in model.base_model.model.named_modules() if isinstance(module, Banks)}
-    return original(model) | banks
+    return original(model) | banks_of(model.base_model.model).keys()
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from smt_peft.bank import DeltaBank, is_sharded
 from smt_peft.checks import Target
 from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear
+from smt_peft.locations import kinds_of
 from smt_peft.ops import reduce_blocks
 from smt_peft.places import places_in, short
-from smt_peft.selected import kinds_of
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 
-# 13B in blocks of 16 has 50 million. A file may ask for blocks of one weight, whose scores would take many times the
+# 13B in blocks of 16 has 50 million. A file may ask for blocks of 1 x 1, whose scores would take many times the
 # memory of the model.
 MOST_SCORED_ON_LOADING = 2**26
 
@@ -37,19 +37,14 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
         scores, lines = [], []
         for layer, target in zip(layers, bank.targets, strict=True):  # one dequantised matrix at a time
             with align_module_device(layer.get_base_layer()):  # an offloaded weight comes in for this
-                if layer.weight.device.type == "meta":
+                is_meta = layer.weight.device.type == "meta"
+                if is_meta or is_sharded(layer.weight):
                     if config.awaits_weights:  # and its index with them
                         return None
+                    why = "on the meta device: load it first" if is_meta else "divided: select before it is"
                     raise ValueError(
-                        f"selection='magnitude' looks at the weights, and {target.name}'s is on the meta device: load "
-                        "them first, or give the blocks (selected_blocks)."
-                    )
-                if is_sharded(layer.weight):
-                    if config.awaits_weights:
-                        return None
-                    raise ValueError(
-                        f"selection='magnitude' looks at the weights, and {target.name}'s is divided among processes: "
-                        "select without it, and give the blocks (selected_blocks)."
+                        f"selection='magnitude' looks at the weights, and {target.name}'s is {why}, or give the "
+                        "blocks (selected_blocks)."
                     )
                 matrix = layer.matrix()
                 if config.arrangement == "sorted":

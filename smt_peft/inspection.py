@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, read_adapter
-from smt_peft.selected import layers_of, locations_of
+from smt_peft.locations import layers_of, locations_of
 
 OPTIONS = {  # that a rule of selection has, beside the scope
     "gradient": ["score", "accumulation", "warmup_steps"],

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     AuxiliaryTrainingWrapper,
     TrainableTokensWrapper,
@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
-from smt_peft.bank import Banks, DeltaBank, is_sharded
+from smt_peft.bank import Banks, DeltaBank, banks_of, is_sharded
 from smt_peft.checks import BANK, FLOATS, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
@@ -62,7 +62,10 @@ class SMTModel(BaseTuner):
             )
         _check_name(model, adapter_name)
         _check_rows(model, self.peft_config, adapter_name)
-        states.mirror_selections(model, {name: c for name, c in self.peft_config.items() if name != adapter_name})
+        put_back, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
+        for name, bank in (banks or {}).items():  # for TRL, which copies the config of the one that is there
+            if name != adapter_name and name in self.peft_config:
+                self.peft_config[name].selected_blocks = bank.selected_blocks()
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
             config.modules_to_save = [*(config.modules_to_save or []), *HEADS[config.task_type]]
@@ -72,7 +75,6 @@ class SMTModel(BaseTuner):
         _check_tokens(config, model)
         if config.awaits_weights:
             config.trained_before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        put_back, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
         try:
             if banks is None:
                 setattr(model, BANK, Banks(model))
@@ -192,8 +194,7 @@ class SMTModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         if not merge:
             for layer in _layers_of(self.model):
-                with onload_layer(layer):
-                    layer.restore()
+                layer.restore()
             for wrapper in self.model.modules():
                 if isinstance(wrapper, TrainableTokensWrapper) and wrapper.token_adapter.merged:
                     wrapper.token_adapter.unmerge()
@@ -302,7 +303,7 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             "model.get_base_model(), or model.unload()."
         )
     own = getattr(model, BANK, None)  # inside of a compiled model
-    inner = next((name for name, of in model.named_modules() if isinstance(of, Banks) and of is not own), None)
+    inner = next((name for name, banks in banks_of(model).items() if banks is not own), None)
     if inner is not None:
         raise ValueError(
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "

@@ -17,7 +17,8 @@ import torch
 from torch.nn.functional import adaptive_max_pool2d, pad
 
 from smt_peft.files import StoredAdapter
-from smt_peft.selected import Location, Selection, layers_of, locations_of
+from smt_peft.locations import Location, layers_of, locations_of
+from smt_peft.selected import Selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -128,8 +128,8 @@ class Collector:
             self._sums[position] = scores if old is None else old.add_(scores)
 
     def agree(self) -> None:
-        """With the other ranks on which layers read one input: one that nothing reached on some of them, as no token
-        an expert, would stand alone there."""
+        """Have all ranks say alike which layers read one input: on a rank where nothing reached a layer, as no token
+        an expert, it would stand alone."""
         self.inputs = reduce_over_ranks(torch.tensor(self.inputs, device=self.source.device), "min").tolist()
 
     def means(self) -> list[torch.Tensor]:
@@ -196,12 +196,10 @@ class ScoreCollector(Collector):
         if self.keeps == "sums":
             return [mean.abs() / self.block_size**2 for mean in means]
         if self.keeps == "gradients":
-            means = [self._in_order(position, mean) for position, mean in enumerate(means)]
+            if self.lines is not None:
+                means = [lines.in_order(mean) for lines, mean in zip(self.lines, means, strict=True)]
             return [ops.reduce_blocks(mean, self.block_size, self.score) for mean in means]
         return means
-
-    def _in_order(self, position: int, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient if self.lines is None else self.lines[position].in_order(gradient)
 
 
 class FeatureCollector(Collector):

@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smt_peft import checks
-from smt_peft.bank import Banks, DeltaBank
+from smt_peft.bank import DeltaBank, banks_of
 from smt_peft.bases import base_weights, other_base, sample
 from smt_peft.checks import PREFIX
 from smt_peft.config import SMTConfig
@@ -27,8 +27,8 @@ def to_save(
     Raises:
         KeyError: where the deltas are not there.
     """
-    mirror_selections(model, {adapter: config})
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
+    config.selected_blocks = bank.selected_blocks()
     if keys[0] not in state_dict:
         raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
     own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers
@@ -117,24 +117,9 @@ def _own_weights(
     return {name: others[key] for name, key in found.items() if name in own}
 
 
-def mirror_selections(model: nn.Module, configs: dict[str, SMTConfig]) -> None:
-    """Write the selections of existing adapters into their configs: for people, and for TRL's copy of the config."""
-    banks = next((module for module in model.modules() if isinstance(module, Banks)), {})
-    for adapter, config in configs.items():
-        if adapter in banks:
-            config.selected_blocks = banks[adapter].selected_blocks()
-
-
-def _find_banks(model: nn.Module) -> tuple[str, Banks]:
-    for name, module in model.named_modules():
-        if isinstance(module, Banks):
-            return name.removeprefix("_fsdp_wrapped_module."), module
-    raise ValueError("The model has no SMT adapter.")
-
-
 def _bank_and_keys(model: nn.Module, adapter: str) -> tuple[DeltaBank, list[str]]:
     """An adapter's bank, and the keys of `checks.PARTS`."""
-    home, banks = _find_banks(model)
+    home, banks = next(iter(banks_of(model).items()))
     return banks[adapter], [f"{home}.{adapter}.{part}" for part in checks.PARTS]
 
 
@@ -143,14 +128,13 @@ def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
     keys = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            name = name.removeprefix("_fsdp_wrapped_module.")
             for saved, own in module.adapter_state_dict_load_map(adapter).items():
                 keys[f"{name}.{saved}"] = f"{name}.{own}"
     return keys
 
 
 def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
-    root = model.get_submodule(_find_banks(model)[0].rpartition(".")[0])
+    root = model.get_submodule(next(iter(banks_of(model))).rpartition(".")[0])
     different = other_base(stored, sample(base_weights(root, with_heads=False), list(stored)))
     if different:
         here = getattr(root, "name_or_path", "")

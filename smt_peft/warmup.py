@@ -16,11 +16,12 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from smt_peft import ops
-from smt_peft.bank import Banks, DeltaBank, find_bank
+from smt_peft.bank import DeltaBank, banks_of, find_bank
 from smt_peft.diagnostics import warn, warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
+from smt_peft.locations import kinds_of
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
-from smt_peft.selected import Selection, kinds_of
+from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
 
 LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
@@ -256,7 +257,7 @@ def _needs_compiler(model: nn.Module) -> bool:
 def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Iterator[Callable[[], None]]:
     """Train mode with nothing trainable and every target watched; then everything as it was, also when interrupted:
     modes, counters, requires_grad, gradients, buffers (BatchNorm's statistics) and random states."""
-    own = {id(buffer) for module in model.modules() if isinstance(module, Banks) for buffer in module.buffers()}
+    own = {id(buffer) for banks in banks_of(model).values() for buffer in banks.buffers()}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     undo: list[Callable[[], object]] = [partial(setattr, bank, "in_warmup", False)]
     for module in model.modules():

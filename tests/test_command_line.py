@@ -371,10 +371,10 @@ def test_of_weights_in_two_forms_one_is_downloaded(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(checkpoints, "snapshot_download", download)
-    checkpoints.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    checkpoints.local_folder("some/base", patterns=("*.safetensors", "*.bin"))
     assert asked == ["*.safetensors", "*.bin"], "there are no others"
     (tmp_path / "model.safetensors").touch()
-    checkpoints.local_folder("some/base", kinds=("*.safetensors", "*.bin"))
+    checkpoints.local_folder("some/base", patterns=("*.safetensors", "*.bin"))
     assert asked[2:] == ["*.safetensors"]
 
 

@@ -128,7 +128,7 @@ def test_weights_that_are_not_there_yet_are_not_looked_at(arrangement, tmp_path)
         empty = [tiny_model(), tiny_model()]
     loaded = PeftModel.from_pretrained(empty[0], tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(bank_of(loaded).index, bank_of(made).index)
-    with pytest.raises(ValueError, match="is on the meta device: load them first"):
+    with pytest.raises(ValueError, match="is on the meta device: load it first"):
         get_peft_model(empty[1], config(**options))
 
 

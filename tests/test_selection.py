@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.selected import locations_of
+from smt_peft.locations import locations_of
 from smt_peft.selection import Lines, apportion, select
 from smt_peft.warmup import apply_selection
 

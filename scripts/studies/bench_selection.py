@@ -31,9 +31,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from smt_peft.locations import kinds_of, locations_of
 from smt_peft.ops import reduce_blocks
 from smt_peft.plotting import plot_overlap
-from smt_peft.selected import Selection, kinds_of, locations_of
+from smt_peft.selected import Selection
 from smt_peft.selection import random_scores, select
 
 RATIO = 0.022  # the budget: what LoRA has with rank 1 on all linear layers of stories260K

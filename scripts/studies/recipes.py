@@ -18,8 +18,9 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bank import find_bank
+from smt_peft.locations import kinds_of
 from smt_peft.optimizers import BlockMuon
-from smt_peft.selected import Selection, kinds_of
+from smt_peft.selected import Selection
 from smt_peft.selection import select
 from smt_peft.warmup import apply_selection
 
