@@ -24,12 +24,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
 from command_line import in_a_line, read_options
-from finetune import STDLIB, load_model, parse_quantization
-from scores import Unfinished, answers_file, average, newest_weights, open_results, save, score, table
+from finetune import STDLIB, check_dtype, load_model, parse_quantization
+from scores import Unfinished, answers_file, newest_weights, open_results, save, score, summary, table
 from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
+from transformers.utils import is_bitsandbytes_available
 
 import smt_peft  # registers SMT with PEFT
 from smt_peft.checkpoints import local_folder
@@ -86,6 +87,9 @@ class Options:
 
     def __post_init__(self) -> None:
         self.quantization = parse_quantization(self.quantization)
+        check_dtype(self.dtype)
+        if self.quantization and not is_bitsandbytes_available():
+            raise ValueError("quantization is given, but bitsandbytes is not installed: pip install bitsandbytes")
         if not (self.model or self.adapter):
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.protocol != "llm-adapters" and self.mode != "generate":
@@ -219,13 +223,12 @@ def main(argv: list[str]) -> dict:
             state.print(f"{task.name}: {longer[0]}")  # where positions are learnt, what comes next is an IndexError
         answer(model, tokenizer, task, rows, options, so_far[task])
         results["tasks"][task.name] = score(so_far[task].in_order(), so_far[task].seconds, about)
-        results["average"] = average(results["tasks"])
-        results["seconds"] = round(sum(one["seconds"] for one in results["tasks"].values()), 1)
+        results |= summary(results["tasks"])
         for one in so_far[task].runs:
             if one not in results["runs"]:
                 results["runs"].append(one)
         if state.is_main_process:
-            save(results, task.name, so_far[task], output)
+            results = save(results, task.name, so_far[task], output)
     if state.is_main_process:
         print(table(results))
     return results

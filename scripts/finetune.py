@@ -15,10 +15,12 @@ import contextlib
 import copy
 import inspect
 import json
+import re
 import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -40,6 +42,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    EvalPrediction,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -50,6 +53,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_bitsandbytes_available
 
 from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback
 from smt_peft.files import read_adapter, read_json
@@ -62,6 +66,8 @@ STDLIB = {  # rows that any Python has, by split
     "stdlib-questions": questions,
 }
 SHOWN = 3  # of the questions that are asked
+PER_TOKEN = "loss_per_token"
+LEAST_NEW_TOKENS = 60  # of an answer; as many as that of the right one, if that is longer
 
 
 @dataclass
@@ -99,7 +105,8 @@ class Options:
         default=None,
     )
     questions: int = HfArg(
-        help=f"how many held-out instructions; the first {SHOWN} are shown, and of more the right answers counted",
+        help=f"how many held-out instructions; the first {SHOWN} are shown, and of more those counted whose answers "
+        "have the right one in them",
         default=SHOWN,
     )
     dtype: str = HfArg(help='data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
@@ -107,6 +114,8 @@ class Options:
     def __post_init__(self) -> None:
         self.smt, self.lora = parse(self.smt), parse(self.lora)
         self.quantization = parse_quantization(self.quantization)
+        if self.quantization and not is_bitsandbytes_available():
+            raise SystemExit("quantization is given, but bitsandbytes is not installed: pip install bitsandbytes")
         if set(self.methods.split(",")) - set(METHODS):
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
         for method in self.methods.split(","):
@@ -118,14 +127,19 @@ class Options:
             raise SystemExit(
                 "quantization is given, but weights in 4 or 8 bits cannot be trained whole: leave out full"
             )
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise SystemExit(f"dtype is {self.dtype!r}; it can be auto, float32, bfloat16 or float16")
+        check_dtype(self.dtype)
         if self.eval_rows < 1:
             raise SystemExit(f"eval_rows is {self.eval_rows}; losses before and after need a row at least: 1 or more")
         if self.max_length < 1:
             raise SystemExit(f"max_length is {self.max_length}; a row has a token at least: 1 or more")
         if self.questions < 1:
             raise SystemExit(f"questions is {self.questions}; what is saved is checked with the first: 1 or more")
+
+
+def check_dtype(dtype: str) -> None:
+    """End with an error where the weights' data type is none."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise SystemExit(f"dtype is {dtype!r}; it can be auto, float32, bfloat16 or float16")
 
 
 def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
@@ -152,6 +166,13 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     return tuple(rows.train_test_split(min(eval_rows, len(rows) // 2), seed=0).values())
 
 
+def without_held_out(train: datasets.Dataset, test: datasets.Dataset) -> datasets.Dataset:
+    """Give the rows to train on that do not repeat what a held-out one asks or says."""
+    ask = question if is_labelled(train) else itemgetter("text")
+    asked = set(map(ask, test))
+    return train.select([number for number, row in enumerate(train) if ask(row) not in asked])
+
+
 def is_labelled(rows: datasets.Dataset) -> bool:
     """Whether rows are instructions and their answers; else they are texts."""
     return {"instruction", "output"} <= set(rows.column_names)
@@ -170,8 +191,10 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
         cut = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
         return {"input_ids": cut, "labels": cut}
 
+    before, after = prompt("\0").split("\0")  # as texts: datasets keeps tokens, and sees when a text is another
+
     def answer(row: dict) -> dict:
-        asked = prompt(question(row))
+        asked = before + question(row) + after
         start = len(tokenizer(asked)["input_ids"])
         # Outer white space of the answer goes: a line break at its start can fuse with the prompt's last one into a
         # token that the prompt alone, as in a test, does not end with.
@@ -272,8 +295,22 @@ class Progress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
         for name, value in logs.items():
-            if name.startswith("eval_") and name.endswith("_loss"):
-                self.training_bar.write(f"Step {state.global_step}: {name[5:-5]} has loss {value:.3f}")
+            if name.startswith("eval_") and name.endswith(f"_{PER_TOKEN}"):
+                domain = name.removeprefix("eval_").removesuffix(f"_{PER_TOKEN}")
+                self.training_bar.write(f"Step {state.global_step}: {domain} has loss {value:.3f}")
+
+
+def token_losses(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Give each row's sum of losses and number of tokens, [rows, 2]; Trainer's mean is over batches of any length."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    labels = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), labels, reduction="none")
+    return torch.stack([losses.sum(1), (labels >= 0).sum(1)], dim=1)
+
+
+def loss_per_token(of_rows: EvalPrediction) -> dict[str, float]:
+    losses, tokens = of_rows.predictions.sum(0)
+    return {PER_TOKEN: float(losses / tokens)}
 
 
 class TrainingDataNote(TrainerCallback):
@@ -309,6 +346,8 @@ def fine_tune(
         train_dataset=train,
         eval_dataset=test,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),  # pads input_ids and labels
+        compute_metrics=loss_per_token,
+        preprocess_logits_for_metrics=token_losses,
         processing_class=tokenizer,
         callbacks=[note, warmup, SMTMonitorCallback()] if method == "smt" else [note],
     )
@@ -330,7 +369,7 @@ def fine_tune(
     numbers = {"parameters": sum(parameters)}
     numbers["seconds"] = None if args.resume_from_checkpoint else run["train_runtime"] - evaluating
     before = dict(reversed(logged))
-    numbers["losses"] = {name: [before[f"eval_{name}_loss"], after[f"eval_{name}_loss"]] for name in test}
+    numbers["losses"] = {name: [at[f"eval_{name}_{PER_TOKEN}"] for at in (before, after)] for name in test}
     trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     numbers["after"] = continued(trained, tokenizer, prompts, args)
     logits = logits_of(trained, tokenizer, prompts[0]["prompt"])
@@ -340,20 +379,23 @@ def fine_tune(
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, tokenizer: Any, text: str) -> torch.Tensor:
-    """Give the logits for a text, in the model's data type, on the CPU."""
+    """Give the logits for a text on the CPU, in the model's data type, or the coarser one of FSDP's computations."""
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    return model.eval()(**inputs).logits.to("cpu", model.dtype)
+    logits = model.eval()(**inputs).logits
+    return logits.to("cpu", max(logits.dtype, model.dtype, key=lambda dtype: torch.finfo(dtype).eps))
 
 
 def continued(model: torch.nn.Module, tokenizer: Any, prompts: list[dict], args: TrainingArguments) -> list[str]:
     """Let the model continue the prompts, each by the likeliest tokens."""
     penalty = 1.0 if "right" in prompts[0] else 1.15  # an answer may well repeat words of its question
     answers, size = [], args.per_device_eval_batch_size
+    right = tokenizer([each["right"] for each in prompts if "right" in each] or [""])["input_ids"]
+    most = max(LEAST_NEW_TOKENS, *map(len, right))
     for start in range(0, len(prompts), size):
         texts = [each["prompt"] for each in prompts[start : start + size]]
         inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
         tokens = model.eval().generate(
-            **inputs.to(model.device), max_new_tokens=60, do_sample=False, repetition_penalty=penalty
+            **inputs.to(model.device), max_new_tokens=most, do_sample=False, repetition_penalty=penalty
         )
         answers += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
@@ -389,7 +431,9 @@ def check(
 
 
 def is_right(question: dict, answer: str) -> bool:
-    return question["right"].strip() in answer  # whatever else it says
+    """Whether an answer has the right one in it as whole words, whatever else it says."""
+    right = question["right"].strip()
+    return re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer) is not None if right else not answer.strip()
 
 
 def report(results: dict, prompts: list[dict], output_dir: str) -> str:
@@ -473,9 +517,11 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
             f"resume_from_checkpoint is {args.resume_from_checkpoint!r}; it can be true, false, or a checkpoint "
             f"with its {TRAINER_STATE_NAME}"
         )
-    learnt = training_data(args.output_dir)
-    if not (how == "true" and last) and learnt and options.data not in learnt:
-        raise SystemExit(f"{args.output_dir} holds what learnt {learnt[-1]}; name another output_dir")
+    checkpoint = {"true": last, "false": None}.get(how, args.resume_from_checkpoint)
+    learnt = training_data(checkpoint or args.output_dir)
+    if learnt and options.data not in learnt:
+        way_out = f"go on with --data {learnt[-1]}, or name another" if checkpoint else "name another"
+        raise SystemExit(f"{checkpoint or args.output_dir} holds what learnt {learnt[-1]}; {way_out} output_dir")
     if how == "true" and not last and args.process_index == 0:
         print(f"There is no checkpoint in {args.output_dir}: training starts at its first step.")
     if how == "false" and last:
@@ -492,6 +538,9 @@ def main(argv: list[str]) -> None:
     methods = options.methods.split(",")
     if args.deepspeed_plugin and methods[1:]:
         raise SystemExit(f"methods is {options.methods!r}, but DeepSpeed takes one per launch; launch once for each")
+    zero = args.deepspeed_plugin
+    if "full" in methods and zero and zero.zero_stage == 3 and not zero.zero3_save_16bit_model:
+        raise SystemExit("full under ZeRO-3 saves no model without zero3_save_16bit_model: true in its config")
     if methods[1:] and (args.resume_from_checkpoint or "true").lower() not in ("true", "false"):
         raise SystemExit(
             f"methods is {options.methods!r}, but {args.resume_from_checkpoint} is of one; true takes each one's last"
@@ -504,7 +553,7 @@ def main(argv: list[str]) -> None:
         if results_file(args).is_file() and "settings" in read_json(results_file(args)):
             raise SystemExit(f"{results_file(args)} holds scores of evaluate.py; name another output_dir")
     if args.metric_for_best_model in ("loss", "eval_loss"):  # of load_best_model_at_end; losses are logged by domain
-        args.metric_for_best_model = f"{options.data}_loss"
+        args.metric_for_best_model = f"{options.data}_{PER_TOKEN}"
     own_arguments = {method: arguments_of(method, options, args) for method in methods}
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.
@@ -516,9 +565,12 @@ def main(argv: list[str]) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
     with args.main_process_first():
         parts = {name: load_rows(name, options.eval_rows) for name in filter(None, [options.data, options.old_data])}
-        train = encode(parts[options.data][0], tokenizer, options.max_length)
+        rows = without_held_out(*parts[options.data])
+        train = encode(rows, tokenizer, options.max_length)
         if args.process_index == 0:
-            say_what_is_cut(parts[options.data][0], train, tokenizer, options.max_length)
+            if repeated := len(parts[options.data][0]) - len(rows):
+                print(f"{repeated:,} rows of {options.data} repeat held-out ones, and are not trained on")
+            say_what_is_cut(rows, train, tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
     prompts = prompts_of(parts[options.data][1], options, tokenizer)

@@ -93,6 +93,11 @@ def average(scores: dict[str, dict]) -> dict:
     }
 
 
+def summary(scores: dict[str, dict]) -> dict:
+    """Give what stands beside the tasks' scores: their average and their seconds."""
+    return {"average": average(scores), "seconds": round(sum(one["seconds"] for one in scores.values()), 1)}
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text so that the file is never half written."""
     new = file.with_name(file.name + ".new")
@@ -100,20 +105,27 @@ def write_whole(file: Path, text: str) -> None:
     new.replace(file)
 
 
-def save(results: dict, task: str, unfinished: Unfinished, output: Path) -> None:
-    """Write the answers to one task's rows, and then the results, so that neither is ever half written."""
+def save(results: dict, task: str, unfinished: Unfinished, output: Path) -> dict:
+    """Write the answers to one task's rows, and then the results with those of other tasks that another run may have
+    written meanwhile, so that neither is ever half written; give the results."""
+    others = open_results(output, results["settings"])
+    results = results | {"tasks": others["tasks"] | results["tasks"]}
+    results["runs"] = results["runs"] + [run for run in others["runs"] if run not in results["runs"]]
+    results |= summary(results["tasks"])
     rows = answers_file(output, task)
     rows.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(one) + "\n" for one in unfinished.in_order())
     write_whole(rows, lines)
     write_whole(output, json.dumps(results, indent=2) + "\n")
-    unfinished.path.unlink()
+    unfinished.path.unlink(missing_ok=True)
+    return results
 
 
 def table(results: dict) -> str:
     """Lay out the scores as a table."""
     lines = [f"{'task':15}{'rows':>7}{'accuracy %':>12}{'± s.e.':>8}"]
-    for name, one in [*results["tasks"].items(), ("average", {"rows": "", "notes": []} | results["average"])]:
+    mean = {"rows": "", "notes": [f"of {len(results['tasks'])} tasks"]} | results["average"]
+    for name, one in [*results["tasks"].items(), ("average", mean)]:
         numbers = f"{one['rows']:>7}{one['accuracy']:>12.2f}{one['standard_error']:>8.2f}"
         lines.append(f"{name:15}{numbers}  {'; '.join(one['notes'])}".rstrip())
     return "\n".join([*lines, *results["notes"]])

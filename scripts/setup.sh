@@ -19,6 +19,12 @@ for stamp in .venv/installed-{"$extra",test}; do
 done
 
 echo "Setting up .venv for $extra (once; some minutes, mostly PyTorch)"
+for python in "${PYTHON:-python3}" .venv/bin/python; do
+    if command -v "$python" > /dev/null && ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "$python is older than Python 3.10: name another (PYTHON=python3.12), and remove .venv if there is one" >&2
+        exit 1
+    fi
+done
 "${PYTHON:-python3}" -m venv .venv || {
     echo "No virtual environment could be made. On Debian and Ubuntu: apt install python3-venv" >&2
     exit 1

@@ -39,6 +39,7 @@ from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
 
+KEY_PREFIXES = "_get_adapter_state_dict_key_prefixes"
 CARD = "README.md"
 HOW_TO_LOAD = """
 
@@ -66,9 +67,9 @@ def wrap_methods() -> None:
         original = getattr(owner, name)
         if not hasattr(original, "_of_smt_peft"):
             setattr(owner, name, _method(wrapper, original))
-    original = save_and_load._get_adapter_state_dict_key_prefixes
-    if not hasattr(original, "_of_smt_peft"):
-        save_and_load._get_adapter_state_dict_key_prefixes = _method(adapter_key_prefixes, original)
+    original = getattr(save_and_load, KEY_PREFIXES, None)  # no public name, so that another PEFT may lack it
+    if original is not None and not hasattr(original, "_of_smt_peft"):
+        setattr(save_and_load, KEY_PREFIXES, _method(adapter_key_prefixes, original))
 
 
 def _method(wrapper: Callable, original: Callable) -> Callable:

@@ -33,6 +33,17 @@ def test_scores():
     assert scores.average(tasks) == {"accuracy": 75, "standard_error": 2.5, "tasks": 2}
 
 
+def test_two_runs_into_one_file_keep_each_others_scores(tmp_path):
+    output, given = tmp_path / "r.json", [{"right": True}, {"right": False}]
+    both = {name: scores.open_results(output, {"model": "m"}) for name in ("a", "b")}
+    for name, results in both.items():
+        results["tasks"][name], results["runs"] = scores.score(given, 1.0, []), [name]
+        unfinished = scores.Unfinished(scores.answers_file(output, name, ".unfinished"), [], {"model": "m"}, {})
+        saved = scores.save(results, name, unfinished, output)
+    assert [*saved["tasks"]] == ["a", "b"] and saved["average"]["tasks"] == 2 and set(saved["runs"]) == {"a", "b"}
+    assert json.loads(output.read_text()) == saved and saved["seconds"] == 2.0
+
+
 # --- from the command line to the files --------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -274,6 +275,12 @@ def test_deepspeed_is_asked_for_one_method_at_a_time(monkeypatch):
         finetune.main([])
 
 
+def test_a_missing_bitsandbytes_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(finetune, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(SystemExit, match="bitsandbytes is not installed"):
+        finetune.Options("m", "d", quantization="{load_in_4bit: true}")
+
+
 @pytest.mark.parametrize(
     "given, found",
     [("true", "{out}/smt/checkpoint-10"), ("{out}/elsewhere/checkpoint-3", "{out}/elsewhere/checkpoint-3")],
@@ -303,6 +310,18 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path, sai
     (tmp_path / "smt/checkpoint-2/trainer_state.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"checkpoint-2 is of an earlier run: .*--resume_from_checkpoint true"):
         finetune.arguments_of("smt", options, args)
+
+
+@pytest.mark.parametrize("how", ["true", "{out}/smt/checkpoint-2"])
+def test_a_run_on_other_data_is_not_gone_on_with(tmp_path, how):
+    (tmp_path / "smt/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "smt/checkpoint-2/trainer_state.json").write_text("{}")
+    (tmp_path / "smt/checkpoint-2/training_data.json").write_text('{"train": ["others"]}')
+    how = how.format(out=tmp_path)
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=1e-3, resume_from_checkpoint=how, process_index=0)
+    with pytest.raises(SystemExit, match="checkpoint-2 holds what learnt others; go on with --data others"):
+        finetune.arguments_of("smt", finetune.Options("m", "d"), args)
+    assert finetune.arguments_of("smt", finetune.Options("m", "others"), args).resume_from_checkpoint
 
 
 def test_what_learnt_other_data_is_not_written_over(tmp_path):
@@ -521,6 +540,53 @@ def test_held_out_rows_are_not_trained_on(files):
     assert sorted([*train["instruction"], *test["instruction"]]) == sorted(row["instruction"] for row in ROWS)
 
 
+def test_rows_that_repeat_held_out_ones_are_not_trained_on(tokenizer):
+    rows = Dataset.from_list(ROWS)
+    assert finetune.without_held_out(rows, rows.take(3))["instruction"] == rows["instruction"][3:]
+    texts = Dataset.from_dict({"text": ["a", "b", "a"]})
+    assert finetune.without_held_out(texts, texts.take(1))["text"] == ["b"]
+    with pytest.raises(SystemExit, match="leaves no row"):
+        finetune.encode(finetune.without_held_out(texts.take(1), texts), tokenizer, 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_losses_are_per_token_however_rows_are_batched(files, tokenizer, tmp_path, size):
+    """Of answers of 2 and of 200 tokens a mean over batches is another for each size."""
+    rows = [ROWS[n] | {"output": "no" if n % 2 else f"no {n} " * 30} for n in range(8)]
+    data = finetune.encode(Dataset.from_list(rows), tokenizer, 512)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    model = LlamaForCausalLM.from_pretrained(files / "model")
+    trainer = finetune.Trainer(
+        model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=size, use_cpu=True, report_to="none"),
+        eval_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=finetune.loss_per_token,
+        preprocess_logits_for_metrics=finetune.token_losses,
+    )
+    found = trainer.evaluate()["eval_loss_per_token"]
+    parts = [(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row["labels"]) for row in data]
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in parts]
+    assert found == pytest.approx(
+        sum(loss * n for (loss, _), n in zip(parts, counts, strict=True)) / sum(counts), 1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "right, answer, is_right",
+    [
+        ("4", "The answer is 14", False),
+        ("4", "It is 4.", True),
+        ("no", "unknown", False),
+        ("", "x", False),
+        ("", " ", True),
+    ],
+)
+def test_a_right_answer_stands_in_whole_words(right, answer, is_right):
+    assert finetune.is_right({"right": right}, answer) is is_right
+
+
 def test_texts_that_fill_no_row_are_refused(tokenizer):
     with pytest.raises(SystemExit, match="max_length=99"):
         finetune.encode(Dataset.from_dict({"text": ["a"]}), tokenizer, 99)
@@ -529,6 +595,7 @@ def test_texts_that_fill_no_row_are_refused(tokenizer):
 # --- setting up and starting -----------------------------------------------------------------------------------------
 
 PYTHON = """#!/usr/bin/env bash
+[[ "$1" == -c ]] && exit {is_old}
 echo "$@" >> {log}
 if [[ "$*" == "-m venv .venv" ]]; then
     mkdir -p .venv/bin && cp "$0" .venv/bin/python
@@ -544,10 +611,10 @@ def clone(tmp_path):
     for name in ("pyproject.toml", "scripts/constraints.txt", "scripts/setup.sh", "scripts/quickstart.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
 
-    def run(*words: str, uv: int = 0) -> list[str]:
+    def run(*words: str, uv: int = 0, is_old: int = 0) -> list[str]:
         log = tmp_path / "log"
         log.write_text("")
-        (tmp_path / "python").write_text(PYTHON.format(log=log, status=uv))
+        (tmp_path / "python").write_text(PYTHON.format(log=log, status=uv, is_old=is_old))
         (tmp_path / "python").chmod(0o755)
         command = ["bash", *words]
         subprocess.run(command, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": tmp_path / "python"})
@@ -564,6 +631,12 @@ def test_setting_up_lets_uv_choose_the_build_and_falls_back_to_pip(clone, uv):
     assert len(plain) == uv and all("-m pip install" in line for line in plain)
     for line in (chosen, *plain):
         assert line.endswith(" --constraint scripts/constraints.txt --editable .[scripts]")
+
+
+def test_a_python_that_is_too_old_is_named_before_anything_is_made(clone, tmp_path, capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        clone("scripts/setup.sh", is_old=1)
+    assert "older than Python 3.10" in capfd.readouterr().err and not (tmp_path / ".venv").exists()
 
 
 def test_what_is_set_up_is_completed_and_then_left_alone(clone):
