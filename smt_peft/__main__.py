@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +34,9 @@ from smt_peft.patches import sparse_patch
 from smt_peft.plotting import plot_adapter
 from smt_peft.writing import check_is_new, written_whole
 
+# What is said in a line; the last two are of pickled weights of other methods that are none.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, StrictDataclassError)
+ERRORS += (pickle.UnpicklingError, EOFError)
 OTHER_WEIGHTS = ("*.bin",)  # what transformers and PEFT load, too
 WHERE = "a folder, or a name on the Hugging Face hub"
 NEW_FOLDER = "folder to write; must not exist, or be empty"
@@ -227,7 +232,18 @@ def words(value: object) -> str:
         return ", ".join(map(words, value))
     if value is None:
         return "-"
+    if isinstance(value, str):  # a stranger's file may hold what moves the cursor
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _finite(value: object) -> object:
+    """A report without NaN and infinity, which JSON has not: null."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(kind: str, message: object) -> str:
@@ -243,12 +259,14 @@ def main(argv: list[str] | None = None) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # for those who write code, not for those who run it
             warnings.showwarning = lambda message, *_: print(_line("warning", message), file=sys.stderr)
             report = args.function(args)
-        print(json.dumps(report, indent=2) if args.json else text(report), flush=True)
+        if hasattr(sys.stdout, "reconfigure"):  # else a name that the console cannot show would fail what is done
+            sys.stdout.reconfigure(errors="backslashreplace")
+        print(json.dumps(_finite(report), indent=2, allow_nan=False) if args.json else text(report), flush=True)
     except KeyboardInterrupt:
         commands.exit(130, "smt-peft: interrupted\n")
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except ERRORS as error:
         commands.exit(2, _line("error", error) + "\n")
 
 

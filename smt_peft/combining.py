@@ -212,7 +212,7 @@ def _config_of_sum(parts: Sequence[StoredAdapter], blocks: dict[str, Blocks]) ->
     targets = [set(part.shapes) for part in parts]
     first = next(iter(blocks.values()))
     changes = {"block_size": first.deltas.shape[1], "num_blocks": sum(len(of.deltas) for of in blocks.values())}
-    changes["arrangement"] = "tiles" if all(map(_are_tiles, blocks.values())) else "sorted"
+    changes["arrangement"] = "tiles" if all(of.are_tiles() for of in blocks.values()) else "sorted"
     changes |= {"trainable_ratio": None, "num_blocks_pattern": {}, "selected_blocks": None}
     changes |= {"selection": "gradient", "init_weights": True}  # nothing that would select anew
     if any(names != targets[0] for names in targets[1:]):
@@ -226,14 +226,6 @@ def _config_of_sum(parts: Sequence[StoredAdapter], blocks: dict[str, Blocks]) ->
         changes |= {"target_modules": every - parameters, "target_parameters": sorted(parameters) or None}
         changes |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     return replace(parts[0].config, **changes)
-
-
-def _are_tiles(blocks: Blocks) -> bool:
-    size = blocks.rows.shape[1]
-    return all(
-        bool((side[:, 0] % size == 0).all() and (side == side[:, :1] + torch.arange(size, device="cpu")).all())
-        for side in (blocks.rows, blocks.cols)
-    )
 
 
 # --- the sum ---------------------------------------------------------------------------------------------------------
@@ -276,7 +268,7 @@ def _cut(parts: dict[str, list[Blocks]], shapes: dict[str, tuple[int, int]]) -> 
     everything = [blocks for of in parts.values() for blocks in of]
     common = math.gcd(*(blocks.rows.shape[1] for blocks in everything))
     sizes = [size for size in range(common, min(common, SMALLEST_FAST_BLOCK) - 1, -1) if common % size == 0]
-    if all(map(_are_tiles, everything)):
+    if all(of.are_tiles() for of in everything):
         sizes = [common]
     cuts = [(size, {name: _grid(of, shapes[name], size) for name, of in parts.items()}) for size in sizes]
     enough = WORTH_IT * min(_bytes(*cut) for cut in cuts)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from huggingface_hub import hf_hub_download
@@ -172,6 +173,8 @@ class SMTConfig(PeftConfig):
                 re.compile(value if isinstance(value, str) else "")
             except (re.error, RecursionError, OverflowError) as error:
                 yield f"{name}={value!r} is no regex ({error})."
+        if not isinstance(base := self.base_model_name_or_path, (str, NoneType)):
+            yield f"base_model_name_or_path={base!r} is no text."
         pairs = self.num_blocks_pattern
         if not isinstance(pairs, Mapping) and not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
             yield f"num_blocks_pattern={pairs!r} is not a mapping by name."

@@ -50,6 +50,14 @@ class Blocks(NamedTuple):
         """What reads the blocks out of the matrix as [n, b, b]: rows [n, b, 1] and columns [n, 1, b]."""
         return self.rows[:, :, None], self.cols[:, None, :]
 
+    def are_tiles(self) -> bool:
+        """Whether each block is neighbouring rows by neighbouring columns, cut at multiples of b."""
+        size = self.rows.shape[1]
+        return all(
+            bool((side[:, 0] % size == 0).all() and (side == side[:, :1] + torch.arange(size, device="cpu")).all())
+            for side in (self.rows, self.cols)
+        )
+
 
 class StoredAdapter(NamedTuple):
     """An adapter as it lies in a folder.
@@ -182,6 +190,13 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
         raise ValueError("The adapter has no blocks to write, or no shapes, as files of version 1 have none.")
     config = replace(adapter.config, selected_blocks=None)
     size = config.block_size
+    for name, (rows, cols, deltas) in adapter.blocks.items():
+        if not rows.shape[1] == cols.shape[1] == deltas.shape[1] == deltas.shape[2] == size:
+            raise ValueError(f"The blocks of {short(name)} are not of {size} x {size} (block_size).")
+        if config.arrangement == "tiles" and not adapter.blocks[name].are_tiles():
+            raise ValueError(f"The blocks of {short(name)} are no tiles, which arrangement='tiles' says.")
+    if odd := next((name for name, shape in adapter.shapes.items() if any(side % size for side in shape)), None):
+        raise ValueError(f"block_size={size} does not divide {short(odd)}'s shape {adapter.shapes[odd]}.")
     targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]
     count = sum(len(blocks.deltas) for blocks in adapter.blocks.values())
     bank = DeltaBank(config, targets, [Group(list(range(len(targets))), count)], torch.device("cpu"))

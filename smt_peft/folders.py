@@ -174,9 +174,14 @@ def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **option
         return original(model, *args, **options)
     except BaseException as error:
         forget_unloaded(model, _said(original, model, *args, **options).adapter_name)
-        if isinstance(error, KeyError):
-            raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
+        _name_what_lacks(error)
         raise
+
+
+def _name_what_lacks(error: BaseException) -> None:
+    """Say in words what PEFT says by a key alone."""
+    if isinstance(error, KeyError):
+        raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
 
 
 # --- transformers' load_adapter --------------------------------------------------------------------------------------
@@ -208,8 +213,9 @@ def load_adapter(model: nn.Module, original: Callable, *args, **options) -> Load
     inject_adapter_in_model(config, model, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
     try:
         result = set_peft_model_state_dict(model, weights, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
-    except BaseException:
+    except BaseException as error:
         forget_unloaded(model, name)
+        _name_what_lacks(error)
         raise
     model._hf_peft_config_loaded = True
     if not said.is_trainable:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -103,6 +103,13 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
     return changes
 
 
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+    """Modules that transformers does not round to `dtype` when it loads the model."""
+    lists = {torch.float16: ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"]}
+    lists[torch.bfloat16] = lists[torch.float16][1:]
+    return sorted({name for kept in lists.get(dtype, ()) for name in getattr(model, kept, None) or ()})
+
+
 def _own_name(target: str, prefix: str, parameters: dict[str, Tensor]) -> str | None:
     """What the model calls a target, which may be a module or a parameter, of the model with its head or without."""
     names = [target, f"{prefix}.{target}", target.removeprefix(f"{prefix}.")]
@@ -154,6 +161,11 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     if not stored.blocks:
         raise ValueError(f"{adapter} has no blocks yet, so there is nothing to merge; train it first.")
     changes = changes_of(stored, checkpoint)
+    if dtype and (kept := kept_in_float32(empty_model(base), dtype)):
+        raise ValueError(
+            f"transformers keeps {', '.join(kept)} of this model in float32 where the rest is in "
+            f"{str(dtype).removeprefix('torch.')}: leave --dtype out, or {OR_LOAD}."
+        )
     shards = sorted(set(checkpoint.files.values()))
     touched = set(shards) if dtype else {checkpoint.files[key] for key in changes}
     check_is_new(out)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import adaptive_max_pool2d, pad
 
+from smt_peft.checks import by_target
 from smt_peft.files import StoredAdapter
 from smt_peft.locations import Location, layers_of, locations_of
 from smt_peft.selected import Selection
@@ -72,8 +73,8 @@ def _sheet(selection: Selection, title: str, scales: dict[str, list[str]]) -> Fi
     sheet = figure.add_axes((0, 0, 1, 1))  # whose coordinates are inches from the left and from the top
     scale = _scale_of(torch.cat([scores.flatten() for scores in selection.scores]))
     chosen = [torch.zeros(scores.shape) for scores in selection.scores]
-    for target, *block in selection.index.tolist():
-        chosen[target][tuple(block)] = 1
+    for target, slots in by_target(selection.index).items():
+        chosen[target][selection.index[slots, 1:].long().unbind(1)] = 1
     for row in rows:
         y += row.height(width)
         top = y - width * row.steepness

@@ -18,6 +18,8 @@ from smt_peft.ops import tile_features
 from smt_peft.selection import Lines, Scope, arrange, select
 
 SELECTION_FILE = "selection.safetensors"
+# What a broken file may cause.
+ERRORS = (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError)
 
 
 @dataclass
@@ -159,7 +161,7 @@ class Selection:
             )
             read._check()
             return read
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+        except ERRORS as error:
             raise ValueError(f"{path} is not a selection, or it is broken ({error}).") from None
 
     def _check(self) -> None:

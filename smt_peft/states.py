@@ -89,9 +89,13 @@ def _own_weights(
 ) -> dict[str, torch.Tensor]:
     """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
     saved whole."""
-    others = parts.others
+    others, whole = parts.others, _whole_modules(model, adapter)
+    present = {key.removeprefix(PREFIX) for key in (*others, *whole)}  # whole modules PEFT has looked for
+    missing = [name for name in parts.content["others"] if name not in present] if parts.content else []
+    if missing:
+        raise ValueError(f"The file lacks {short(missing[0])}, which was saved with it; it is broken.")
     state = model.state_dict() if others else {}
-    own = set(_whole_modules(model, adapter).values())
+    own = set(whole.values())
     for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
         own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
     found = {key if key in own else key.removeprefix(PREFIX): key for key in others}

@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 # What a crash may leave: a folder of this name in the one that was written to. Trainer pushes nothing that begins so.
 UNFINISHED = "_saving-"
-NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM)  # file systems that have no such call
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EXDEV)  # where there is no such call
 
 
 @contextlib.contextmanager

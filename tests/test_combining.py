@@ -388,7 +388,10 @@ def test_folders_combine_as_adapters_in_a_model(base, batches, tmp_path, second,
 def test_a_sum_that_cannot_be_written_leaves_what_was_there(base, tmp_path, monkeypatch):
     two(base).save_pretrained(tmp_path)
     one, other, out = tmp_path, tmp_path / "second", tmp_path / "out"
+    out.mkdir()
+    (out / "selection.safetensors").touch()  # of an adapter that was there before
     combine_adapters([one, other], [1.0, 1.0], "linear", out)
+    assert not (out / "selection.safetensors").exists()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full(*_, **__):

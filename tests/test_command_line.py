@@ -1,7 +1,6 @@
 """Tests of the command line: what it prints and writes, and what it says where it refuses."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -246,6 +245,42 @@ def test_what_a_killed_merge_left_is_no_reason_to_refuse(llama, tmp_path, run):
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), merged(tmp_path, LlamaForCausalLM))
 
 
+def test_a_dtype_that_transformers_does_not_give_all_of_a_model_is_refused(tmp_path, refused, run):
+    """It keeps T5's `wo` in float32 beside float16."""
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    save(tmp_path, base, target_modules=["q", "v"], budget=4)
+    words = "merge", tmp_path / "adapter", "--dtype", "float16", "--out"
+    assert "keeps wo of this model in float32" in refused(*words, tmp_path / "out")
+    run(*words, tmp_path / "loaded", "--load")
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "loaded", dtype=torch.float16)
+    assert_same(loaded.state_dict(), merged(tmp_path, T5ForConditionalGeneration, dtype=torch.float16))
+
+
+def test_a_pointer_of_git_lfs_is_no_traceback(llama, tmp_path, refused):
+    save(tmp_path, llama, "lora")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    for text in ("version https://git-lfs.github.com/spec/v1\n", ""):
+        (tmp_path / "adapter/adapter_model.bin").write_text(text)
+        assert refused("merge", tmp_path / "adapter", "--load", "--out", tmp_path / "out")
+
+
+def test_what_a_console_cannot_show_does_not_fail_what_is_done(llama, tmp_path):
+    save(tmp_path, llama)
+    out = tmp_path / "Summe-ü"
+    command = [sys.executable, "-m", "smt_peft", "combine", tmp_path / "adapter", "--out", out]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0 and r"Summe-\xfc" in done.stdout and (out / "adapter_config.json").is_file()
+
+
+def test_a_name_that_moves_the_cursor_is_shown_in_characters(llama, tmp_path, capsys):
+    save(tmp_path, llama)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base\x1b[2J"}))
+    main(["info", str(tmp_path / "adapter")])
+    assert r"base\x1b[2J" in capsys.readouterr().out
+
+
 def test_a_method_without_weights_to_merge_is_refused(llama, tmp_path, refused):
     llama.save_pretrained(tmp_path / "base")
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
@@ -301,7 +336,7 @@ def test_an_adapter_that_has_diverged_is_drawn_and_told_of(llama, tmp_path, run)
     weight = model.get_base_model().smt_bank["default"].weight
     weight.data[-1] = float("nan")
     model.save_pretrained(tmp_path / "adapter")
-    assert math.isnan(run("info", tmp_path / "adapter")["largest"])
+    assert run("info", tmp_path / "adapter")["largest"] is None  # JSON has no NaN
     run("plot", tmp_path / "adapter", tmp_path / "picture.png")
     weight.data[:] = float("nan")
     model.save_pretrained(tmp_path / "adapter")

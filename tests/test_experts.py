@@ -146,6 +146,14 @@ def test_unmerging_disabling_and_unloading_give_back_the_base_bit_for_bit(base, 
     assert [name for name, value in base.state_dict().items() if not torch.equal(after[name], value)] == []
 
 
+def test_experts_show_their_own_weight_after_a_forward(base, config):
+    model = get_peft_model(base, config())
+    select_blocks(model, [BATCH])
+    model.train()(**BATCH).loss.backward()
+    assert not any(name in vars(module) for module in model.modules() for name in module._parameters)
+    copy.deepcopy(model)
+
+
 def test_a_second_adapter_shares_the_wrappers(base, config):
     model = trained(base, config)
     expected = logits(model)

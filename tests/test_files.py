@@ -32,10 +32,10 @@ from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import logging
 
-from smt_peft import SMTConfig, given, select_blocks
+from smt_peft import SMTConfig, given, select_blocks, writing
 from smt_peft.bases import far_apart
-from smt_peft.checks import Target, fingerprint, in_order_of, manifest, take_apart
-from smt_peft.files import read_adapter, write_adapter
+from smt_peft.checks import Parts, Target, fingerprint, in_order_of, manifest, take_apart
+from smt_peft.files import Blocks, StoredAdapter, read_adapter, write_adapter
 from smt_peft.places import Tiles
 from smt_peft.writing import written_whole
 
@@ -243,6 +243,7 @@ REFUSED = {
         with_config(target_modules=["q_proj", "k_proj"], selected_blocks=None),
         "other target modules: it has .*class and a version",
     ),
+    "no name of a base": (with_config(base_model_name_or_path={}), "base_model_name_or_path={} is no text"),
     "a row of 0.9": (with_config(selected_blocks={Q0: [[0.9, 0]] * 8}), "is not a list of"),
     "a row of true": (with_config(selected_blocks={Q0: [[True, 0]] * 8}), "is not a list of"),
     "text for rows": (with_config(selected_blocks={Q0: "0,1 ,2"}), "is not a list of"),
@@ -425,6 +426,27 @@ def test_a_load_that_fails_leaves_the_model_as_it_was(llama, folder, damage):
         model.load_adapter(folder, "second")
     assert_same_state(state_of(model), beside)
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_head_that_is_missing_is_named_by_transformers_loader_too(make_llama, folder):
+    without_its_head(folder)
+    base = make_llama()
+    before = state_of(base)
+    with pytest.raises(ValueError, match=r"file lacks .*lm_head"):
+        base.load_adapter(folder)
+    assert_same_state(state_of(base), before)
+
+
+def test_a_missing_bias_is_refused_in_an_adapter_that_is_there(make_llama):
+    """As a resume loads, without its config."""
+    base = make_llama(attention_bias=True)
+    state = get_peft_model_state_dict(wrap(base, bias="smt_only"))
+    del state[next(key for key in state if key.endswith("bias"))]
+    model = wrap(base, bias="smt_only")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"lacks .*bias"):
+        set_peft_model_state_dict(model, state)
+    assert_same_state(state_of(model), before)
 
 
 OF_A_MODEL = {"other targets", "no regex", "an endless regex"}  # only a model shows what is wrong with these
@@ -758,10 +780,55 @@ def test_state_by_hand_keeps_the_selection_of_the_file(llama, folder):
     assert bank_of(model).index.tolist() == load_file(folder / WEIGHTS)[BANK + "index"].tolist()
 
 
+def test_more_targets_than_a_files_integers_count_are_put_into_the_models_order():
+    """As 58 layers of 256 experts have, of which a file may name few."""
+    held = [Target(f"t{number}", 1, 1) for number in range(70_000)]
+    content = {"targets": held, "block_size": 1}
+    parts = Parts(torch.ones(1, 1, 1), torch.zeros(1, 3, dtype=torch.int16), torch.zeros(1), content, {})
+    assert in_order_of(held[::-1], parts).index.tolist() == [[69_999, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shape", "words"),
+    [
+        (Blocks(torch.arange(5, 21)[None], torch.arange(16)[None], torch.ones(1, 16, 16)), (64, 64), "are no tiles"),
+        (Blocks(torch.arange(16)[None], torch.arange(16)[None], torch.ones(1, 16, 16)), (70, 64), "does not divide"),
+        (Blocks(torch.arange(32)[None], torch.arange(32)[None], torch.ones(1, 32, 32)), (64, 64), "not of 16 x 16"),
+    ],
+    ids=["between tiles", "a shape of another size", "larger blocks"],
+)
+def test_blocks_that_do_not_fit_are_not_written_elsewhere(tmp_path, blocks, shape, words):
+    config = SMTConfig(block_size=16, num_blocks=1, target_modules=["q"])
+    with pytest.raises(ValueError, match=words):
+        write_adapter(tmp_path / "out", StoredAdapter(config, {"q": shape}, {"q": blocks}, {}, {}))
+    assert not (tmp_path / "out").exists()
+
+
 # --- where they are written ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS], ids=["EPERM", "ENOSYS"])
+def test_a_full_disk_shows_before_anything_moves(llama, folder, monkeypatch):
+    before, calls = {path.name: path.read_bytes() for path in folder.iterdir()}, []
+
+    def flush(number: int) -> None:
+        calls.append(number)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with pytest.raises(OSError, match="full"):
+        wrap(llama, budget=12, seed=8).save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_weights_move_first_and_then_their_config(llama, tmp_path, monkeypatch):
+    moved, move = [], writing._move
+    monkeypatch.setattr(writing, "_move", lambda file, place: (moved.append(file.name), move(file, place)))
+    wrap(llama).save_pretrained(tmp_path / "new")
+    assert moved[:2] == [WEIGHTS, CONFIG]
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EXDEV], ids=["EPERM", "ENOSYS", "EXDEV"])
 def test_a_file_system_without_renaming_gets_copies(monkeypatch, tmp_path, error):
     """As object stores that are mounted have it, which do not open what is there for writing either."""
 

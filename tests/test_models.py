@@ -201,3 +201,24 @@ def test_unloading_gives_back_every_base_weight_bit_for_bit(trained):
     after, before = unloaded.state_dict(), trained.base.state_dict()
     heads = getattr(model, "modules_to_save", None) or set()
     assert [n for n in before if not any(h in n for h in heads) and not torch.equal(after[n], before[n])] == []
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "head"),
+    [
+        ("QUESTION_ANS", tf.BertForQuestionAnswering, "qa_outputs"),
+        ("TOKEN_CLS", tf.BertForTokenClassification, "classifier"),
+    ],
+)
+def test_the_new_head_of_a_task_is_trained_and_saved(task, model, head, tmp_path):
+    config = SMTConfig(task_type=task, num_blocks=2, block_size=8, selection="random")
+    adapted = get_peft_model(model(tf.BertConfig(**TEXT)), config)
+    assert f"{head}.modules_to_save.default.weight" in {
+        name.removeprefix("base_model.model.") for name, weight in adapted.named_parameters() if weight.requires_grad
+    }
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model(tf.BertConfig(**TEXT)), tmp_path)
+    expected, found = (
+        getattr(one.base_model.model, head).modules_to_save["default"].weight for one in (adapted, loaded)
+    )
+    assert torch.equal(found, expected)

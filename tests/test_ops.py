@@ -362,15 +362,18 @@ def test_a_second_derivative_is_refused(small, keep_input):
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("has_grad", [True, False])
-def test_a_forward_mode_derivative_is_refused(small, has_grad, in_place):
+@pytest.mark.parametrize("of", ["y", "x", "delta"])
+def test_a_forward_mode_derivative_is_refused(small, of, has_grad, in_place):
     """Without a graph the tangent of the product would be left out in silence."""
-    weight = torch.zeros(small.start.shape[1], small.x.shape[1])
+    operands = {"y": small.start.clone(), "x": small.x, "delta": small.delta()}
     with torch.set_grad_enabled(has_grad), forward_ad.dual_level():
-        x = forward_ad.make_dual(small.x, torch.ones_like(small.x))
+        operands[of] = forward_ad.make_dual(operands[of], torch.ones_like(operands[of]))
         with pytest.raises(NotImplementedError):
-            ops.add_blocks(x @ weight.T, x, small.delta(), small.keeping, in_place)
-        with pytest.raises(NotImplementedError):
-            ops.linear_add_blocks(x, weight, None, small.delta(), small.keeping)
+            ops.add_blocks(**operands, plan=small.keeping, in_place=in_place)
+        weight = torch.zeros(small.start.shape[1], small.x.shape[1])
+        if of != "y":
+            with pytest.raises(NotImplementedError):
+                ops.linear_add_blocks(operands["x"], weight, None, operands["delta"], small.keeping)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3), (2, 0), (1, 1, 5)])

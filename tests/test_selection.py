@@ -1,14 +1,17 @@
 """Which blocks win: the rules, the budgets, the ties."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 
 from smt_peft import Selection, SMTConfig, select_blocks
+from smt_peft.bank import find_bank
 from smt_peft.locations import locations_of
 from smt_peft.selection import Lines, apportion, select
 from smt_peft.warmup import apply_selection
@@ -323,11 +326,27 @@ def test_lines_that_are_not_every_feature_once_are_refused(llama, batches, tmp_p
         Selection.load(tmp_path)
 
 
-def test_the_selection_is_saved_beside_its_adapter(llama, batches, tmp_path):
-    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=12, warmup_steps=4))
-    selection = select_blocks(model, batches, progress_bar=False)
-    model.save_pretrained(tmp_path)
-    assert Selection.load(tmp_path).blocks() == selection.blocks()
+def test_a_record_without_targets_is_broken(tmp_path):
+    settings = {"names": [], "block_size": 16, "batch_scores": [], "skipped": 0, "groups": [], "patterns": 0}
+    settings |= {"inputs": None, "scope": "model", "base_parameters": None}
+    index = torch.zeros(1, 3, dtype=torch.int32)
+    save_file({"index": index}, tmp_path / "selection.safetensors", {"selection": json.dumps(settings)})
+    with pytest.raises(ValueError, match="is not a selection, or it is broken"):
+        Selection.load(tmp_path)
+
+
+def test_every_rank_takes_the_blocks_of_rank_0(llama, batches, monkeypatch):
+    """Each may have been given a selection of its own, and under FSDP2 and ZeRO nothing else makes them alike."""
+    config = SMTConfig(block_size=16, num_blocks=12, warmup_steps=4)
+    mine = select_blocks(get_peft_model(deepcopy(llama), config), batches, progress_bar=False)
+    of_rank_0 = get_peft_model(deepcopy(llama), SMTConfig(block_size=16, num_blocks=12, selection="random"))
+    theirs = find_bank(of_rank_0, "default").index
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda index, src: index.copy_(theirs) if src == 0 else None)
+    model = get_peft_model(llama, config)
+    apply_selection(model, "default", mine)
+    assert torch.equal(find_bank(model, "default").index, theirs)
 
 
 def test_the_selection_of_another_adapter_is_not_left_beside_one(llama, batches, tmp_path):

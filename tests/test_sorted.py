@@ -242,6 +242,16 @@ def test_blocks_can_be_given_by_hand(llama, batches):
     assert_right(model, base, batches[0])
 
 
+def test_a_copy_of_a_loaded_adapters_config_has_its_blocks(llama, batches, tmp_path):
+    """As TRL makes the reference of a DPO run; the file of a sorted adapter's config has none."""
+    wrap(llama, "sorted", seed=3).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(deepcopy(llama), tmp_path, is_trainable=True)
+    config = loaded.peft_config["default"]
+    config.seed = 4  # by which it would have others
+    loaded.add_adapter("ref", config)
+    assert torch.equal(bank_of(loaded, "ref").index, bank_of(loaded).index)
+
+
 def test_blocks_by_hand_may_name_what_they_share_in_different_orders(llama, batches):
     """As two lines these rows would be written twice in bfloat16, and the last one to write would win."""
     name, rows, halves = "model.layers.0.self_attn.q_proj", list(range(16)), (list(range(16)), list(range(16, 32)))

@@ -13,12 +13,14 @@ from dense_truth import (
     assert_close,
     assert_right,
     assert_same_gradients,
+    assert_same_state,
     bank_of,
     deltas_of,
     dense_of,
     layers_of,
     make_config,
     outputs,
+    state_of,
     train,
     wrap,
 )
@@ -260,6 +262,66 @@ def test_freezing_the_adapter_for_one_forward_and_thawing_it_for_the_next(base, 
     (waiting + model(**batches[2]).loss).backward()
     (dense(**batches[0]).loss + dense(**batches[2]).loss).backward()
     assert_same_gradients(model, dense)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda bank: bank.index.copy_(bank.index.flip(0)), "order of the targets"),
+        (lambda bank: bank.index[0].fill_(99), "does not exist"),
+        (
+            lambda bank: (bank.fingerprint.add_(1), bank.index[:2].copy_(bank.index[:2].flip(0))),
+            "other target modules",
+        ),
+    ],
+    ids=["out of order", "outside", "of other targets"],
+)
+def test_an_index_that_is_written_in_place_is_checked(base, batches, spoil, words):
+    """As DDP writes buffers, distributed checkpoints and averages do, past all hooks."""
+    model = wrap(base)
+    spoil(bank_of(model))
+    with pytest.raises(ValueError, match=words):
+        model(**batches[0])
+
+
+def test_an_index_that_is_another_tensor_has_other_plans(base, batches):
+    model, other = wrap(base), bank_of(wrap(base, seed=4)).index
+    outputs(model, batches[0])
+    new = other.clone()
+    while new._version < bank_of(model).index._version:
+        new.copy_(other)
+    bank_of(model).index = new
+    assert_close(outputs(model, batches[0]), outputs(dense_of(base, model), batches[0]))
+
+
+@pytest.mark.parametrize("place", [[0, 4, 0], [0, 0, 4], [99, 0, 0]], ids=["row", "column", "target"])
+def test_the_first_place_outside_is_outside(llama, place):
+    model = wrap(llama, block_size=16, target_modules=["q_proj"])  # a grid of 4 x 4
+    index = bank_of(model).index.clone()
+    index[-1] = torch.tensor(place)
+    index[-1, 0] = place[0] or index[-1, 0]
+    with pytest.raises(ValueError, match="does not exist"):
+        bank_of(model).set_index(index)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_of_a_base_layer_is_called(method, kind):
+    model, seen = wrap(nn.Sequential(nn.Linear(32, 32)), method, target_modules=["0"], budget=2), []
+    [layer] = layers_of(model).values()
+    getattr(layer.get_base_layer(), kind)(lambda *_: seen.append(1))
+    model(torch.randn(3, 32, requires_grad=True)).sum().backward()
+    assert seen == [1]
+
+
+def test_a_format_that_only_runs_forward_is_not_merged(base):
+    model = wrap(base)
+    before = state_of(model)
+    for layer in layers_of(model).values():
+        layer.quantization_backend = SimpleNamespace(supports_merge=False, backend_name="GPTQ")
+    with pytest.raises(TypeError, match="A GPTQ weight cannot be merged into"):
+        model.merge_adapter()
+    assert_same_state(state_of(model), before)
 
 
 def test_names_in_a_state_dict_are_no_targets(base):

@@ -73,7 +73,7 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
     """
     if torch.is_grad_enabled() and (delta.requires_grad or y.requires_grad or x.requires_grad):
         return AddBlocks.apply(y, x, delta, plan, in_place)
-    _refuse_tangents(x)
+    _refuse_tangents(y, x, delta)
     total = _to_change(y, in_place)
     block_add_(total.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]).to(y.dtype), delta, plan.out, plan.inner)
     return total
@@ -83,7 +83,7 @@ def linear_add_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Ten
     """`add_blocks` to x @ weight^T + bias, where neither of them is trained: both products are added in place, in
     backward too. All of one dtype and device but `delta`."""
     if not torch.is_grad_enabled():
-        _refuse_tangents(x)
+        _refuse_tangents(x, weight, delta)
     return LinearAddBlocks.apply(x, weight, bias, delta, plan)
 
 
@@ -202,9 +202,11 @@ def _to_change(y: Tensor, in_place: bool) -> Tensor:
     return y.clone(memory_format=torch.contiguous_format)
 
 
-def _refuse_tangents(x: Tensor) -> None:
+def _refuse_tangents(*operands: Tensor) -> None:
     """Where autograd does not look it does not say either that a function has no forward mode."""
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
         raise NotImplementedError("SMT's block product has no forward-mode derivative: use reverse mode (backward).")
 
 
