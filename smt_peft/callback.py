@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.warmup import apply_selection, random_states, select_blocks
+from smt_peft.warmup import apply_selection, random_states, same_order_afterwards, select_blocks
 
-HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
-LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")  # where TRL's losses log
+# Where TRL's losses log.
+LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
 
 
@@ -91,7 +91,7 @@ class SMTWarmupCallback(TrainerCallback):
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None  # DeepSpeed has one of its own
         loss_scale = scaler.get_scale() if scaler else LOSS_SCALE if args.fp16 else 1.0
         apart = _Apart(trainer, train_dataloader) if trainer else None
-        with _same_order_afterwards(train_dataloader):
+        with same_order_afterwards(train_dataloader):
             _refuse_what_is_read_once(train_dataloader)
             self.selection = select_blocks(
                 model,
@@ -112,8 +112,8 @@ def _refuse_to_train_without(
     """Where an optimizer holds copies, as one that offloads does, that of the deltas has their shape; where it holds
     nothing of the model, as one that steps in the backward does, nothing can be told."""
     held = [one for group in (optimizer.param_groups if optimizer else []) for one in group["params"]]
-    has_deltas = any(one is deltas or one.shape == deltas.shape for one in held)
     own = {id(parameter) for parameter in model.parameters()}
+    has_deltas = any(one is deltas or (one.shape == deltas.shape and id(one) not in own) for one in held)
     if deltas.requires_grad and not has_deltas and any(id(one) in own for one in held):
         raise ValueError(
             f"The optimizer does not have the deltas of adapter {adapter!r}, which would never be trained. They are "
@@ -145,33 +145,6 @@ def _refuse_what_is_read_once(dataloader) -> None:
         )
 
 
-@contextlib.contextmanager
-def _same_order_afterwards(dataloader) -> Iterator[None]:
-    """Put the generators of a dataloader's own parts back, or training would shuffle and mask otherwise."""
-    owners = [dataloader]
-    for owner in owners:  # accelerate and transformers put layers between them
-        parts = [getattr(owner, name, None) for name in HAVING_GENERATORS]
-        owners += [part for part in parts if all(part is not one for one in (None, *owners))]
-    owners = [owner for owner in owners if hasattr(owner, "generator")]
-    states = [(owner, owner.generator, _state(owner.generator)) for owner in owners]
-    try:
-        yield
-    finally:
-        for owner, generator, state in states:
-            if isinstance(generator, torch.Generator):
-                generator.set_state(state)
-            elif isinstance(generator, numpy.random.Generator):
-                generator.bit_generator.state = state
-            elif owner.generator is not generator:
-                owner.generator = generator  # none: a collator makes its own with the first batch
-
-
-def _state(generator: object) -> object:
-    if isinstance(generator, numpy.random.Generator):
-        return generator.bit_generator.state
-    return generator.get_state() if isinstance(generator, torch.Generator) else None
-
-
 class _Apart:
     """A Trainer's data and loss without a trace in what it counts and logs: both come from a copy of it. Each batch,
     (inputs, num_items_in_batch), is a step of its own, without accumulation."""
@@ -184,9 +157,9 @@ class _Apart:
                 self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
         self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
-        for name in LOGGED:
-            if name in vars(trainer):
-                setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
+        for name, value in vars(trainer).items():
+            if name in LOGGED or _is_record(value):
+                setattr(self.trainer, name, copy.deepcopy(value))
         for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom
             if name in vars(trainer):
                 setattr(self.trainer, name, value)
@@ -210,6 +183,15 @@ class _Apart:
         if "_step" in vars(self.trainer):
             self.trainer._step += 1
         return loss
+
+
+def _is_record(value: object) -> bool:
+    """Whether it is what a loss of one's own may append to or count in: a container of numbers, texts and others."""
+    if isinstance(value, (list, deque, set, dict)):
+        return all(_is_record(part) for part in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -> None:

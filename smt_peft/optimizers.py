@@ -112,10 +112,11 @@ class BlockMuon(torch.optim.Optimizer):
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """For each of the square matrices, float [n, b, b], nearly the closest orthogonal one: U V^T of its SVD.
 
-    A zero matrix stays zero. Runs in bfloat16 on CUDA, where the iteration is stable and much faster.
+    A zero matrix stays zero. Runs in float32, in bfloat16 on CUDA, where the iteration is stable and much faster.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-15)  # smaller ones would underflow as squares
+    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))  # squares of small numbers underflow in others
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-15)
     x = x.bfloat16() if x.is_cuda else x
     for _ in range(steps):
         gram = x @ x.mT

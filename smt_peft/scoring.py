@@ -57,7 +57,8 @@ class Collector:
 
     def __init__(self, layers: list[nn.Module], scale: float = 1.0):
         self.layers = layers
-        self.scale = scale  # of the loss, for float16
+        self.scale = self._usual_scale = scale  # of the loss, for float16
+        self._is_backward = False
         self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
         self.skipped = 0
@@ -105,27 +106,46 @@ class Collector:
             self._last = x, position  # held, so that nothing else comes to lie there
         self.inputs[position] = self._last[1]
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Of the training's own loss, which alone counts: one may have been differentiated for its sake before."""
+        self._is_backward = True
+        try:
+            (loss * self.scale).backward()
+        finally:
+            self._is_backward = False
+
     def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> None:
-        self._take(position, self.measure(position, dy, x))
+        if self._is_backward:
+            self._take(position, self.measure(position, dy, x))
 
     def _take(self, position: int, new: torch.Tensor) -> None:
         old = self._batch.get(position)
         self._batch[position] = new if old is None else old + new
 
-    def end_batch(self) -> None:
-        """Take over what the batch gave, or leave it out where it is not finite, and halve the scale."""
+    def end_batch(self) -> bool:
+        """Take over what the batch gave, or leave it out where it is not finite.
+
+        Returns:
+            Whether it is done with: one that overflows somewhere is to be run again on all ranks, with half the scale.
+        """
         new, self._batch, self._last = self._batch, {}, None
         norms = [torch.linalg.vector_norm(scores, 1) for scores in new.values()]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).sum().item() / self.scale if norms else 0.0
+        is_finite = torch.tensor(float(math.isfinite(total)), device=self.source.device)
+        if self.scale > 1 and not reduce_over_ranks(is_finite, "min"):
+            self.scale = max(1.0, self.scale / 2)
+            return False
         if not math.isfinite(total):
             self._totals.append(0.0)
             self.skipped += 1
-            self.scale = max(1.0, self.scale / 2)
-            return
+            self.scale = self._usual_scale  # it was the batch
+            return True
+        self._usual_scale = self.scale
         self._totals.append(total)
         for position, scores in new.items():
             old, scores = self._sums.get(position), scores / self.scale
             self._sums[position] = scores if old is None else old.add_(scores)
+        return True
 
     def agree(self) -> None:
         """Have all ranks say alike which layers read one input: on a rank where nothing reached a layer, as no token
@@ -235,6 +255,8 @@ class ActivationCollector(Collector):
 
     def _watch(self, layer: nn.Module, position: int) -> Callable[[], object]:
         def observe(layer: nn.Module, args: tuple) -> None:
+            if layer.disable_adapters:  # a reference's pass
+                return
             self._read(position, args[0])
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             if len(x):  # no token may be routed to an expert

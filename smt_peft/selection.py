@@ -30,7 +30,8 @@ def select(
             Default: all are of one.
 
     Returns:
-        int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block.
+        int32 [num_blocks, 3] of (target, block row, block column), sorted. Ties go to the earlier block. Targets that
+        are ranked together and whose scores are all zero get none.
 
     Raises:
         ValueError: where a score is not finite, where all scores of a group are equal to zero, or where a budget is
@@ -40,6 +41,8 @@ def select(
     for members, budget in groups:
         _check_scores([scores[member] for member in members])
         rankings = _rankings(members, scope, inputs)
+        # What nothing reached, as experts without tokens, would be given blocks that are never trained.
+        rankings = [ranking for ranking in rankings if any((scores[member] > 0).any() for member in ranking)]
         sizes = [sum(int((scores[member] >= 0).sum()) for member in ranking) for ranking in rankings]
         if sum(sizes) < budget:
             raise ValueError(f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected; lower it.")

@@ -24,6 +24,8 @@ from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, S
 from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
 
+HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
+GENERATORS = (torch.Generator, numpy.random.Generator, random.Random)
 LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
 
 
@@ -38,14 +40,14 @@ def select_blocks(
 ) -> Selection:
     """Run the warm-up by hand and apply its selection: what `SMTWarmupCallback` does inside a Trainer.
 
-    Base weights, buffers, `requires_grad`, gradients, train/eval mode and random states are afterwards what they were,
-    whatever interrupts it. The model runs in train mode. In a distributed run every rank calls this with its own
-    batches; all get the selection of the summed scores.
+    Base weights, buffers, `requires_grad`, gradients, train/eval mode, random states and the generators of the
+    dataloader's parts are afterwards what they were, whatever interrupts it. The model runs in train mode. In a
+    distributed run every rank calls this with its own batches; all get the selection of the summed scores.
 
     Args:
         dataloader: batches; iterated again from the start where it is shorter than `warmup_steps`.
         loss_function: (model, batch) -> scalar loss. Default: `model(**batch).loss`, the batch moved to the model.
-        loss_scale: multiplies the loss, for float16; halved after a batch that overflows.
+        loss_scale: multiplies the loss, for float16; halved where a batch overflows, which is then run again.
         avoid: adapters of the model none of whose weights are to be selected, for tasks learnt one after the other.
 
     Returns:
@@ -88,19 +90,20 @@ def select_blocks(
     size, steps, lines = bank.block_size, config.warmup_steps, None
     batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
-    if config.selection == "activation":
-        collector = ActivationCollector(layers)
-        run(collector, steps)
-        lines = collector.lines(size) if is_sorted else None
-        scores = collector.scores(size, lines)
-    else:
-        if is_sorted:
-            ranking = FeatureCollector(layers, loss_scale)
-            run(ranking, max(1, steps // 2))
-            lines, steps, loss_scale = ranking.lines(size), max(1, steps - steps // 2), ranking.scale
-        collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
-        run(collector, steps)
-        scores = collector.scores()
+    with same_order_afterwards(dataloader):
+        if config.selection == "activation":
+            collector = ActivationCollector(layers)
+            run(collector, steps)
+            lines = collector.lines(size) if is_sorted else None
+            scores = collector.scores(size, lines)
+        else:
+            if is_sorted:
+                ranking = FeatureCollector(layers, loss_scale)
+                run(ranking, max(1, steps // 2))
+                lines, steps, loss_scale = ranking.lines(size), max(1, steps - steps // 2), ranking.scale
+            collector = ScoreCollector(layers, size, config.score, config.accumulation, loss_scale, lines)
+            run(collector, steps)
+            scores = collector.scores()
     scores = [score.float().cpu() for score in scores]
     if is_sorted:
         lines = [Lines(*(side.cpu() for side in line)) for line in lines]
@@ -180,13 +183,15 @@ def _run(
     stance = contextlib.nullcontext() if _needs_compiler(model) else torch.compiler.set_stance("force_eager")
     with stance, _untouched(model, bank, collector) as freeze:
         for _ in bar:
-            freeze()  # again: what leaves `disable_adapter()`, as TRL's reference passes do, thaws PEFT's modules
-            batch = next(batches)
-            with torch.set_grad_enabled(collector.needs_backward):
-                loss = loss_function(model, batch)
-                if collector.needs_backward:
-                    (loss * collector.scale).backward()
-            collector.end_batch()
+            batch, is_done = next(batches), False
+            while not is_done:
+                freeze()
+                with torch.set_grad_enabled(collector.needs_backward):
+                    loss = loss_function(model, batch)
+                    freeze()  # again, for what is computed once more in the backward
+                    if collector.needs_backward:
+                        collector.backward(loss)
+                is_done = collector.end_batch()
             if collector.skipped:
                 bar.set_postfix(skipped=collector.skipped)
     if not collector.needs_backward:  # after which FSDP would have let go of the weights, frozen as they are now
@@ -230,6 +235,39 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
             "loss_function=lambda model, batch: ..."
         )
     return loss
+
+
+@contextlib.contextmanager
+def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
+    """Put the generators of a dataloader's own parts back, or training would shuffle and mask otherwise."""
+    owners = [dataloader]
+    for owner in owners:  # accelerate and transformers put layers between them
+        parts = [getattr(owner, name, None) for name in HAVING_GENERATORS]
+        owners += [part for part in parts if all(part is not one for one in (None, *owners))]
+    states = []
+    for owner in owners:
+        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if isinstance(value, GENERATORS)}
+        if hasattr(owner, "generator"):
+            held["generator"] = owner.generator
+        states += [(owner, name, value, _state(value)) for name, value in held.items()]
+    try:
+        yield
+    finally:
+        for owner, name, generator, state in states:
+            if isinstance(generator, numpy.random.Generator):
+                generator.bit_generator.state = state
+            elif isinstance(generator, GENERATORS):
+                (generator.set_state if isinstance(generator, torch.Generator) else generator.setstate)(state)
+            elif getattr(owner, name) is not generator:
+                setattr(owner, name, generator)  # none: a collator makes its own with the first batch
+
+
+def _state(generator: object) -> object:
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else None
 
 
 def random_states() -> list[Callable[[], object]]:
@@ -276,7 +314,7 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
         undo += [partial(setattr, parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
     undo += random_states()
 
-    def freeze() -> None:
+    def freeze(*_: object) -> None:
         for parameter in trainable:
             parameter.requires_grad_(False)
 
@@ -288,6 +326,8 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
         try:
             bank.in_warmup = True
             model.train()
+            # What leaves `disable_adapter()`, as TRL's reference passes do, thaws PEFT's modules.
+            undo.append(model.register_forward_pre_hook(freeze).remove)
             freeze()
             collector.attach(undo)
             yield freeze

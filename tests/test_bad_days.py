@@ -120,11 +120,9 @@ def adapted(folder, dtype=torch.float32):
 
 
 def test_a_float16_warmup_lowers_a_loss_scale_that_overflows(checkpoint):
-    data = batches(1) * 12  # all the same, so that it does not matter which are left out
-    half = adapted(checkpoint, torch.float16)
-    half.peft_config["default"].warmup_steps = 12
-    found = select_blocks(half, data, loss_scale=2.0**18, progress_bar=False)
-    assert 0 < found.skipped < 6
+    data = batches(4)
+    found = select_blocks(adapted(checkpoint, torch.float16), data, loss_scale=2.0**18, progress_bar=False)
+    assert found.skipped == 0  # what overflowed was run again
     expected = select_blocks(adapted(checkpoint), data, progress_bar=False)
     for score, wanted in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(score, wanted, rtol=0.02, atol=1e-4)

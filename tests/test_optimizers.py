@@ -75,6 +75,13 @@ def test_only_the_direction_of_a_matrix_counts(scale):
     torch.testing.assert_close(orthogonalize(scale * matrices), orthogonalize(matrices), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_zero_matrix_stays_zero(dtype):
+    """As of a block that gets no gradient in a step."""
+    found = orthogonalize(torch.stack([torch.zeros(4, 4), 1e-4 * torch.eye(4)]).to(dtype))
+    assert found.dtype == dtype and not found[0].any() and found[1].diagonal().min() > 0.5
+
+
 def test_zero_matrices_stay_zero_beside_others():
     matrices = random(3, SIZE, SIZE)
     matrices[1] = 0

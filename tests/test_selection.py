@@ -77,12 +77,13 @@ def test_activation_counts_every_use_of_a_module(batches):
 
 
 @pytest.mark.parametrize("selection", ["gradient", "activation"])
-def test_a_module_that_no_token_reaches_has_no_score_and_costs_no_batch(selection):
+@pytest.mark.parametrize("scope", ["model", "input", "module"])
+def test_a_module_that_no_token_reaches_has_no_score_and_costs_no_batch_and_no_budget(selection, scope):
     """As experts in a ModuleList do."""
     base = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
     base.forward = lambda x: base["a"](x).square().sum() + base["b"](x[:0]).sum()
-    options = {"target_modules": ["a", "b"], "block_size": 16, "num_blocks": 2, "warmup_steps": 2}
-    model = get_peft_model(base, SMTConfig(**options, selection=selection))
+    options = {"target_modules": ["a", "b"], "block_size": 16, "num_blocks": 4, "warmup_steps": 2}
+    model = get_peft_model(base, SMTConfig(**options, selection=selection, scope=scope))
     found = select_blocks(model, [torch.randn(3, 32)] * 2, loss_function=lambda model, x: model(x), progress_bar=False)
     assert found.skipped == 0 and found.blocks().keys() == {"a"} and found.scores[1].count_nonzero() == 0
 

@@ -568,6 +568,18 @@ def test_an_optimizer_with_groups_by_part_lacks_the_adapter_and_is_refused(base,
         train_with(*parts)
     train_with(model.get_base_model().model.parameters(), model.get_base_model().smt_bank.parameters())
     assert not torch.equal(bank.weight, before)
+    model.add_adapter("other", make_config(seed=5))  # of as many blocks
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="does not have the deltas of adapter 'other'"):
+        Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=[SMTWarmupCallback("other")],
+            optimizers=(torch.optim.SGD([bank.weight], lr=1.0), None),
+        ).train()
+    model.delete_adapter("other")
+    model.set_adapter("default")
     # One that offloads holds copies, one that steps in the backward nothing of the model's.
     train_with([bank.weight.detach().clone()], model.get_base_model().lm_head.parameters())
     train_with([torch.zeros(1, 1, requires_grad=True)])

@@ -1,6 +1,7 @@
 """SMT inside transformers' Trainer: the warm-up callback, and resuming bit for bit."""
 
 import random
+from collections import defaultdict
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback
-from smt_peft.callback import _refuse_what_is_read_once, _same_order_afterwards
+from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback, select_blocks
+from smt_peft.callback import _refuse_what_is_read_once
 from smt_peft.layer import Linear
+from smt_peft.warmup import same_order_afterwards
 from smt_peft.writing import written_whole
 
 STEPS, WARMUP_STEPS = 6, 3
@@ -378,21 +380,35 @@ class Drawing(IterableDataset):
         return iter([draw(2)])
 
 
+class Shuffling:
+    """A sampler with a generator of its own, by a name of its own."""
+
+    def __init__(self):
+        self.rng = random.Random(5)
+
+    def __iter__(self):
+        return iter(self.rng.sample(range(16), 16))
+
+    def __len__(self):
+        return 16
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: DataLoader(range(16), collate_fn=Masking()),
         lambda: DataLoader(Drawing(torch.Generator().manual_seed(5))),
         lambda: DataLoader(IterableDatasetShard(Drawing(numpy.random.default_rng(5)))),
+        lambda: DataLoader(range(16), sampler=Shuffling()),
     ],
-    ids=["collator", "stream", "NumPy's in a shard"],
+    ids=["collator", "stream", "NumPy's in a shard", "Python's"],
 )
 def test_generators_of_collators_and_streams_go_back(make):
     def draw(data) -> list:
         return torch.as_tensor(next(iter(data))).tolist()
 
     data = make()
-    with _same_order_afterwards(data):
+    with same_order_afterwards(data):
         draw(data)
         draw(data)
     assert draw(data) == draw(make()) != draw(data)
@@ -424,11 +440,38 @@ def test_half_precision_without_a_scaler_of_the_trainer_has_a_loss_scale(base, m
         SMTWarmupCallback().on_train_begin(args, TrainerState(), None, model=model, train_dataloader=[{}])
 
 
+def test_what_a_loss_of_ones_own_appends_to_has_no_trace_of_the_warm_up(base, make_trainer):
+    trainer = make_trainer(base)
+    trainer.parts, compute = defaultdict(list), type(trainer).compute_loss
+
+    class Noting(type(trainer)):
+        def compute_loss(self, model, inputs, **options):
+            loss = compute(self, model, inputs, **options)
+            self.parts["seen"].append(loss.item())
+            return loss
+
+    trainer.__class__ = Noting
+    trainer.train()
+    assert len(trainer.parts["seen"]) == STEPS
+
+
+def test_a_warm_up_by_hand_puts_the_order_of_the_data_back(base):
+    data = DataLoader(range(8), shuffle=True, generator=torch.Generator().manual_seed(5))
+    before = data.generator.get_state()
+    model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=12, warmup_steps=2))
+
+    def loss(model, batch):
+        return model(input_ids=batch[:, None] + 2).logits.square().mean()
+
+    select_blocks(model, data, loss_function=loss, progress_bar=False)
+    assert torch.equal(data.generator.get_state(), before)
+
+
 def test_generators_of_samplers_go_back_wherever_they_are():
     """In one of several processes accelerate puts a layer around the batches."""
     sampler = WeightedRandomSampler(torch.ones(16), 16, generator=torch.Generator().manual_seed(5))
     data = DataLoader(range(16), batch_sampler=BatchSamplerShard(BatchSampler(sampler, 2, False), 2, 0))
-    with _same_order_afterwards(data):
+    with same_order_afterwards(data):
         first = next(iter(data))
     assert torch.equal(first, next(iter(data)))
 

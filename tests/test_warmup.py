@@ -151,12 +151,39 @@ def test_a_loss_scale_that_overflows_is_halved_until_it_does_not(llama, batches)
         loss.register_hook(lambda scale: scale if scale <= 256 else scale * float("inf"))
         return loss
 
-    selection = warm_up(
-        wrap(llama, warmup_steps=5), batches + batches[:1], loss_function=overflowing, loss_scale=1024.0
-    )
-    assert selection.skipped == 2
+    data = batches[2:] + batches[:1]
+    selection = warm_up(wrap(llama, warmup_steps=3), data, loss_function=overflowing, loss_scale=1024.0)
+    assert selection.skipped == 0 and selection.batches == 3  # the first of them was run three times
     for one, other in zip(clean.scores, selection.scores, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_broken_batch_leaves_the_loss_scale_where_it_was(llama, batches):
+    scales = []
+
+    def noting(model, batch):
+        loss = with_broken(model, batch)
+        loss.register_hook(lambda scale: scales.append(scale.item()))
+        return loss
+
+    data = [batches[0], {**batches[1], "broken": True}, *batches[2:]]
+    selection = warm_up(wrap(llama), data, loss_function=noting, loss_scale=4.0)
+    assert scales == [4, 4, 2, 1, 4, 4] and selection.skipped == 1
+
+
+def test_only_the_gradient_of_the_loss_itself_is_scored(llama, batches):
+    """Adversarial and smoothing losses differentiate others for their own sake."""
+    clean = warm_up(wrap(deepcopy(llama)), batches)
+
+    def loss(model, batch):
+        embedded = model.get_input_embeddings()(batch["input_ids"])
+        noise = torch.zeros_like(embedded, requires_grad=True)
+        torch.autograd.grad(model(inputs_embeds=embedded + noise, labels=batch["labels"]).loss, noise)
+        return model(**batch).loss
+
+    found = warm_up(wrap(llama), batches, loss_function=loss)
+    assert found.batch_scores == clean.batch_scores
+    assert all(torch.equal(a, b) for a, b in zip(clean.scores, found.scores, strict=True))
 
 
 def test_too_many_batches_that_are_not_finite_are_an_error(llama, batches):
@@ -250,6 +277,36 @@ def test_what_a_reference_pass_thaws_is_frozen_again(llama, batches):
 
     warm_up(model, batches, loss_function=loss)
     assert len(seen) > 1 and not any(seen) and head.requires_grad
+
+
+def test_what_is_computed_once_more_in_the_backward_is_frozen_too(llama, batches):
+    """A reference pass between a checkpointed forward and its backward, as in DPO, thaws whole modules."""
+    model = wrap(llama, modules_to_save=["input_layernorm"])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+    def loss(model, batch):
+        loss = model(**batch).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch)
+        return loss
+
+    assert warm_up(model, batches, loss_function=loss).batches == 4
+
+
+def test_a_forward_after_a_reference_pass_is_frozen(llama, batches):
+    """As in GRPO; else the warm-up would hold the gradients of whole modules."""
+    model = wrap(llama, modules_to_save=["lm_head"])
+    head, held = model.get_output_embeddings().modules_to_save["default"].weight, []
+
+    def loss(model, batch):
+        held.append(head.grad)
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch)
+        return model(**batch).loss
+
+    warm_up(model, batches, loss_function=loss)
+    assert held == [None] * 4
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
