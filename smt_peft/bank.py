@@ -204,6 +204,9 @@ class DeltaBank(nn.Module):
     def layout(self) -> Layout:
         """What follows from the index; without counts before the selection."""
         index, layout = self._buffers["index"], self._layout
+        if index.device.type == "meta" and hasattr(self, "_hf_hook"):  # accelerate's offload_buffers=True
+            remove_hook_from_module(self)
+            index = self._buffers["index"]
         if torch.compiler.is_compiling() and layout is not None:
             return layout
         if layout is None or layout.index is not index:  # some loaders replace the buffer
@@ -383,7 +386,7 @@ class Share(nn.Module):
         return self.banks[self.adapter]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        if self.adapter in self.banks:
+        if recurse and self.adapter in self.banks:  # else each module of the model is asked for its own
             yield self.bank.weight
 
 

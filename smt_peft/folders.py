@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, inject_adapter_in_model
@@ -170,12 +171,27 @@ def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **option
     """PEFT's, but a load that fails leaves no adapter behind."""
     if not _has_smt(model):
         return original(model, *args, **options)
+    said = _said(original, model, *args, **options)
     try:
-        return original(model, *args, **options)
+        result = original(model, *args, **options)
     except BaseException as error:
-        forget_unloaded(model, _said(original, model, *args, **options).adapter_name)
+        forget_unloaded(model, said.adapter_name)
         _name_what_lacks(error)
         raise
+    _bring_back(model, said)
+    return result
+
+
+def _bring_back(model: PeftModel, said: SimpleNamespace) -> None:
+    """Where parts of the model lie on a disk, PEFT has accelerate put the bank there as well, and without its values:
+    it looks for adapters' state in layers alone. The bank is small, and stays in memory."""
+    for banks in banks_of(model).values():
+        bank = banks._modules.get(said.adapter_name)
+        if bank is not None and bank.weight.device.type == "meta" and not said.low_cpu_mem_usage:
+            weights = checks.load(weights_beside(str(said.model_id), said.kwargs))
+            parts = checks.in_order_of(bank.targets, checks.take_apart(weights))
+            bank.weight = nn.Parameter(parts.weight.float(), requires_grad=bank.weight.requires_grad)
+            remove_hook_from_module(bank)
 
 
 def _name_what_lacks(error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from itertools import chain
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
@@ -16,6 +17,12 @@ from smt_peft import ops
 from smt_peft.bank import Banks, Share, is_sharded
 from smt_peft.checks import FLOATS
 from smt_peft.quantized import Original, dequantized
+
+FORWARD = nn.Linear.forward
+NO_BLOCKS = (
+    "Adapter {!r} has no blocks yet: training needs a selection first. Pass callbacks=[SMTWarmupCallback()] to the "
+    "Trainer, or call smt_peft.select_blocks(model, dataloader)."
+)
 
 
 class Linear(nn.Module, BaseTunerLayer):
@@ -68,7 +75,12 @@ class Linear(nn.Module, BaseTunerLayer):
         """Where this layer computes: its weight's device, or the hook's that brings an offloaded weight in."""
         hook = vars(self.get_base_layer()).get("_hf_hook")
         device = getattr(hook, "execution_device", None)
-        return self.weight.device if device is None else torch.device(device)
+        if device is not None:
+            return torch.device(device)
+        try:
+            return self.weight.device
+        except AttributeError:  # some quantised layers have none
+            return next(chain(self.get_base_layer().parameters(), self.get_base_layer().buffers())).device
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The adapter's delta as a dense matrix in the shape of the base weight, in the delta's dtype (float32)."""
@@ -125,8 +137,7 @@ class Linear(nn.Module, BaseTunerLayer):
     def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, share: Share, base_layer: nn.Module) -> torch.Tensor:
         plan, delta = share.parts(y.device)
         if plan is None:
-            self._require_selection(share)
-            return y
+            return self._unselected(y, share)
         if delta.device != y.device or x.device != y.device:  # a model spread over devices
             delta, x = delta.to(y.device), x.to(y.device)
         in_place = type(base_layer) in (nn.Linear, Conv1D) and not _is_looked_into(base_layer)
@@ -148,16 +159,19 @@ class Linear(nn.Module, BaseTunerLayer):
             y = y.index_copy(0, rows, self._add_blocks(y[rows], x[rows], self.smt_blocks[name], self.base_layer))
         return y
 
+    def _unselected(self, y: torch.Tensor, share: Share) -> torch.Tensor:
+        self._require_selection(share)
+        bank = share.bank
+        if bank.is_selected or bank.in_warmup or not (torch.is_grad_enabled() and bank.weight.requires_grad):
+            return y
+        return Unselected.apply(y, bank.weight, share.adapter)  # in eval mode, which may be an evaluation
+
     def _require_selection(self, share: Share) -> None:
         bank = share.bank
         if bank.is_selected or bank.in_warmup:
             return
         if self.training and torch.is_grad_enabled() and bank.weight.requires_grad:
-            raise RuntimeError(
-                f"Adapter {share.adapter!r} has no blocks yet: training needs a selection first. Pass "
-                "callbacks=[SMTWarmupCallback()] to the Trainer, or call "
-                "smt_peft.select_blocks(model, dataloader)."
-            )
+            raise RuntimeError(NO_BLOCKS.format(share.adapter))
 
     # --- merge -----------------------------------------------------------------------------------------------------
 
@@ -236,6 +250,9 @@ class Linear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def restore(self) -> None:
         """Undo `merge`, also one that was interrupted: the base weight is what it was, bit for bit."""
+        if not (self._before or self._original):
+            self.merged_adapters.clear()
+            return
         with onload_layer(self) if self.weight.device.type == "meta" else nullcontext():  # an offloaded one comes in
             for entries, before in reversed(self._before):
                 self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
@@ -273,6 +290,19 @@ class Linear(nn.Module, BaseTunerLayer):
         return "smt." + super().__repr__()
 
 
+class Unselected(torch.autograd.Function):
+    """y as it is, where an adapter has no blocks: a backward through it would train nothing, and says so."""
+
+    @staticmethod
+    def forward(ctx, y, weight, adapter):
+        ctx.adapter = adapter
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise RuntimeError(NO_BLOCKS.format(ctx.adapter))
+
+
 def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a training step may compute the base layer's product itself: a frozen Linear that nobody looks into."""
     if type(base_layer) is not nn.Linear or not torch.is_grad_enabled():
@@ -295,5 +325,6 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
 
 def _is_looked_into(base_layer: nn.Module) -> bool:
     """Whether somebody sees what the base layer returns: by a hook of its own or of all modules (for which PyTorch has
-    no public question), or by a forward of its own, as accelerate's hooks."""
-    return bool(base_layer._forward_hooks) or "forward" in base_layer.__dict__ or _has_any_global_hook()
+    no public question), or by a forward of its own, as accelerate's hooks, or that somebody gave to all Linears."""
+    has_own = "forward" in base_layer.__dict__ or (type(base_layer) is nn.Linear and nn.Linear.forward is not FORWARD)
+    return bool(base_layer._forward_hooks) or has_own or _has_any_global_hook()

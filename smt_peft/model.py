@@ -36,7 +36,7 @@ HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["q
 class SMTModel(BaseTuner):
     """A model with Sparse Matrix Tuning adapters. Made by `get_peft_model(model, SMTConfig(...))`."""
 
-    prefix = "smt_"
+    prefix = "smt_b"  # what the names of its modules in a model, smt_bank and smt_blocks, begin with
     tuner_layer_cls = Linear
     target_module_mapping = TARGET_MODULES
 
@@ -145,8 +145,8 @@ class SMTModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, (ParamWrapper, TrainableTokensWrapper)) or isinstance(new_module, ParamWrapper):
-            setattr(parent, child_name, new_module)  # PEFT's way hands `weight` over, which such modules lack
+        if isinstance(child, (Linear, TrainableTokensWrapper)) or isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)  # PEFT's way hands `weight` over, which some modules lack
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -308,6 +308,11 @@ def _check_name(model: nn.Module, adapter: str) -> None:
         raise ValueError(
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
             "with different adapter names, or the whole model alone (part.unload() gives a part without)."
+        )
+    if isinstance(model, nn.ModuleList):
+        raise ValueError(
+            "The model is a ModuleList, whose members are called one by one, and the bank would be one of "
+            "them: wrap the model that holds it, and name its modules by target_modules."
         )
     if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
         raise ValueError(

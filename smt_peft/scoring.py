@@ -131,19 +131,25 @@ class Collector:
         new, self._batch, self._last = self._batch, {}, None
         norms = [torch.linalg.vector_norm(scores, 1) for scores in new.values()]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).sum().item() / self.scale if norms else 0.0
-        is_finite = torch.tensor(float(math.isfinite(total)), device=self.source.device)
-        if self.scale > 1 and not reduce_over_ranks(is_finite, "min"):
+        is_finite = is_everywhere = math.isfinite(total)
+        if self._usual_scale > 1:  # on all ranks or on none
+            of_this_rank = torch.tensor(float(is_finite), device=self.source.device)
+            is_everywhere = bool(reduce_over_ranks(of_this_rank, "min"))
+        if not is_everywhere and self.scale > 1:
             self.scale = max(1.0, self.scale / 2)
             return False
-        if not math.isfinite(total):
+        scale = self.scale
+        if is_everywhere:
+            self._usual_scale = scale
+        else:
+            self.scale = self._usual_scale  # it was the batch
+        if not is_finite:
             self._totals.append(0.0)
             self.skipped += 1
-            self.scale = self._usual_scale  # it was the batch
             return True
-        self._usual_scale = self.scale
         self._totals.append(total)
         for position, scores in new.items():
-            old, scores = self._sums.get(position), scores / self.scale
+            old, scores = self._sums.get(position), scores / scale
             self._sums[position] = scores if old is None else old.add_(scores)
         return True
 

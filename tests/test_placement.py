@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from dense_truth import bank_of
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from smt_peft import SMTConfig, select_blocks
@@ -184,10 +184,26 @@ def test_unloading_an_offloaded_model_gives_the_base_models_logits(placed):
     assert_same(logits(placed.unload()), logits(tiny_model()))
 
 
-def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain):
+@pytest.mark.parametrize("with_buffers", [False, True])
+def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain, with_buffers):
     expected = logits(plain)
-    cpu_offload(plain, execution_device=CPU)
+    cpu_offload(plain, execution_device=CPU, offload_buffers=with_buffers)
     assert_same(logits(plain), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "smt"])
+def test_an_adapter_loads_where_peft_dispatches_anew(tmp_path, monkeypatch, method):
+    """As it does for a base with layers on a disk; its auto, which needs a GPU, puts the bank on the disk as well."""
+    monkeypatch.chdir(tmp_path)  # where PEFT puts what it writes anew
+    lora = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    made = get_peft_model(tiny_model(), lora if method == "lora" else config(init_weights=False, selection="random"))
+    made.save_pretrained("adapter")
+    base = loaded_with_a_device_map(tiny_model(), tmp_path / "base")
+    places = {f"base_model.model.{name}": place for name, place in on_cpu_and_disk().items()}
+    if method == "smt":
+        places["base_model.model.smt_bank"] = "disk"
+    model = PeftModel.from_pretrained(base, "adapter", device_map=places, offload_folder="off")
+    assert_same(logits(model), logits(made))
 
 
 def test_an_offloaded_model_is_unmerged_by_whatever_asks_for_it(place):

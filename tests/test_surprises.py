@@ -30,13 +30,15 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.functional import delete_adapter
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, SMTWarmupCallback, bank, select_blocks
+from smt_peft import SMTConfig, SMTModel, SMTWarmupCallback, bank, select_blocks
+from smt_peft import model as model_file
 
 
 @pytest.fixture
@@ -322,6 +324,76 @@ def test_a_format_that_only_runs_forward_is_not_merged(base):
     with pytest.raises(TypeError, match="A GPTQ weight cannot be merged into"):
         model.merge_adapter()
     assert_same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_parameter_is_a_modules_own_twice(llama, method):
+    """As whoever asks each module for its own takes for granted."""
+    own = [parameter for module in wrap(llama, method).modules() for parameter in module.parameters(recurse=False)]
+    assert len(own) == len(set(own))
+
+
+def test_training_in_eval_mode_without_a_selection_is_refused(llama, batches):
+    """An evaluation is not, though it may build a graph."""
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=4)).eval()
+    expected = outputs(llama, batches[0])
+    model.enable_input_require_grads()
+    found = model(**batches[0])
+    assert torch.equal(found.logits, expected)
+    with pytest.raises(RuntimeError, match="has no blocks yet: training needs a selection"):
+        found.loss.backward()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forward_given_to_all_linears_is_used_in_training_too(method, monkeypatch):
+    model = wrap(nn.Sequential(nn.Linear(32, 32)), method, target_modules=["0"], budget=2)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias))
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        expected = model(x)
+    assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "smt"])
+def test_an_adapter_of_modules_called_like_its_own_is_deleted(method):
+    model = nn.Module()
+    model.smt_head = nn.Linear(32, 32)
+    model.forward = lambda x: model.smt_head(x)
+    x = torch.randn(3, 32)
+    expected = model(x)
+    config = make_config(method, target_modules=["smt_head"], budget=2)
+    inject_adapter_in_model(config, model)
+    assert not model.smt_head.get_base_layer().weight.requires_grad
+    delete_adapter(model, "default", {"lora": "lora_", "smt": SMTModel.prefix}[method])
+    assert torch.equal(model(x), expected) and len(list(model.parameters())) == 2
+
+
+def test_a_list_of_modules_is_not_wrapped_by_itself(llama):
+    with pytest.raises(ValueError, match="ModuleList, whose members"):
+        inject_adapter_in_model(SMTConfig(target_modules=["q_proj"]), llama.model.layers)
+    assert len(llama.model.layers) == 2
+
+
+def test_a_quantised_layer_without_a_weight_is_a_target(monkeypatch):
+    """As AQLM's, which have codes and codebooks."""
+
+    class Coded(nn.Module):
+        in_features = out_features = 32
+
+        def __init__(self):
+            super().__init__()
+            self.codebooks = nn.Parameter(torch.zeros(4, 8), requires_grad=False)
+            self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return 0 * x
+
+    backend = SimpleNamespace(supports_merge=False, backend_name="AQLM", layer_type="linear")
+    monkeypatch.setattr(model_file, "resolve_quantization_backend", lambda *_, **__: backend)
+    model = wrap(nn.Sequential(Coded()), target_modules=["0"], budget=4, block_size=16)
+    torch.nn.init.ones_(bank_of(model).weight)
+    x = torch.ones(1, 32)
+    assert torch.equal(model(x), torch.full((1, 32), 32.0)) and torch.equal(model.unload()(x)[:, :32], 0 * x)
 
 
 def test_names_in_a_state_dict_are_no_targets(base):

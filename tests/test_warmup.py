@@ -10,7 +10,7 @@ from dense_truth import SCORES, dense_gradients
 from peft import get_peft_model
 from torch import nn
 
-from smt_peft import SMTConfig, select_blocks
+from smt_peft import SMTConfig, scoring, select_blocks
 from smt_peft.config import Accumulation, Score
 from smt_peft.layer import Linear
 from smt_peft.scoring import FeatureCollector
@@ -169,6 +169,20 @@ def test_a_broken_batch_leaves_the_loss_scale_where_it_was(llama, batches):
     data = [batches[0], {**batches[1], "broken": True}, *batches[2:]]
     selection = warm_up(wrap(llama), data, loss_function=noting, loss_scale=4.0)
     assert scales == [4, 4, 2, 1, 4, 4] and selection.skipped == 1
+
+
+def test_ranks_run_a_batch_again_together(monkeypatch):
+    """One whose own batch is fine waits for the one whose overflows, or they would not meet in the next collective."""
+    others = iter([0.0, 0.0, 0.0, 1.0])  # whether all are finite: another rank's batch is broken, and then one is not
+    asked = []
+    monkeypatch.setattr(scoring, "reduce_over_ranks", lambda values, kind: asked.append(kind) or values * next(others))
+    collector = FeatureCollector([SimpleNamespace(device="cpu")], 4.0)
+    found = []
+    for _ in range(4):
+        collector._take(0, torch.full((2,), 3.0 * collector.scale))
+        found.append((collector.scale, collector.end_batch()))
+    assert found == [(4, False), (2, False), (1, True), (4, True)] and len(asked) == 4
+    assert collector.skipped == 0 and collector._sums[0].tolist() == [6, 6]
 
 
 def test_only_the_gradient_of_the_loss_itself_is_scored(llama, batches):
