@@ -8,6 +8,7 @@ import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -21,6 +22,8 @@ from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.warmup import apply_selection, random_states, same_order_afterwards, select_blocks
 
+CONTAINERS = (list, deque, set, dict)
+LARGEST_RECORD = 10_000  # values; a list that is longer is data
 # Where TRL's losses log.
 LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
@@ -186,12 +189,17 @@ class _Apart:
 
 
 def _is_record(value: object) -> bool:
-    """Whether it is what a loss of one's own may append to or count in: a container of numbers, texts and others."""
-    if isinstance(value, (list, deque, set, dict)):
-        return all(_is_record(part) for part in (value.values() if isinstance(value, dict) else value))
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return value is None or isinstance(value, (bool, int, float, str))
+    """Whether it is what a loss of one's own may append to or count in: a container of numbers and texts, no data."""
+    waiting = [value] if isinstance(value, CONTAINERS) else [...]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, CONTAINERS):
+            waiting.extend(part.values() if isinstance(part, dict) else part)
+        elif not (isinstance(part, (NoneType, int, float, str)) or getattr(part, "ndim", None) == 0):
+            return False
+        if len(waiting) > LARGEST_RECORD:
+            return False
+    return True
 
 
 def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -> None:

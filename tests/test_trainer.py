@@ -1,7 +1,7 @@
 """SMT inside transformers' Trainer: the warm-up callback, and resuming bit for bit."""
 
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -453,6 +453,22 @@ def test_what_a_loss_of_ones_own_appends_to_has_no_trace_of_the_warm_up(base, ma
     trainer.__class__ = Noting
     trainer.train()
     assert len(trainer.parts["seen"]) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("value", "is_record"),
+    [
+        ({"a": [1, 2.0, "x", None], "b": deque([torch.tensor(1.0)])}, True),
+        ([], True),
+        (5, False),
+        ([{"input_ids": [1] * 20_000}], False),
+        ([torch.zeros(2)], False),
+        ({"a": Dataset()}, False),
+    ],
+    ids=["records", "nothing yet", "a number", "data", "tensors", "objects"],
+)
+def test_records_are_small_containers_of_plain_values(value, is_record):
+    assert callback._is_record(value) is is_record
 
 
 def test_a_warm_up_by_hand_puts_the_order_of_the_data_back(base):
