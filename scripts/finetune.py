@@ -433,7 +433,8 @@ def check(
 def is_right(question: dict, answer: str) -> bool:
     """Whether an answer has the right one in it as whole words, whatever else it says."""
     right = question["right"].strip()
-    return re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer) is not None if right else not answer.strip()
+    alone = rf"(?<!\w)(?<!\d[.,]){re.escape(right)}(?!\w|[.,]\d)"
+    return re.search(alone, answer, re.ASCII) is not None if right else not answer.strip()
 
 
 def report(results: dict, prompts: list[dict], output_dir: str) -> str:
@@ -500,6 +501,11 @@ def draw_losses(output_dir: str, methods: list[str]) -> None:
             plot_losses(logs, path=Path(output_dir, "losses.png"))
 
 
+def is_same(data: str, other: str) -> bool:
+    """Whether two names of data are one, or of one file."""
+    return data == other or (Path(data).exists() and Path(other).exists() and Path(data).samefile(other))
+
+
 def arguments_of(method: str, options: Options, args: TrainingArguments) -> TrainingArguments:
     """Give a method's own arguments: its folder, its learning rate, its last checkpoint."""
     args = copy.copy(args)
@@ -518,10 +524,11 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
             f"with its {TRAINER_STATE_NAME}"
         )
     checkpoint = {"true": last, "false": None}.get(how, args.resume_from_checkpoint)
-    learnt = training_data(checkpoint or args.output_dir)
-    if learnt and options.data not in learnt:
-        way_out = f"go on with --data {learnt[-1]}, or name another" if checkpoint else "name another"
-        raise SystemExit(f"{checkpoint or args.output_dir} holds what learnt {learnt[-1]}; {way_out} output_dir")
+    for folder in filter(None, [checkpoint, args.output_dir]):
+        learnt = training_data(folder)
+        if learnt and not any(is_same(options.data, name) for name in learnt):
+            way_out = f"go on with --data {learnt[-1]}, or name another" if checkpoint else "name another"
+            raise SystemExit(f"{folder} holds what learnt {learnt[-1]}; {way_out} output_dir")
     if how == "true" and not last and args.process_index == 0:
         print(f"There is no checkpoint in {args.output_dir}: training starts at its first step.")
     if how == "false" and last:

@@ -94,7 +94,7 @@ class SMTWarmupCallback(TrainerCallback):
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None  # DeepSpeed has one of its own
         loss_scale = scaler.get_scale() if scaler else LOSS_SCALE if args.fp16 else 1.0
         apart = _Apart(trainer, train_dataloader) if trainer else None
-        with same_order_afterwards(train_dataloader):
+        with same_order_afterwards(train_dataloader), _records_as_before(trainer):
             _refuse_what_is_read_once(train_dataloader)
             self.selection = select_blocks(
                 model,
@@ -160,9 +160,9 @@ class _Apart:
                 self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
         self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
-        for name, value in vars(trainer).items():
-            if name in LOGGED or _is_record(value):
-                setattr(self.trainer, name, copy.deepcopy(value))
+        for name in LOGGED:
+            if name in vars(trainer):
+                setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
         for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom
             if name in vars(trainer):
                 setattr(self.trainer, name, value)
@@ -188,16 +188,29 @@ class _Apart:
         return loss
 
 
+@contextlib.contextmanager
+def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
+    """What a loss of one's own appends to or counts in gets its contents back; hooks may hold the same containers."""
+    records = [value for name, value in vars(trainer or object).items() if name not in LOGGED and _is_record(value)]
+    before = copy.deepcopy(records)
+    try:
+        yield
+    finally:
+        for record, held in zip(records, before, strict=True):
+            record.clear()
+            (record.extend if isinstance(record, (list, deque)) else record.update)(held)
+
+
 def _is_record(value: object) -> bool:
     """Whether it is what a loss of one's own may append to or count in: a container of numbers and texts, no data."""
-    waiting = [value] if isinstance(value, CONTAINERS) else [...]
+    waiting, seen = [value] if isinstance(value, CONTAINERS) else [...], 0
     while waiting:
-        part = waiting.pop()
+        part, seen = waiting.pop(), seen + 1
         if isinstance(part, CONTAINERS):
             waiting.extend(part.values() if isinstance(part, dict) else part)
         elif not (isinstance(part, (NoneType, int, float, str)) or getattr(part, "ndim", None) == 0):
             return False
-        if len(waiting) > LARGEST_RECORD:
+        if seen + len(waiting) > LARGEST_RECORD:  # or it holds itself
             return False
     return True
 

@@ -81,7 +81,10 @@ class ParamWrapper(Linear):
         for name in active:
             plan, delta = self.smt_blocks[name].parts(weight.device)
             if plan is None:
-                self._require_selection(self.smt_blocks[name])
+                share = self.smt_blocks[name]
+                unselected = weight if share.bank.is_selected else self._unselected(weight, share)
+                if unselected is not weight:
+                    matrix = unselected.flatten(0, -2)
                 continue
             entries = ops.entries(plan, delta.shape[1])
             matrix = weight.flatten(0, -2) if matrix is None else matrix

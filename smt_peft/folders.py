@@ -187,11 +187,14 @@ def _bring_back(model: PeftModel, said: SimpleNamespace) -> None:
     it looks for adapters' state in layers alone. The bank is small, and stays in memory."""
     for banks in banks_of(model).values():
         bank = banks._modules.get(said.adapter_name)
-        if bank is not None and bank.weight.device.type == "meta" and not said.low_cpu_mem_usage:
+        if bank is not None and bank.weight.device.type == "meta":
             weights = checks.load(weights_beside(str(said.model_id), said.kwargs))
             parts = checks.in_order_of(bank.targets, checks.take_apart(weights))
             bank.weight = nn.Parameter(parts.weight.float(), requires_grad=bank.weight.requires_grad)
             remove_hook_from_module(bank)
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer._move_adapter_to_device_of_base_layer(said.adapter_name)
 
 
 def _name_what_lacks(error: BaseException) -> None:

@@ -18,7 +18,8 @@ from smt_peft.bank import Banks, Share, is_sharded
 from smt_peft.checks import FLOATS
 from smt_peft.quantized import Original, dequantized
 
-FORWARD = nn.Linear.forward
+# PyTorch's own; None where another package has put one in its place before this one was imported.
+FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__["__name__"] == nn.Linear.__module__ else None
 NO_BLOCKS = (
     "Adapter {!r} has no blocks yet: training needs a selection first. Pass callbacks=[SMTWarmupCallback()] to the "
     "Trainer, or call smt_peft.select_blocks(model, dataloader)."
@@ -137,7 +138,7 @@ class Linear(nn.Module, BaseTunerLayer):
     def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, share: Share, base_layer: nn.Module) -> torch.Tensor:
         plan, delta = share.parts(y.device)
         if plan is None:
-            return self._unselected(y, share)
+            return y if share.bank.is_selected else self._unselected(y, share)
         if delta.device != y.device or x.device != y.device:  # a model spread over devices
             delta, x = delta.to(y.device), x.to(y.device)
         in_place = type(base_layer) in (nn.Linear, Conv1D) and not _is_looked_into(base_layer)
@@ -160,18 +161,14 @@ class Linear(nn.Module, BaseTunerLayer):
         return y
 
     def _unselected(self, y: torch.Tensor, share: Share) -> torch.Tensor:
-        self._require_selection(share)
+        """y, of an adapter that has no blocks yet, which is no model to train."""
         bank = share.bank
-        if bank.is_selected or bank.in_warmup or not (torch.is_grad_enabled() and bank.weight.requires_grad):
+        if bank.in_warmup or not (torch.is_grad_enabled() and bank.weight.requires_grad):
             return y
-        return Unselected.apply(y, bank.weight, share.adapter)  # in eval mode, which may be an evaluation
-
-    def _require_selection(self, share: Share) -> None:
-        bank = share.bank
-        if bank.is_selected or bank.in_warmup:
-            return
-        if self.training and torch.is_grad_enabled() and bank.weight.requires_grad:
+        if self.training:
             raise RuntimeError(NO_BLOCKS.format(share.adapter))
+        # In eval mode it may be an evaluation; which a compiler cannot tell.
+        return y if torch.compiler.is_compiling() else Unselected.apply(y, bank.weight, share.adapter)
 
     # --- merge -----------------------------------------------------------------------------------------------------
 
@@ -296,7 +293,7 @@ class Unselected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, weight, adapter):
         ctx.adapter = adapter
-        return y.view_as(y)
+        return y.detach()  # as `view_as` would, but a model may change this in place
 
     @staticmethod
     def backward(ctx, dy):

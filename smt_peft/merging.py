@@ -6,6 +6,7 @@ Whatever cannot be merged as it lies in the files is refused before anything is 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 import warnings
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -103,11 +104,14 @@ def changes_of(adapter: StoredAdapter, checkpoint: Checkpoint) -> dict[str, Chan
     return changes
 
 
-def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Modules that transformers does not round to `dtype` when it loads the model."""
+def kept_in_float32(checkpoint: Checkpoint, dtype: torch.dtype) -> str | None:
+    """A tensor that transformers would not round to `dtype` when it loads the model."""
     lists = {torch.float16: ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"]}
     lists[torch.bfloat16] = lists[torch.float16][1:]
-    return sorted({name for kept in lists.get(dtype, ()) for name in getattr(model, kept, None) or ()})
+    model = empty_model(checkpoint.folder)
+    kept = {name for names in lists.get(dtype, ()) for name in getattr(model, names, None) or ()}
+    keys = (key for key in sorted(checkpoint.files) if any(re.search(rf"(^|\.){name}(\.|$)", key) for name in kept))
+    return next((key for key in keys if STORED_FLOATS.get(checkpoint.look(key)[1], dtype) != dtype), None)
 
 
 def _own_name(target: str, prefix: str, parameters: dict[str, Tensor]) -> str | None:
@@ -161,9 +165,9 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     if not stored.blocks:
         raise ValueError(f"{adapter} has no blocks yet, so there is nothing to merge; train it first.")
     changes = changes_of(stored, checkpoint)
-    if dtype and (kept := kept_in_float32(empty_model(base), dtype)):
+    if dtype and (kept := kept_in_float32(checkpoint, dtype)):
         raise ValueError(
-            f"transformers keeps {', '.join(kept)} of this model in float32 where the rest is in "
+            f"transformers keeps {kept} of this model in float32 where the rest is in "
             f"{str(dtype).removeprefix('torch.')}: leave --dtype out, or {OR_LOAD}."
         )
     shards = sorted(set(checkpoint.files.values()))

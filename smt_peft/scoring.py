@@ -59,6 +59,7 @@ class Collector:
         self.layers = layers
         self.scale = self._usual_scale = scale  # of the loss, for float16
         self._is_backward = False
+        self._is_helpable = False  # whether another scale may help where the gradient is not finite
         self.source = torch.zeros((), requires_grad=True, device=layers[0].device)  # see `Watch`
         self.inputs = list(range(len(layers)))  # per layer the first one that read the same input just before it
         self.skipped = 0
@@ -108,7 +109,7 @@ class Collector:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Of the training's own loss, which alone counts: one may have been differentiated for its sake before."""
-        self._is_backward = True
+        self._is_backward, self._is_helpable = True, bool(loss.isfinite().all())
         try:
             (loss * self.scale).backward()
         finally:
@@ -133,11 +134,11 @@ class Collector:
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).sum().item() / self.scale if norms else 0.0
         is_finite = is_everywhere = math.isfinite(total)
         if self._usual_scale > 1:  # on all ranks or on none
-            of_this_rank = torch.tensor(float(is_finite), device=self.source.device)
-            is_everywhere = bool(reduce_over_ranks(of_this_rank, "min"))
-        if not is_everywhere and self.scale > 1:
-            self.scale = max(1.0, self.scale / 2)
-            return False
+            of_this_rank = torch.tensor([is_finite, is_finite or not self._is_helpable], device=self.source.device)
+            is_everywhere, is_right = reduce_over_ranks(of_this_rank.float(), "min").bool().tolist()
+            if self.scale > 1 and not is_right:
+                self.scale = max(1.0, self.scale / 2)
+                return False
         scale = self.scale
         if is_everywhere:
             self._usual_scale = scale

@@ -42,10 +42,14 @@ def select(
         _check_scores([scores[member] for member in members])
         rankings = _rankings(members, scope, inputs)
         # What nothing reached, as experts without tokens, would be given blocks that are never trained.
-        rankings = [ranking for ranking in rankings if any((scores[member] > 0).any() for member in ranking)]
+        reached = [ranking for ranking in rankings if any((scores[member] > 0).any() for member in ranking)]
+        unreached, rankings = sum(map(len, rankings)) - sum(map(len, reached)), reached
         sizes = [sum(int((scores[member] >= 0).sum()) for member in ranking) for ranking in rankings]
         if sum(sizes) < budget:
-            raise ValueError(f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected; lower it.")
+            why = f" ({unreached} targets have none, because all their scores are zero)" if unreached else ""
+            raise ValueError(
+                f"A budget of {budget} blocks is above the {sum(sizes)} that may be selected{why}; lower it."
+            )
         shares = apportion(budget, sizes, kinds and [kinds[ranking[0]] for ranking in rankings])
         for ranking, share in zip(rankings, shares, strict=True):
             _mark_best([scores[member] for member in ranking], share, [chosen[member] for member in ranking])

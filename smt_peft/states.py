@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smt_peft import checks
-from smt_peft.bank import DeltaBank, banks_of
+from smt_peft.bank import Banks, DeltaBank, banks_of
 from smt_peft.bases import base_weights, other_base, sample
 from smt_peft.checks import PREFIX
 from smt_peft.config import SMTConfig
@@ -121,9 +121,15 @@ def _own_weights(
     return {name: others[key] for name, key in found.items() if name in own}
 
 
+def _home(model: nn.Module) -> tuple[str, Banks]:
+    for home, banks in banks_of(model).items():
+        return home, banks
+    raise ValueError("The model has no SMT adapter (any more).")
+
+
 def _bank_and_keys(model: nn.Module, adapter: str) -> tuple[DeltaBank, list[str]]:
     """An adapter's bank, and the keys of `checks.PARTS`."""
-    home, banks = next(iter(banks_of(model).items()))
+    home, banks = _home(model)
     return banks[adapter], [f"{home}.{adapter}.{part}" for part in checks.PARTS]
 
 
@@ -138,7 +144,7 @@ def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
 
 
 def _warn_of_other_base(model: nn.Module, adapter: str, config: SMTConfig, stored: dict[str, list[float]]) -> None:
-    root = model.get_submodule(next(iter(banks_of(model))).rpartition(".")[0])
+    root = model.get_submodule(_home(model)[0].rpartition(".")[0])
     different = other_base(stored, sample(base_weights(root, with_heads=False), list(stored)))
     if different:
         here = getattr(root, "name_or_path", "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import partial
 
 import numpy
@@ -25,7 +26,7 @@ from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
 
 HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
-GENERATORS = (torch.Generator, numpy.random.Generator, random.Random)
+GENERATORS = (torch.Generator, numpy.random.Generator, random.Random)  # but for SystemRandom, which has no state
 LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
 
 
@@ -187,7 +188,7 @@ def _run(
             while not is_done:
                 freeze()
                 with torch.set_grad_enabled(collector.needs_backward):
-                    loss = loss_function(model, batch)
+                    loss = loss_function(model, copy.copy(batch) if isinstance(batch, MutableMapping) else batch)
                     freeze()  # again, for what is computed once more in the backward
                     if collector.needs_backward:
                         collector.backward(loss)
@@ -247,6 +248,7 @@ def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
     states = []
     for owner in owners:
         held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if isinstance(value, GENERATORS)}
+        held = {name: value for name, value in held.items() if not isinstance(value, random.SystemRandom)}
         if hasattr(owner, "generator"):
             held["generator"] = owner.generator
         states += [(owner, name, value, _state(value)) for name, value in held.items()]

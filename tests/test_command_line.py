@@ -251,7 +251,7 @@ def test_a_dtype_that_transformers_does_not_give_all_of_a_model_is_refused(tmp_p
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     save(tmp_path, base, target_modules=["q", "v"], budget=4)
     words = "merge", tmp_path / "adapter", "--dtype", "float16", "--out"
-    assert "keeps wo of this model in float32" in refused(*words, tmp_path / "out")
+    assert "DenseReluDense.wo.weight of this model in float32" in refused(*words, tmp_path / "out")
     run(*words, tmp_path / "loaded", "--load")
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "loaded", dtype=torch.float16)
     assert_same(loaded.state_dict(), merged(tmp_path, T5ForConditionalGeneration, dtype=torch.float16))

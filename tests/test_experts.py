@@ -146,6 +146,12 @@ def test_unmerging_disabling_and_unloading_give_back_the_base_bit_for_bit(base, 
     assert [name for name, value in base.state_dict().items() if not torch.equal(after[name], value)] == []
 
 
+def test_experts_that_are_trained_in_eval_mode_need_a_selection(base, config):
+    loss = get_peft_model(base, config()).eval()(**BATCH).loss
+    with pytest.raises(RuntimeError, match="has no blocks yet"):
+        loss.backward()
+
+
 def test_experts_show_their_own_weight_after_a_forward(base, config):
     model = get_peft_model(base, config())
     select_blocks(model, [BATCH])

@@ -804,6 +804,13 @@ def test_blocks_that_do_not_fit_are_not_written_elsewhere(tmp_path, blocks, shap
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_whose_adapter_was_unloaded_has_nothing_to_save(llama):
+    model = wrap(llama)
+    model.unload()
+    with pytest.raises(ValueError, match="has no SMT adapter"):
+        get_peft_model_state_dict(model)
+
+
 # --- where they are written ------------------------------------------------------------------------------------------
 
 

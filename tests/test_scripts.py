@@ -322,6 +322,16 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path, how):
     with pytest.raises(SystemExit, match="checkpoint-2 holds what learnt others; go on with --data others"):
         finetune.arguments_of("smt", finetune.Options("m", "d"), args)
     assert finetune.arguments_of("smt", finetune.Options("m", "others"), args).resume_from_checkpoint
+    (tmp_path / "smt/training_data.json").write_text('{"train": ["d"]}')
+    with pytest.raises(SystemExit, match="smt holds what learnt d"):
+        finetune.arguments_of("smt", finetune.Options("m", "others"), args)
+
+
+def test_data_by_another_name_of_the_file_are_the_same(tmp_path, monkeypatch):
+    (tmp_path / "my.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert finetune.is_same("my.jsonl", f"{tmp_path}/my.jsonl") and finetune.is_same("hub/data", "hub/data")
+    assert not finetune.is_same("my.jsonl", "other.jsonl")
 
 
 def test_what_learnt_other_data_is_not_written_over(tmp_path):

@@ -86,6 +86,9 @@ def test_a_module_that_no_token_reaches_has_no_score_and_costs_no_batch_and_no_b
     model = get_peft_model(base, SMTConfig(**options, selection=selection, scope=scope))
     found = select_blocks(model, [torch.randn(3, 32)] * 2, loss_function=lambda model, x: model(x), progress_bar=False)
     assert found.skipped == 0 and found.blocks().keys() == {"a"} and found.scores[1].count_nonzero() == 0
+    if scope != "model":
+        with pytest.raises(ValueError, match=r"above the 4 that may be selected \(1 targets have none"):
+            found.rebudget(5)
 
 
 def test_batches_without_labels_are_named(llama, batches):

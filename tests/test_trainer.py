@@ -441,18 +441,25 @@ def test_half_precision_without_a_scaler_of_the_trainer_has_a_loss_scale(base, m
 
 
 def test_what_a_loss_of_ones_own_appends_to_has_no_trace_of_the_warm_up(base, make_trainer):
+    """Nor a part in it that comes by way of a hook, which holds the Trainer's own containers."""
     trainer = make_trainer(base)
-    trainer.parts, compute = defaultdict(list), type(trainer).compute_loss
+    trainer.parts, trainer.features, compute = defaultdict(list), {}, type(trainer).compute_loss
+    features = trainer.features
+    trainer.model.get_input_embeddings().register_forward_hook(lambda *of: features.update(last=of[2].sum().item()))
 
     class Noting(type(trainer)):
         def compute_loss(self, model, inputs, **options):
             loss = compute(self, model, inputs, **options)
-            self.parts["seen"].append(loss.item())
+            self.parts["seen"].append(self.features["last"])
             return loss
 
     trainer.__class__ = Noting
     trainer.train()
-    assert len(trainer.parts["seen"]) == STEPS
+    assert len(trainer.parts["seen"]) == STEPS and trainer.features is features
+
+
+ENDLESS = []
+ENDLESS.append(ENDLESS)
 
 
 @pytest.mark.parametrize(
@@ -464,8 +471,9 @@ def test_what_a_loss_of_ones_own_appends_to_has_no_trace_of_the_warm_up(base, ma
         ([{"input_ids": [1] * 20_000}], False),
         ([torch.zeros(2)], False),
         ({"a": Dataset()}, False),
+        (ENDLESS, False),
     ],
-    ids=["records", "nothing yet", "a number", "data", "tensors", "objects"],
+    ids=["records", "nothing yet", "a number", "data", "tensors", "objects", "itself"],
 )
 def test_records_are_small_containers_of_plain_values(value, is_record):
     assert callback._is_record(value) is is_record

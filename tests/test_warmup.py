@@ -168,20 +168,30 @@ def test_a_broken_batch_leaves_the_loss_scale_where_it_was(llama, batches):
 
     data = [batches[0], {**batches[1], "broken": True}, *batches[2:]]
     selection = warm_up(wrap(llama), data, loss_function=noting, loss_scale=4.0)
-    assert scales == [4, 4, 2, 1, 4, 4] and selection.skipped == 1
+    assert scales == [4, 4, 4, 4] and selection.skipped == 1  # no scale helps a loss that is not finite itself
+
+
+def test_a_loss_that_takes_a_batch_apart_gets_it_whole_again(llama, batches):
+    def overflowing(model, batch):
+        loss = model(input_ids=batch["input_ids"], labels=batch.pop("labels")).loss
+        loss.register_hook(lambda scale: scale if scale <= 1 else scale * float("inf"))
+        return loss
+
+    selection = warm_up(wrap(llama, warmup_steps=2), batches[:2], loss_function=overflowing, loss_scale=4.0)
+    assert selection.skipped == 0 and "labels" in batches[0]
 
 
 def test_ranks_run_a_batch_again_together(monkeypatch):
     """One whose own batch is fine waits for the one whose overflows, or they would not meet in the next collective."""
-    others = iter([0.0, 0.0, 0.0, 1.0])  # whether all are finite: another rank's batch is broken, and then one is not
-    asked = []
-    monkeypatch.setattr(scoring, "reduce_over_ranks", lambda values, kind: asked.append(kind) or values * next(others))
-    collector = FeatureCollector([SimpleNamespace(device="cpu")], 4.0)
+    # Of another rank: its gradient overflows twice, then its data are broken, which no scale helps, then all is well.
+    others = iter([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    monkeypatch.setattr(scoring, "reduce_over_ranks", lambda values, kind: values * torch.tensor(next(others)))
+    collector = FeatureCollector([SimpleNamespace(device="cpu")], 8.0)
     found = []
     for _ in range(4):
         collector._take(0, torch.full((2,), 3.0 * collector.scale))
         found.append((collector.scale, collector.end_batch()))
-    assert found == [(4, False), (2, False), (1, True), (4, True)] and len(asked) == 4
+    assert found == [(8, False), (4, False), (2, True), (8, True)] and not list(others)
     assert collector.skipped == 0 and collector._sums[0].tolist() == [6, 6]
 
 

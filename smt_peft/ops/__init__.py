@@ -81,9 +81,7 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
 
 def linear_add_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, plan: Plan) -> Tensor:
     """`add_blocks` to x @ weight^T + bias, where neither of them is trained: both products are added in place, in
-    backward too. All of one dtype and device but `delta`."""
-    if not torch.is_grad_enabled():
-        _refuse_tangents(x, weight, delta)
+    backward too. Where gradients are enabled. All of one dtype and device but `delta`."""
     return LinearAddBlocks.apply(x, weight, bias, delta, plan)
 
 
@@ -206,8 +204,9 @@ def _refuse_tangents(*operands: Tensor) -> None:
     """Where autograd does not look it does not say either that a function has no forward mode."""
     if torch.compiler.is_compiling():
         return
-    if any(forward_ad.unpack_dual(operand).tangent is not None for operand in operands):
-        raise NotImplementedError("SMT's block product has no forward-mode derivative: use reverse mode (backward).")
+    for operand in operands:
+        if forward_ad.unpack_dual(operand).tangent is not None:
+            raise NotImplementedError("SMT's block product has no forward-mode derivative: use reverse mode.")
 
 
 @cache

@@ -69,11 +69,9 @@ def _fit(configs: list[triton.Config], operands: dict, **constants) -> list[trit
 
 
 def check_target() -> None:
-    """Raise RuntimeError, or what the C compiler fails with, where these kernels cannot run: Triton's first step is to
-    build a small program in C."""
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "cuda" and target.arch < 80:
-        raise RuntimeError(f"compute capability {target.arch / 10}, and Triton supports 8.0 and later")
+    """Raise RuntimeError, or what the C compiler fails with, where Triton cannot compile: its first step is to build a
+    small program in C."""
+    triton.runtime.driver.active.get_current_target()
 
 
 @triton.jit
