@@ -587,6 +587,7 @@ def test_losses_are_per_token_however_rows_are_batched(files, tokenizer, tmp_pat
     "right, answer, is_right",
     [
         ("4", "The answer is 14", False),
+        ("4", "It is 4.5", False),
         ("4", "It is 4.", True),
         ("no", "unknown", False),
         ("", "x", False),
