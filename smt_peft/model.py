@@ -309,11 +309,6 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
             "with different adapter names, or the whole model alone (part.unload() gives a part without)."
         )
-    if isinstance(model, nn.ModuleList):
-        raise ValueError(
-            "The model is a ModuleList, whose members are called one by one, and the bank would be one of "
-            "them: wrap the model that holds it, and name its modules by target_modules."
-        )
     if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
         raise ValueError(
             f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, or be one that "

@@ -370,12 +370,6 @@ def test_an_adapter_of_modules_called_like_its_own_is_deleted(method):
     assert torch.equal(model(x), expected) and len(list(model.parameters())) == 2
 
 
-def test_a_list_of_modules_is_not_wrapped_by_itself(llama):
-    with pytest.raises(ValueError, match="ModuleList, whose members"):
-        inject_adapter_in_model(SMTConfig(target_modules=["q_proj"]), llama.model.layers)
-    assert len(llama.model.layers) == 2
-
-
 def test_a_quantised_layer_without_a_weight_is_a_target(monkeypatch):
     """As AQLM's, which have codes and codebooks."""
 
