@@ -18,6 +18,8 @@ from smt_peft.config import SMTConfig
 from smt_peft.diagnostics import warn
 from smt_peft.places import short
 
+FSDP = "_fsdp_wrapped_module."  # what FSDP's first version puts before names of a model, but not of its state
+
 
 def to_save(
     model: nn.Module, config: SMTConfig, adapter: str, state_dict: Mapping[str, torch.Tensor]
@@ -123,7 +125,7 @@ def _own_weights(
 
 def _home(model: nn.Module) -> tuple[str, Banks]:
     for home, banks in banks_of(model).items():
-        return home, banks
+        return home.removeprefix(FSDP), banks
     raise ValueError("The model has no SMT adapter (any more).")
 
 
@@ -138,6 +140,7 @@ def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:
     keys = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix(FSDP)
             for saved, own in module.adapter_state_dict_load_map(adapter).items():
                 keys[f"{name}.{saved}"] = f"{name}.{own}"
     return keys
