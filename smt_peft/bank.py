@@ -204,7 +204,7 @@ class DeltaBank(nn.Module):
     def layout(self) -> Layout:
         """What follows from the index; without counts before the selection."""
         index, layout = self._buffers["index"], self._layout
-        if index.device.type == "meta" and hasattr(self, "_hf_hook"):  # accelerate's offload_buffers=True
+        if index.is_meta and hasattr(self, "_hf_hook"):  # accelerate's offload_buffers=True
             remove_hook_from_module(self)
             index = self._buffers["index"]
         if torch.compiler.is_compiling() and layout is not None:

@@ -330,12 +330,17 @@ def check_config(config: Mapping, parts: Parts) -> None:
         raise ValueError(
             f"The file holds {sorted(held)} rows where adapter_config.json names {sorted(wanted)} ({TOKENS})."
         )
-    present = {key.removeprefix(PREFIX) for key in parts.others}
-    missing = [name for name in content["others"] if name not in present] if content else []
-    if missing:
-        raise ValueError(f"The file lacks {short(missing[0])}, which was saved with it; it is broken.")
+    check_complete(parts)
     if selected is not None:
         names_of(parts.index, selected, content and content["targets"])
+
+
+def check_complete(parts: Parts, known: Iterable[str] = ()) -> None:
+    """Refuse a file that has lost a tensor which was saved with it; those of the keys `known` are there for sure."""
+    present = {key.removeprefix(PREFIX) for key in (*parts.others, *known)}
+    missing = next((name for name in (parts.content or {"others": ()})["others"] if name not in present), None)
+    if missing is not None:
+        raise ValueError(f"The file lacks {short(missing)}, which was saved with it; it is broken.")
 
 
 def names_of(

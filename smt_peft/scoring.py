@@ -109,7 +109,7 @@ class Collector:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Of the training's own loss, which alone counts: one may have been differentiated for its sake before."""
-        self._is_backward, self._is_helpable = True, bool(loss.isfinite().all())
+        self._is_backward, self._is_helpable = True, self.scale > 1 and bool(loss.isfinite().all())
         try:
             (loss * self.scale).backward()
         finally:

@@ -92,10 +92,7 @@ def _own_weights(
     """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
     saved whole."""
     others, whole = parts.others, _whole_modules(model, adapter)
-    present = {key.removeprefix(PREFIX) for key in (*others, *whole)}  # whole modules PEFT has looked for
-    missing = [name for name in parts.content["others"] if name not in present] if parts.content else []
-    if missing:
-        raise ValueError(f"The file lacks {short(missing[0])}, which was saved with it; it is broken.")
+    checks.check_complete(parts, known=whole)  # PEFT has looked for whole modules
     state = model.state_dict() if others else {}
     own = set(whole.values())
     for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:

@@ -26,7 +26,6 @@ from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
 
 HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
-GENERATORS = (torch.Generator, numpy.random.Generator, random.Random)  # but for SystemRandom, which has no state
 LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
 
 
@@ -247,8 +246,7 @@ def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
         owners += [part for part in parts if all(part is not one for one in (None, *owners))]
     states = []
     for owner in owners:
-        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if isinstance(value, GENERATORS)}
-        held = {name: value for name, value in held.items() if not isinstance(value, random.SystemRandom)}
+        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if _state(value) is not None}
         if hasattr(owner, "generator"):
             held["generator"] = owner.generator
         states += [(owner, name, value, _state(value)) for name, value in held.items()]
@@ -258,18 +256,22 @@ def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
         for owner, name, generator, state in states:
             if isinstance(generator, numpy.random.Generator):
                 generator.bit_generator.state = state
-            elif isinstance(generator, GENERATORS):
-                (generator.set_state if isinstance(generator, torch.Generator) else generator.setstate)(state)
+            elif isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            elif state is not None:
+                generator.setstate(state)
             elif getattr(owner, name) is not generator:
                 setattr(owner, name, generator)  # none: a collator makes its own with the first batch
 
 
 def _state(generator: object) -> object:
+    """Of Python's, NumPy's or PyTorch's; None of what is none, or has none."""
     if isinstance(generator, numpy.random.Generator):
         return generator.bit_generator.state
     if isinstance(generator, torch.Generator):
         return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else None
+    has_state = isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom)
+    return generator.getstate() if has_state else None
 
 
 def random_states() -> list[Callable[[], object]]:

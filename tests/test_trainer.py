@@ -414,6 +414,11 @@ def test_generators_of_collators_and_streams_go_back(make):
     assert draw(data) == draw(make()) != draw(data)
 
 
+def test_what_has_no_state_is_left_alone():
+    with same_order_afterwards(SimpleNamespace(rng=random.SystemRandom())) as nothing:
+        assert nothing is None
+
+
 def test_looking_whether_data_begin_anew_draws_no_random_numbers():
     class Shuffled(IterableDataset):
         def __iter__(self):
