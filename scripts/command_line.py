@@ -29,7 +29,7 @@ def in_a_line() -> Iterator[None]:
     """End the program with what an error says, and no more, where it is the user who can mend it."""
     try:
         yield
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise SystemExit(" ".join(str(error).split())) from error
 
 
@@ -73,6 +73,8 @@ def read_options(argv: list[str], *kinds: type) -> tuple:
             raise SystemExit(
                 f"--{mapping} and --{mapping}.{next(iter(own))} are both given; one mapping has all entries"
             )
+        if not isinstance(values.get(mapping) or {}, dict):
+            raise SystemExit(f"{mapping} is {values[mapping]!r} in {file.config}, no mapping: --{mapping} sets it")
         replaced = BUDGETS if BUDGETS & own.keys() else set()
         values[mapping] = {k: v for k, v in (values.get(mapping) or {}).items() if k not in replaced} | own
     from_file = [

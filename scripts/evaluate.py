@@ -30,7 +30,6 @@ from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
-from transformers.utils import is_bitsandbytes_available
 
 import smt_peft  # registers SMT with PEFT
 from smt_peft.checkpoints import local_folder
@@ -88,16 +87,15 @@ class Options:
     def __post_init__(self) -> None:
         self.quantization = parse_quantization(self.quantization)
         check_dtype(self.dtype)
-        if self.quantization and not is_bitsandbytes_available():
-            raise ValueError("quantization is given, but bitsandbytes is not installed: pip install bitsandbytes")
         if not (self.model or self.adapter):
             raise ValueError("nothing to evaluate: name a --model, or an --adapter that names its base model")
         if self.protocol != "llm-adapters" and self.mode != "generate":
             raise ValueError(f"protocol {self.protocol} is a way to generate, but mode is {self.mode}; leave out one")
         if self.mode != "generate" and (self.do_sample or self.num_beams != 4):
             raise ValueError(f"mode {self.mode} generates nothing: leave out num_beams and do_sample")
-        if self.limit < 0 or self.batch_size < 1:
-            raise ValueError(f"limit {self.limit} must be at least 0, and batch_size {self.batch_size} at least 1")
+        for name, least in (("limit", 0), ("batch_size", 1), ("num_beams", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is at least {least}")
 
     @property
     def training_files(self) -> list[str]:

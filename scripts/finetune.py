@@ -20,6 +20,7 @@ import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from types import NoneType
@@ -37,6 +38,7 @@ from peft.utils import CONFIG_NAME
 from scores import write_whole
 from stdlib_text import documentation, questions, source_code
 from tasks import TRAINING_DATA, prompt, training_data
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,7 +68,7 @@ STDLIB = {  # rows that any Python has, by split
     "stdlib-questions": questions,
 }
 SHOWN = 3  # of the questions that are asked
-PER_TOKEN = "loss_per_token"
+PER_TOKEN = "token_loss"  # ends so that Trainer knows that less is better
 LEAST_NEW_TOKENS = 60  # of an answer; as many as that of the right one, if that is longer
 
 
@@ -114,8 +116,6 @@ class Options:
     def __post_init__(self) -> None:
         self.smt, self.lora = parse(self.smt), parse(self.lora)
         self.quantization = parse_quantization(self.quantization)
-        if self.quantization and not is_bitsandbytes_available():
-            raise SystemExit("quantization is given, but bitsandbytes is not installed: pip install bitsandbytes")
         if set(self.methods.split(",")) - set(METHODS):
             raise SystemExit(f"methods is {self.methods!r}; it can be {', '.join(METHODS)}, or several: smt,lora")
         for method in self.methods.split(","):
@@ -138,7 +138,8 @@ class Options:
 
 def check_dtype(dtype: str) -> None:
     """End with an error where the weights' data type is none."""
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
         raise SystemExit(f"dtype is {dtype!r}; it can be auto, float32, bfloat16 or float16")
 
 
@@ -170,7 +171,7 @@ def without_held_out(train: datasets.Dataset, test: datasets.Dataset) -> dataset
     """Give the rows to train on that do not repeat what a held-out one asks or says."""
     ask = question if is_labelled(train) else itemgetter("text")
     asked = set(map(ask, test))
-    return train.select([number for number, row in enumerate(train) if ask(row) not in asked])
+    return train.filter(lambda row: ask(row) not in asked)
 
 
 def is_labelled(rows: datasets.Dataset) -> bool:
@@ -180,6 +181,11 @@ def is_labelled(rows: datasets.Dataset) -> bool:
 
 def question(row: dict) -> str:
     return "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+
+
+def by_row(batch: dict) -> list[dict]:
+    """Turn a dictionary of columns into one per row."""
+    return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
 def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Dataset:
@@ -193,16 +199,19 @@ def encode(rows: datasets.Dataset, tokenizer: Any, length: int) -> datasets.Data
 
     before, after = prompt("\0").split("\0")  # as texts: datasets keeps tokens, and sees when a text is another
 
-    def answer(row: dict) -> dict:
-        asked = before + question(row) + after
-        start = len(tokenizer(asked)["input_ids"])
+    def answer(batch: dict) -> dict:
+        asked = [before + question(row) + after for row in by_row(batch)]
         # Outer white space of the answer goes: a line break at its start can fuse with the prompt's last one into a
         # token that the prompt alone, as in a test, does not end with.
-        tokens = [*tokenizer(asked + row["output"].strip())["input_ids"], tokenizer.eos_token_id]
-        return {"input_ids": tokens[:length], "labels": ([-100] * start + tokens[start:])[:length]}
+        whole = [text + output.strip() for text, output in zip(asked, batch["output"], strict=True)]
+        starts = map(len, tokenizer(asked, verbose=False)["input_ids"])
+        whole = [[*tokens, tokenizer.eos_token_id] for tokens in tokenizer(whole, verbose=False)["input_ids"]]
+        labels = [[-100] * start + tokens[start:] for start, tokens in zip(starts, whole, strict=True)]
+        return {"input_ids": [row[:length] for row in whole], "labels": [row[:length] for row in labels]}
 
     if is_labelled(rows):
-        rows = rows.map(answer, remove_columns=rows.column_names).filter(lambda row: max(row["labels"]) >= 0)
+        rows = rows.map(answer, batched=True, remove_columns=rows.column_names)
+        rows = rows.filter(lambda row: max(row["labels"]) >= 0)
     else:
         rows = rows.map(pack, batched=True, remove_columns=rows.column_names)
     if not len(rows):
@@ -232,8 +241,14 @@ def prompts_of(rows: datasets.Dataset, options: Options, tokenizer: Any) -> list
         first = next((text for text in rows["text"] if text.strip()), tokenizer.eos_token)
         tokens = tokenizer(first, verbose=False)["input_ids"][:16]
         return [{"prompt": tokenizer.decode(tokens, skip_special_tokens=True)}]
-    rows = rows.take(min(options.questions, len(rows)))
-    return [{"prompt": prompt(question(row)), "question": question(row), "right": row["output"]} for row in rows]
+    asked = [{"prompt": prompt(question(row)), "question": question(row), "right": row["output"]} for row in rows]
+
+    def is_short(each: dict, *keys: str) -> bool:  # as what is trained on; longer ones may not fit the model
+        tokens = tokenizer("".join(each[key] for key in keys), verbose=False)["input_ids"]
+        return len(tokens) < options.max_length
+
+    fit = list(islice((each for each in asked if is_short(each, "prompt", "right")), options.questions))
+    return fit or list(islice((each for each in asked if is_short(each, "prompt")), options.questions))
 
 
 def parse_quantization(text: str) -> dict:
@@ -243,6 +258,8 @@ def parse_quantization(text: str) -> dict:
         raise SystemExit(f"quantization is {text!r}; it is a mapping, such as {{load_in_4bit: true}}")
     if unknown := given.keys() - inspect.signature(BitsAndBytesConfig).parameters.keys():
         raise SystemExit(f"quantization has {unknown.pop()!r}, no option of BitsAndBytesConfig; load_in_4bit is one")
+    if given and not is_bitsandbytes_available():
+        raise SystemExit("quantization is given, but bitsandbytes is not installed: pip install bitsandbytes")
     return given
 
 
@@ -314,11 +331,13 @@ def loss_per_token(of_rows: EvalPrediction) -> dict[str, float]:
 
 
 class TrainingDataNote(TrainerCallback):
-    """Names the training data beside the weights, in every checkpoint, so that tests on these rows are noticed."""
+    """Names the training data beside the weights, in every checkpoint, so that tests on these rows are noticed; and
+    how many rows were learnt, so that a run that goes on holds out the same."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, rows: int):
         earlier = training_data(options.model) or []
-        self.text = json.dumps({"train": list(dict.fromkeys([*earlier, options.data]))}) + "\n"
+        note = {"train": list(dict.fromkeys([*earlier, options.data])), "rows": rows}
+        self.text = json.dumps(note) + "\n"
 
     def write(self, folder: str | Path) -> None:
         Path(folder, TRAINING_DATA).write_text(self.text, encoding="utf-8")
@@ -339,9 +358,16 @@ def fine_tune(
 ) -> tuple[dict, torch.Tensor]:
     """Train one adapter, or all weights, and save; give the numbers, and the trained model's logits for a prompt."""
     transformers.set_seed(args.seed)
-    warmup, note = SMTWarmupCallback(), TrainingDataNote(options)
+    warmup, note = SMTWarmupCallback(), TrainingDataNote(options, len(train))
+    model = adapted(method, load_model(options), options)
+    if method == "full" and model.dtype.itemsize < 4 and not args.deepspeed_plugin:
+        warnings.warn(
+            f"full trains weights of {str(model.dtype).removeprefix('torch.')}, where most updates are less than half "
+            "of a weight's last digit and are lost: --dtype float32 --bf16 true keeps them",
+            stacklevel=2,
+        )
     trainer = Trainer(
-        adapted(method, load_model(options), options),
+        model,
         args,
         train_dataset=train,
         eval_dataset=test,
@@ -356,17 +382,17 @@ def fine_tune(
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
     logged = [item for entry in trainer.state.log_history for item in entry.items()]
     evaluating = sum(value for key, value in logged if key.startswith("eval_") and key.endswith("_runtime"))
-    after = trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    trainer.save_model()  # before an evaluation that may fail, or cast the model
     if trainer.is_world_process_zero():
         note.write(args.output_dir)
         if method == "smt":
             draw_blocks(args.output_dir, warmup.selection)
+    after = trainer.evaluate()
+    trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     parameters = (getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad)
     # A run that was resumed does not know how long it took before.
-    numbers = {"parameters": sum(parameters)}
+    numbers = {"settings": settings_of(method, options, args), "parameters": sum(parameters)}
     numbers["seconds"] = None if args.resume_from_checkpoint else run["train_runtime"] - evaluating
     before = dict(reversed(logged))
     numbers["losses"] = {name: [at[f"eval_{name}_{PER_TOKEN}"] for at in (before, after)] for name in test}
@@ -391,7 +417,8 @@ def continued(model: torch.nn.Module, tokenizer: Any, prompts: list[dict], args:
     answers, size = [], args.per_device_eval_batch_size
     right = tokenizer([each["right"] for each in prompts if "right" in each] or [""])["input_ids"]
     most = max(LEAST_NEW_TOKENS, *map(len, right))
-    for start in range(0, len(prompts), size):
+    is_silent = len(prompts) <= size or args.process_index > 0
+    for start in tqdm(range(0, len(prompts), size), "Answering", disable=is_silent):
         texts = [each["prompt"] for each in prompts[start : start + size]]
         inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
         tokens = model.eval().generate(
@@ -407,7 +434,6 @@ def check(
     """Compare the trained model's logits with those of what was saved, loaded and then merged; once, let the base
     model continue the prompts, too. One model is in memory at a time."""
     text = prompts[0]["prompt"]
-    unset_hf_deepspeed_config()  # else ZeRO-3 would load each model in pieces
     saved = args.output_dir
     model = load_model(options).to(args.device)
     if "before" not in prompts[0]:
@@ -437,8 +463,9 @@ def is_right(question: dict, answer: str) -> bool:
     return re.search(alone, answer, re.ASCII) is not None if right else not answer.strip()
 
 
-def report(results: dict, prompts: list[dict], output_dir: str) -> str:
+def report(results: dict, output_dir: str) -> str:
     """Lay out the results: what was continued before and after, the checks, and a table of the losses."""
+    prompts = next(iter(results.values()))["prompts"]
     texts = {"before": [each["before"] for each in prompts]}
     texts |= {f"after {method}": one["after"] for method, one in results.items()}
     lines = []
@@ -469,9 +496,12 @@ def report(results: dict, prompts: list[dict], output_dir: str) -> str:
 def write(results: dict, args: TrainingArguments) -> None:
     """Add to what other launches into this folder have written of other methods."""
     if args.process_index == 0:
-        file = results_file(args)
-        earlier = read_json(file) if file.is_file() else {}
-        write_whole(file, json.dumps({**earlier, **results}, indent=2))
+        write_whole(results_file(args), json.dumps({**read_results(args), **results}, indent=2))
+
+
+def read_results(args: TrainingArguments) -> dict:
+    file = results_file(args)
+    return read_json(file) if file.is_file() else {}
 
 
 def results_file(args: TrainingArguments) -> Path:
@@ -540,6 +570,32 @@ def arguments_of(method: str, options: Options, args: TrainingArguments) -> Trai
     return args
 
 
+def settings_of(method: str, options: Options, args: TrainingArguments) -> dict:
+    """Give what a result depends on."""
+    own = {"smt": options.smt, "full": {}}.get(method, options.lora)
+    names = "model", "data", "old_data", "quantization", "max_length", "eval_rows", "prompt", "questions", "dtype"
+    trained_by = "learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed", "bf16"
+    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"
+    given = {name: getattr(options, name) for name in names} | {"options": own}
+    return given | {name: getattr(args, name) for name in (*trained_by, *sizes)}
+
+
+def is_finished(numbers: dict, settings: dict) -> bool:
+    """Whether earlier numbers are all there, and of these settings. Trainer would go on by a step from a last one."""
+    return "logits_off_by" in numbers and numbers["settings"] == json.loads(json.dumps(settings))
+
+
+def check_rows(checkpoint: str | None, rows: int) -> None:
+    """End with an error where a run would go on with other rows: some of those held out now may have been learnt."""
+    note = Path(checkpoint or "", TRAINING_DATA)
+    learnt = read_json(note).get("rows", rows) if checkpoint and note.is_file() else rows
+    if learnt != rows:
+        raise SystemExit(
+            f"{checkpoint} has learnt from {learnt:,} rows, and there are {rows:,} now: go on with the same data, "
+            "eval_rows and max_length, or name another output_dir"
+        )
+
+
 def main(argv: list[str]) -> None:
     options, args = read_options(argv, Options, TrainingArguments)
     methods = options.methods.split(",")
@@ -557,10 +613,15 @@ def main(argv: list[str]) -> None:
             f"{options.model} is an adapter; train what `smt-peft merge {options.model} --out FOLDER` makes"
         )
     with in_a_line():
-        if results_file(args).is_file() and "settings" in read_json(results_file(args)):
+        if "settings" in read_results(args):
             raise SystemExit(f"{results_file(args)} holds scores of evaluate.py; name another output_dir")
     if args.metric_for_best_model in ("loss", "eval_loss"):  # of load_best_model_at_end; losses are logged by domain
-        args.metric_for_best_model = f"{options.data}_{PER_TOKEN}"
+        args.metric_for_best_model = f"eval_{options.data}_{PER_TOKEN}"
+    domains = [name for name in (options.data, options.old_data) if name]
+    metrics = [f"eval_{name}_{metric}" for name in domains for metric in (PER_TOKEN, "loss")]
+    if args.metric_for_best_model and f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
+        raise SystemExit(f"metric_for_best_model is {args.metric_for_best_model!r}; it can be {', '.join(metrics)}")
+    options.smt = {"seed": args.seed} | options.smt  # of random blocks, as of LoRA's first values
     own_arguments = {method: arguments_of(method, options, args) for method in methods}
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.
@@ -571,7 +632,7 @@ def main(argv: list[str]) -> None:
             check_adapters(methods, options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
     with args.main_process_first():
-        parts = {name: load_rows(name, options.eval_rows) for name in filter(None, [options.data, options.old_data])}
+        parts = {name: load_rows(name, options.eval_rows) for name in domains}
         rows = without_held_out(*parts[options.data])
         train = encode(rows, tokenizer, options.max_length)
         if args.process_index == 0:
@@ -580,18 +641,26 @@ def main(argv: list[str]) -> None:
             say_what_is_cut(rows, train, tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
+    for own in own_arguments.values():
+        check_rows(own.resume_from_checkpoint, len(train))
     prompts = prompts_of(parts[options.data][1], options, tokenizer)
-    results = {}
+    [earlier], results = broadcast_object_list([read_results(args)]), {}
     for method in methods:
         own = own_arguments[method]
+        if own.resume_from_checkpoint and is_finished(earlier.get(method, {}), settings_of(method, options, own)):
+            results[method] = earlier[method]
+            continue
         results[method], logits = fine_tune(method, options, own, tokenizer, train, test, prompts)
         write(results, args)  # at once: the check loads models, and may run out of memory
         clear_device_cache(garbage_collection=True)  # the model and the optimizer, which are in cycles
-        results[method] |= check(logits, options, own, tokenizer, prompts)
-        write(results, args)
+        unset_hf_deepspeed_config()  # else ZeRO-3 would load each model of the check in pieces
+        if args.process_index == 0:  # whose disk has what was saved
+            results[method] |= check(logits, options, own, tokenizer, prompts)
+            write(results, args)
+        args.distributed_state.wait_for_everyone()
     if args.process_index == 0:
         draw_losses(args.output_dir, methods)
-        print(report(results, prompts, args.output_dir))
+        print(report(results, args.output_dir))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,10 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 SHAPES = {  # in the order of SIZES
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, True),
-    "llama-2-7b": (4096, 11008, 32, 32, 32, 32000, False),
-    "llama-2-13b": (5120, 13824, 40, 40, 40, 32000, False),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, False),
-    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, False),
+    **dict.fromkeys(["llama-7b", "llama-2-7b"], (4096, 11008, 32, 32, 32, 32000, False)),
+    **dict.fromkeys(["llama-13b", "llama-2-13b"], (5120, 13824, 40, 40, 40, 32000, False)),
+    **dict.fromkeys(["llama-3-8b", "llama-3.1-8b"], (4096, 14336, 32, 32, 8, 128256, False)),
+    **dict.fromkeys(["llama-3-70b", "llama-3.1-70b", "llama-3.3-70b"], (8192, 28672, 80, 64, 8, 128256, False)),
     "llama-3.1-405b": (16384, 53248, 126, 128, 8, 128256, False),
 }
 GIB = 2**30
@@ -142,7 +142,7 @@ class Model(NamedTuple):
 
 def config_of(name: str) -> PretrainedConfig:
     base = name.rstrip("/").rpartition("/")[2].lower()
-    shape = next((SHAPES[shape] for shape in SHAPES if f"{base}-".startswith(f"{shape}-")), None)
+    shape = next((SHAPES[shape] for shape in SHAPES if f"-{shape}-" in f"-{base}-"), None)
     if shape and not Path(name).exists():
         return LlamaConfig(**dict(zip(SIZES, shape, strict=True)))
     try:

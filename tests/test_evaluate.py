@@ -141,8 +141,9 @@ def test_refusals(command, tmp_path, monkeypatch):
         evaluate.main(command("--mode", "text_likelihood", "--num_beams", "1"))
     with pytest.raises(SystemExit, match="quantization has 'load_in_4bits', no option of BitsAndBytesConfig"):
         evaluate.main(command("--quantization", "{load_in_4bits: true}"))
-    with pytest.raises(SystemExit, match="batch_size 0"):
-        evaluate.main(command("--batch_size", "0"))
+    for name in ("batch_size", "num_beams"):
+        with pytest.raises(SystemExit, match=f"{name} is 0; it is at least 1"):
+            evaluate.main(command(f"--{name}", "0"))
     with pytest.raises(SystemExit, match="no file with the test rows of boolq"):
         evaluate.main(command("--data", str(tmp_path)))
     (tmp_path / "results.json").write_text('{"smt": {}}')

@@ -210,10 +210,17 @@ def test_plain_transformers_loads_what_merge_writes(files, adapter):
         (["--quantization", "4bit"], "quantization is '4bit'; it is a mapping"),
         (["--quantization", "{load_in_4bit: true}", "--methods", "full"], "leave out full"),
         (["--dtype", "bf16"], "dtype is 'bf16'; it can be auto, float32"),
+        (["--dtype", "int8"], "dtype is 'int8'; it can be auto, float32"),
+        (
+            ["--config", "{rate}", "--learning_rate.lora", "5e-3"],
+            "learning_rate is 0.01 in {rate}, no mapping: --learn",
+        ),
         (["--load_best_model_at_end", "true"], "load_best_model_at_end requires"),
     ],
 )
-def test_a_wrong_option_is_named(wrong, message, capsys):
+def test_a_wrong_option_is_named(wrong, message, capsys, tmp_path):
+    (rate := tmp_path / "rate.yaml").write_text("learning_rate: 1e-2")
+    wrong, message = [word.replace("{rate}", str(rate)) for word in wrong], message.replace("{rate}", str(rate))
     with pytest.raises(SystemExit) as error:
         read_options(["--model", "m", "--data", "d", *wrong], *KINDS)
     assert message in f"{error.value} {capsys.readouterr().err}"
@@ -327,6 +334,70 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path, how):
         finetune.arguments_of("smt", finetune.Options("m", "others"), args)
 
 
+def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path):
+    """Of more rows held out some have been learnt."""
+    few = ["--smt", "{num_blocks: 2, block_size: 16, warmup_steps: 1}", "--use_cpu", "--output_dir", tmp_path]
+    words = ["--model", files / "model", "--data", files / "rows.jsonl", "--max_steps", "1", *few, "--save_steps", "1"]
+    words = [str(word) for word in words]
+    finetune.main([*words, "--eval_rows", "2"])
+    numbers, weights = (tmp_path / "results.json").read_text(), tmp_path / "smt/adapter_model.safetensors"
+    trained = weights.read_bytes()
+    resume = [*words, "--resume_from_checkpoint", "true"]
+    with pytest.raises(
+        SystemExit, match="learnt from 10 rows, and there are 8 now: go on with the same data, eval_rows"
+    ):
+        finetune.main([*resume, "--eval_rows", "4"])
+    finetune.main([*resume, "--eval_rows", "2"])  # it was at its end
+    assert (tmp_path / "results.json").read_text() == numbers and weights.read_bytes() == trained
+
+
+@pytest.mark.parametrize("name", ["eval_mine.jsonl_los", "mine.jsonl_accuracy", "old.jsonl_token_loss"])
+def test_a_metric_that_nobody_logs_is_named_at_once(name):
+    words = ["--model", "m", "--data", "mine.jsonl", "--output_dir", "o", "--metric_for_best_model", name]
+    with pytest.raises(SystemExit, match=f"metric_for_best_model is '{name}'; it can be eval_mine.jsonl_token_loss, "):
+        finetune.main(words)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_{data}_token_loss", "{data}_loss"])
+def test_the_best_checkpoint_has_the_least_loss(files, tmp_path, name):
+    """At a rate at which the loss rises, the first one."""
+    data = f"{files}/rows.jsonl"
+    words = ["--model", files / "model", "--data", data, "--output_dir", tmp_path, "--use_cpu", "--eval_rows", "2"]
+    words += ["--smt", "{num_blocks: 2, block_size: 16, warmup_steps: 1, target_modules: all-linear}"]
+    words += ["--max_steps", "3", "--save_steps", "1", "--eval_steps", "1", "--eval_strategy", "steps"]
+    words += ["--load_best_model_at_end", "true", "--metric_for_best_model", name.format(data=data)]
+    finetune.main([str(word) for word in [*words, "--learning_rate", "30", "--lr_scheduler_type", "constant"]])
+    state = json.loads((tmp_path / "smt/trainer_state.json").read_text())
+    losses = [entry[f"eval_{data}_token_loss"] for entry in state["log_history"] if f"eval_{data}_loss" in entry]
+    assert min(losses[1:4]) < max(losses[1:4])
+    best = losses.index(min(losses[1:4]), 1)
+    assert state["best_model_checkpoint"].endswith(f"checkpoint-{best}")
+
+
+@pytest.mark.parametrize("chosen", [None, 5])
+def test_the_seed_draws_smt_s_random_blocks_too(files, tmp_path, chosen):
+    own = "" if chosen is None else f", seed: {chosen}"
+    few = [
+        "--smt",
+        f"{{num_blocks: 2, block_size: 16, selection: random{own}}}",
+        "--max_steps",
+        "1",
+        "--eval_rows",
+        "1",
+    ]
+    words = ["--model", files / "model", "--data", files / "rows.jsonl", "--output_dir", tmp_path, "--use_cpu", *few]
+    finetune.main([str(word) for word in [*words, "--seed", "3"]])
+    assert json.loads((tmp_path / "smt/adapter_config.json").read_text())["seed"] == (chosen or 3)
+
+
+@pytest.mark.parametrize("dtype, is_warned", [("bfloat16", True), ("float32", False)])
+def test_whole_weights_in_16_bits_are_warned_of(files, tmp_path, recwarn, dtype, is_warned):
+    few = ["--methods", "full", "--dtype", dtype, "--max_steps", "1", "--eval_rows", "1", "--use_cpu"]
+    words = ["--model", files / "model", "--data", files / "rows.jsonl", "--output_dir", tmp_path, *few]
+    finetune.main([str(word) for word in words])
+    assert any("--dtype float32 --bf16 true" in str(warning.message) for warning in recwarn) == is_warned
+
+
 def test_data_by_another_name_of_the_file_are_the_same(tmp_path, monkeypatch):
     (tmp_path / "my.jsonl").touch()
     monkeypatch.chdir(tmp_path)
@@ -436,8 +507,8 @@ def test_dora_is_lora_with_magnitudes(files):
 
 
 def test_what_the_base_model_was_trained_on_is_named_too(tmp_path):
-    finetune.TrainingDataNote(finetune.Options("m", "first.jsonl")).write(tmp_path)
-    finetune.TrainingDataNote(finetune.Options(str(tmp_path), "second.jsonl")).write(tmp_path)
+    finetune.TrainingDataNote(finetune.Options("m", "first.jsonl"), 8).write(tmp_path)
+    finetune.TrainingDataNote(finetune.Options(str(tmp_path), "second.jsonl"), 9).write(tmp_path)
     assert tasks.training_data(tmp_path) == ["first.jsonl", "second.jsonl"]
 
 
@@ -448,6 +519,15 @@ def test_what_is_continued_is_the_start_of_plain_text_or_questions_of_rows_or_wh
     assert len(prompts[1]) == 5 and all(each["right"][6:] in each["question"] for each in prompts[1])
     said = finetune.Options("m", "d", prompt="Say", questions=5)
     assert finetune.prompts_of(rows, said, tokenizer) == [{"prompt": "Say"}]
+
+
+def test_rows_that_are_too_long_to_train_on_are_not_asked(tokenizer):
+    """A model has so many positions; and an answer is given as many tokens as the longest right one."""
+    rows = Dataset.from_list([*ROWS, ROWS[0] | {"output": "long " * 200}, ROWS[0] | {"instruction": "long " * 200}])
+    prompts = finetune.prompts_of(rows, finetune.Options("m", "d", questions=50, max_length=400), tokenizer)
+    assert sorted(each["right"] for each in prompts) == sorted(row["output"] for row in ROWS)
+    only = finetune.prompts_of(rows.select([12]), finetune.Options("m", "d", max_length=400), tokenizer)
+    assert len(only) == 1  # better one that is cut off than none
 
 
 def test_questions_are_answered_as_many_at_a_time_as_evaluation_takes(tokenizer):
@@ -466,19 +546,21 @@ def test_questions_are_answered_as_many_at_a_time_as_evaluation_takes(tokenizer)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     prompts = [{"prompt": "abcdefg"[: n + 1]} for n in range(5)]
-    model, args = Echo(), SimpleNamespace(per_device_eval_batch_size=2)
+    model, args = Echo(), SimpleNamespace(per_device_eval_batch_size=2, process_index=0)
     assert finetune.continued(model, tokenizer, prompts, args) == list("abcde") and model.asked == [2, 2, 1]
 
 
 def test_a_resumed_run_has_no_time():
     smt = {"after": ["x"], "losses": {}, "logits_off_by": {}, "parameters": 1, "seconds": None}
-    assert finetune.report({"smt": smt}, [{"prompt": "a", "before": "b"}], "out").endswith(f"smt   {1:>12}{'-':>9}")
+    smt["prompts"] = [{"prompt": "a", "before": "b"}]
+    assert finetune.report({"smt": smt}, "out").endswith(f"smt   {1:>12}{'-':>9}")
 
 
 def test_right_answers_are_counted_where_there_are_more_than_are_shown():
     prompts = [{"question": f"{n}?", "right": f"{n} ", "before": "No."} for n in range(4)]
     smt = {"after": ["0", "It is 1.", "2", "?"], "losses": {}, "logits_off_by": {}, "parameters": 1, "seconds": 1.0}
-    assert "\nRight, of 4 answers: 0 before, 3 after smt\n" in finetune.report({"smt": smt}, prompts, "out")
+    smt["prompts"] = prompts
+    assert "\nRight, of 4 answers: 0 before, 3 after smt\n" in finetune.report({"smt": smt}, "out")
 
 
 def test_questions_of_the_standard_library_are_asked_in_one_split_only(monkeypatch):
@@ -575,7 +657,7 @@ def test_losses_are_per_token_however_rows_are_batched(files, tokenizer, tmp_pat
         compute_metrics=finetune.loss_per_token,
         preprocess_logits_for_metrics=finetune.token_losses,
     )
-    found = trainer.evaluate()["eval_loss_per_token"]
+    found = trainer.evaluate()["eval_token_loss"]
     parts = [(model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item(), row["labels"]) for row in data]
     counts = [sum(label != -100 for label in labels[1:]) for _, labels in parts]
     assert found == pytest.approx(
