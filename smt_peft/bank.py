@@ -167,6 +167,8 @@ class DeltaBank(nn.Module):
                 'accelerate\'s config, fsdp_config={"version": 2} in TrainingArguments.'
             )
         if not self.is_selected:
+            if not torch.compiler.is_compiling():
+                self.refuse_deltas_without_blocks(adapter)
             return
         if is_sharded(weight) or torch.compiler.is_compiling():
             self.running = self.split()
@@ -179,6 +181,14 @@ class DeltaBank(nn.Module):
         first = next(target for target, count in enumerate(self.layout().counts) if count)
         if weight.device.type != "meta":  # else it is offloaded, and read where it is needed
             self.parts(first, weight.device)
+
+    def refuse_deltas_without_blocks(self, adapter: str) -> None:
+        """Of a copy that was made before the selection, and is updated by its parameters alone."""
+        if self.config.init_weights and self.weight.device.type != "meta" and self.local().any():
+            raise ValueError(
+                f"The deltas of adapter {adapter!r} are not zero, and it has no blocks: they would do nothing. Of a "
+                "copy made before the selection copy the buffers, too: copy.load_state_dict(model.state_dict())."
+            )
 
     def local(self) -> Tensor:
         """The part of `weight` that this process holds, detached."""

@@ -6,21 +6,31 @@ import contextlib
 import copy
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.warmup import apply_selection, random_states, same_order_afterwards, select_blocks
+from smt_peft.warmup import (
+    apart,
+    apply_selection,
+    counters_as_before,
+    module_as_before,
+    random_states,
+    same_order_afterwards,
+    select_blocks,
+)
 
 CONTAINERS = (list, deque, set, dict)
 LARGEST_RECORD = 10_000  # values; a list that is longer is data
@@ -93,14 +103,14 @@ class SMTWarmupCallback(TrainerCallback):
             return
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None  # DeepSpeed has one of its own
         loss_scale = scaler.get_scale() if scaler else LOSS_SCALE if args.fp16 else 1.0
-        apart = _Apart(trainer, train_dataloader) if trainer else None
+        own = _Apart(trainer, train_dataloader) if trainer else None
         with same_order_afterwards(train_dataloader), _records_as_before(trainer):
             _refuse_what_is_read_once(train_dataloader)
             self.selection = select_blocks(
                 model,
-                apart or train_dataloader,
+                own or train_dataloader,
                 self.adapter_name,
-                loss_function=apart and apart.loss,
+                loss_function=own and own.loss,
                 loss_scale=loss_scale,
                 progress_bar=not args.disable_tqdm and state.is_local_process_zero,
                 avoid=self.avoid,
@@ -153,11 +163,7 @@ class _Apart:
     (inputs, num_items_in_batch), is a step of its own, without accumulation."""
 
     def __init__(self, trainer: Trainer, dataloader):
-        self.trainer, self.dataloader = copy.copy(trainer), dataloader
-        if isinstance(dataloader, DataLoader):  # which may keep its workers
-            self.dataloader = copy.copy(dataloader)
-            if hasattr(dataloader, "base_dataloader"):  # accelerate's
-                self.dataloader.base_dataloader = copy.copy(dataloader.base_dataloader)
+        self.trainer, self.dataloader = copy.copy(trainer), apart(dataloader)
         self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
         self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
         for name in LOGGED:
@@ -174,31 +180,70 @@ class _Apart:
             batches, items = self.trainer.get_batch_samples(iterator, 1, self.trainer.args.device)
             if not batches:
                 break
-            yield batches[0], items
+            yield self.trainer._prepare_inputs(batches[0]), items  # once: it may generate
+            if "_step" in vars(self.trainer):
+                self.trainer._step += 1
         if hasattr(self.dataloader, "set_epoch"):
             self.dataloader.set_epoch(epoch)  # the sampler counts complete passes; training starts at its own epoch
 
     def loss(self, model: nn.Module, batch: tuple) -> torch.Tensor:
-        inputs = self.trainer._prepare_inputs(batch[0])
+        inputs = copy.copy(batch[0])  # label smoothing takes the labels out, and a batch may be run again
         offload = getattr(self.trainer, "maybe_activation_offload_context", contextlib.nullcontext())  # TRL's
         with offload, self.trainer.compute_loss_context_manager():
-            loss = self.trainer.compute_loss(model, inputs, num_items_in_batch=batch[1]).mean()
-        if "_step" in vars(self.trainer):
-            self.trainer._step += 1
-        return loss
+            return self.trainer.compute_loss(model, inputs, num_items_in_batch=batch[1]).mean()
 
 
 @contextlib.contextmanager
 def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
-    """What a loss of one's own appends to or counts in gets its contents back; hooks may hold the same containers."""
-    records = [value for name, value in vars(trainer or object).items() if name not in LOGGED and _is_record(value)]
-    before = copy.deepcopy(records)
+    """What a loss of one's own appends to or counts in gets its contents back; others may hold the same objects."""
+    undo = []
+    for name, value in vars(trainer).items() if trainer else ():
+        if name not in ("model", "model_wrapped", *LOGGED):
+            undo += _as_before(value)
     try:
         yield
     finally:
-        for record, held in zip(records, before, strict=True):
-            record.clear()
-            (record.extend if isinstance(record, (list, deque)) else record.update)(held)
+        for change_back in undo:
+            change_back()
+
+
+def _as_before(value: object) -> list[Callable[[], object]]:
+    """What puts a record, the numbers of a plain object, or the modes, counters and buffers of a module back."""
+    if isinstance(value, nn.Module):
+        return [
+            change_back
+            for module in value.modules()
+            for change_back in (*module_as_before(module), *_records_of(module))
+        ]
+    if _is_record(value):
+        return _contents_as_before(value)
+    held = list(getattr(value, "__dict__", {}).values())
+    is_plain = all(isinstance(part, (NoneType, int, float, str)) or _is_record(part) for part in held)
+    return [counters_as_before(value), *_records_of(value)] if held and is_plain else []
+
+
+def _records_of(value: object) -> list[Callable[[], object]]:
+    of_every_module = vars(nn.Module()) if isinstance(value, nn.Module) else ()
+    own = (part for name, part in vars(value).items() if name not in of_every_module and _is_record(part))
+    return [change_back for part in own for change_back in _contents_as_before(part)]
+
+
+def _contents_as_before(part: object) -> list[Callable[[], object]]:
+    if isinstance(part, CONTAINERS):
+        parts = part.values() if isinstance(part, dict) else part
+        return [partial(_refill, part, copy.copy(part)), *chain.from_iterable(map(_contents_as_before, parts))]
+    return [partial(_set, part, part.detach().clone())] if isinstance(part, torch.Tensor) else []
+
+
+def _refill(container: list | deque | set | dict, contents: list | deque | set | dict) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+
+
+@torch.no_grad()
+def _set(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    if not torch.equal(tensor, value):
+        tensor.copy_(value)
 
 
 def _is_record(value: object) -> bool:

@@ -63,12 +63,13 @@ class SMTModel(BaseTuner):
         _check_name(model, adapter_name)
         _check_rows(model, self.peft_config, adapter_name)
         put_back, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
+        targeted = [*self.targeted_module_names], [*self.targeted_parameter_names]
         for name, bank in (banks or {}).items():  # for TRL, which copies the config of the one that is there
             if name != adapter_name and name in self.peft_config:
                 self.peft_config[name].selected_blocks = bank.selected_blocks()
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
-            config.modules_to_save = [*(config.modules_to_save or []), *HEADS[config.task_type]]
+            config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS[config.task_type]])]
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
@@ -87,6 +88,7 @@ class SMTModel(BaseTuner):
             if banks is None:
                 _remove_banks(model)
             put_back()
+            self.targeted_module_names, self.targeted_parameter_names = targeted
             if replaced is None:
                 _take_out_of_wrappers(model, adapter_name)
             else:
@@ -145,10 +147,7 @@ class SMTModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        if isinstance(child, (Linear, TrainableTokensWrapper)) or isinstance(new_module, ParamWrapper):
-            setattr(parent, child_name, new_module)  # PEFT's way hands `weight` over, which some modules lack
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        setattr(parent, child_name, new_module)  # PEFT's also hands `weight` over, which some modules lack
 
     def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
         config: SMTConfig = self.peft_config[adapter]
@@ -391,8 +390,9 @@ def _take_out_of_wrappers(root: nn.Module, adapter: str) -> None:
     """Take an adapter out of PEFT's wrappers of whole modules and of rows, and the wrappers that have none left."""
     for name, module in list(root.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
-            active = [other for other in module.active_adapters if other != adapter]
+            active = module._active_adapter if module.active_adapters != [adapter] else []
             module.delete_adapter(adapter, None)
+            module._adapters.discard(adapter)  # which PEFT keeps where its module is gone already
             module._active_adapter = active  # which PEFT empties
             if not module._adapters:
                 parent, _, child = name.rpartition(".")

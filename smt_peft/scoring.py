@@ -110,10 +110,15 @@ class Collector:
     def backward(self, loss: torch.Tensor) -> None:
         """Of the training's own loss, which alone counts: one may have been differentiated for its sake before."""
         self._is_backward, self._is_helpable = True, self.scale > 1 and bool(loss.isfinite().all())
+        before = [(leaf, leaf.grad) for leaf in _leaves(loss)]  # of what is trained beside the model
+        for leaf, _ in before:
+            leaf.grad = None
         try:
             (loss * self.scale).backward()
         finally:
             self._is_backward = False
+            for leaf, gradient in before:
+                leaf.grad = gradient
 
     def _add(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> None:
         if self._is_backward:
@@ -172,6 +177,20 @@ class Collector:
     def batch_scores(self) -> list[float]:
         """Per batch, the sum of what was measured over all ranks; 0 where it was left out."""
         return reduce_over_ranks(torch.tensor(self._totals, device=self.layers[0].device)).tolist()
+
+
+def _leaves(loss: torch.Tensor) -> list[torch.Tensor]:
+    """What a backward of `loss` would give gradients to; but for what reentrant checkpointing hides."""
+    leaves, waiting = [], {loss.grad_fn} - {None}
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        new = {following for following, _ in node.next_functions} - seen - {None}
+        seen |= new
+        waiting |= new
+        if not node.next_functions and isinstance(leaf := getattr(node, "variable", None), torch.Tensor):
+            leaves.append(leaf)
+    return leaves
 
 
 class ScoreCollector(Collector):

@@ -31,6 +31,8 @@ def to_save(
     """
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
     config.selected_blocks = bank.selected_blocks()
+    if not bank.is_selected:
+        bank.refuse_deltas_without_blocks(adapter)
     if keys[0] not in state_dict:
         raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
     own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
 from functools import partial
 
 import numpy
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import has_compiled_regions, is_compiled_module, send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from smt_peft import ops
@@ -88,7 +89,7 @@ def select_blocks(
             f"score another model than the one that it trains in. Call model.set_adapter({adapter_name!r}) first."
         )
     size, steps, lines = bank.block_size, config.warmup_steps, None
-    batches, is_sorted = _endless(dataloader, steps), config.arrangement == "sorted"
+    batches, is_sorted = _endless(apart(dataloader), steps), config.arrangement == "sorted"
     run = partial(_run, model, bank, batches, loss_function=loss_function or _model_loss, progress_bar=progress_bar)
     with same_order_afterwards(dataloader):
         if config.selection == "activation":
@@ -239,39 +240,50 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
 
 @contextlib.contextmanager
 def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
-    """Put the generators of a dataloader's own parts back, or training would shuffle and mask otherwise."""
+    """Put generators and counters of a dataloader's own parts back, or training would shuffle and mask otherwise."""
     owners = [dataloader]
     for owner in owners:  # accelerate and transformers put layers between them
         parts = [getattr(owner, name, None) for name in HAVING_GENERATORS]
         owners += [part for part in parts if all(part is not one for one in (None, *owners))]
-    states = []
+    undo: list[Callable[[], object]] = []
     for owner in owners:
-        held = {name: value for name, value in getattr(owner, "__dict__", {}).items() if _state(value) is not None}
-        if hasattr(owner, "generator"):
-            held["generator"] = owner.generator
-        states += [(owner, name, value, _state(value)) for name, value in held.items()]
+        held = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "generator", None)]
+        undo += [*filter(None, map(_generator_as_before, held)), counters_as_before(owner)]
+    without = [owner for owner in owners if getattr(owner, "generator", ...) is None]
     try:
         yield
     finally:
-        for owner, name, generator, state in states:
-            if isinstance(generator, numpy.random.Generator):
-                generator.bit_generator.state = state
-            elif isinstance(generator, torch.Generator):
-                generator.set_state(state)
-            elif state is not None:
-                generator.setstate(state)
-            elif getattr(owner, name) is not generator:
-                setattr(owner, name, generator)  # none: a collator makes its own with the first batch
+        for change_back in undo:
+            change_back()
+        for owner in without:
+            if owner.generator is not None:
+                owner.generator = None  # a collator makes its own with the first batch
 
 
-def _state(generator: object) -> object:
-    """Of Python's, NumPy's or PyTorch's; None of what is none, or has none."""
+def _generator_as_before(generator: object) -> Callable[[], object] | None:
+    """What puts a generator of Python's, NumPy's or PyTorch's back; None of what is none, or has no state."""
     if isinstance(generator, numpy.random.Generator):
-        return generator.bit_generator.state
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    has_state = isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom)
-    return generator.getstate() if has_state else None
+        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    if isinstance(generator, (torch.Generator, numpy.random.RandomState)):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
+        return partial(generator.setstate, generator.getstate())
+    return None
+
+
+def counters_as_before(owner: object) -> Callable[[], object]:
+    """What puts the numbers back that an object holds."""
+    held = getattr(owner, "__dict__", {})
+    return partial(held.update, {name: value for name, value in held.items() if type(value) in (int, float)})
+
+
+def apart(dataloader: Iterable) -> Iterable:
+    """A copy of PyTorch's: one that keeps its workers would draw no seed for them when training asks it again."""
+    if isinstance(dataloader, DataLoader):
+        dataloader = copy.copy(dataloader)
+        if hasattr(dataloader, "base_dataloader"):  # accelerate's
+            dataloader.base_dataloader = apart(dataloader.base_dataloader)
+    return dataloader
 
 
 def random_states() -> list[Callable[[], object]]:
@@ -303,17 +315,7 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     undo: list[Callable[[], object]] = [partial(setattr, bank, "in_warmup", False)]
     for module in model.modules():
-        undo.append(partial(setattr, module, "training", module.training))
-        counts = {name: value for name, value in vars(module).items() if type(value) in (int, float)}
-        undo.append(partial(vars(module).update, counts))  # dynamic RoPE counts, in step with a buffer
-        for name, buffer in module._buffers.items():
-            if (
-                buffer is not None
-                and id(buffer) not in own
-                and buffer.device.type != "meta"
-                and not _is_packed(buffer)
-            ):
-                undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
+        undo += module_as_before(module, own)
     for parameter in trainable:
         undo += [partial(setattr, parameter, name, getattr(parameter, name)) for name in ("requires_grad", "grad")]
     undo += random_states()
@@ -339,6 +341,16 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
             restore()
     finally:
         restore()  # once more: an interrupt may have fallen into the first
+
+
+def module_as_before(module: nn.Module, own: Container[int] = ()) -> list[Callable[[], object]]:
+    """What puts a module's mode, counters and buffers back, but for buffers whose ids are in `own`."""
+    undo = [partial(setattr, module, "training", module.training)]
+    undo.append(counters_as_before(module))  # dynamic RoPE counts, in step with a buffer
+    for name, buffer in module._buffers.items():
+        if buffer is not None and id(buffer) not in own and buffer.device.type != "meta" and not _is_packed(buffer):
+            undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
+    return undo
 
 
 def _is_packed(buffer: torch.Tensor) -> bool:

@@ -400,8 +400,10 @@ class Shuffling:
         lambda: DataLoader(Drawing(torch.Generator().manual_seed(5))),
         lambda: DataLoader(IterableDatasetShard(Drawing(numpy.random.default_rng(5)))),
         lambda: DataLoader(range(16), sampler=Shuffling()),
+        lambda: DataLoader(range(16), sampler=Old()),
+        lambda: DataLoader(range(16), sampler=Counting()),
     ],
-    ids=["collator", "stream", "NumPy's in a shard", "Python's"],
+    ids=["collator", "stream", "NumPy's in a shard", "Python's", "NumPy's old", "a counter"],
 )
 def test_generators_of_collators_and_streams_go_back(make):
     def draw(data) -> list:
@@ -412,6 +414,30 @@ def test_generators_of_collators_and_streams_go_back(make):
         draw(data)
         draw(data)
     assert draw(data) == draw(make()) != draw(data)
+
+
+class Counting:
+    """A sampler that shuffles by how often it was asked."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def __iter__(self):
+        self.epoch += 1
+        return iter(random.Random(self.epoch).sample(range(16), 16))
+
+    def __len__(self):
+        return 16
+
+
+class Old(Shuffling):
+    """One that draws by NumPy's legacy generators."""
+
+    def __init__(self):
+        self.rng = numpy.random.RandomState(5)
+
+    def __iter__(self):
+        return iter(self.rng.permutation(16).tolist())
 
 
 def test_what_has_no_state_is_left_alone():
@@ -463,6 +489,57 @@ def test_what_a_loss_of_ones_own_appends_to_has_no_trace_of_the_warm_up(base, ma
     assert len(trainer.parts["seen"]) == STEPS and trainer.features is features
 
 
+def test_records_of_the_trainer_stay_the_objects_that_others_hold(base, make_trainer):
+    """An optimizer holds the weights of losses, a hook a part of a record."""
+    trainer = make_trainer(base)
+    weight, seen = torch.nn.Parameter(torch.tensor(1.0)), []
+    trainer.losses, trainer.parts, compute = {"a": weight}, {"seen": seen}, type(trainer).compute_loss
+    trainer.last = [(weight * 2)]  # not detached
+
+    class Weighing(type(trainer)):
+        def compute_loss(self, model, inputs, **options):
+            seen.append(1)
+            self.last[0] = compute(self, model, inputs, **options) * self.losses["a"]
+            return self.last[0]
+
+    trainer.__class__ = Weighing
+    trainer.create_optimizer()
+    trainer.optimizer.add_param_group({"params": [weight], "lr": 0.1})
+    trainer.train()
+    assert trainer.parts["seen"] is seen and len(seen) == STEPS
+    assert trainer.losses["a"] is weight and weight != 1
+
+
+class Meter(torch.nn.Module):
+    """What a loss counts in, as a module or as a plain object."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.seen = 0, []
+        self.register_buffer("total", torch.zeros(()))
+
+    def update(self):
+        self.count += 1
+        self.seen.append(1)
+        self.total += 1
+
+
+def test_what_a_loss_counts_in_has_no_trace_of_the_warm_up(base, make_trainer):
+    trainer, compute = make_trainer(base), Trainer.compute_loss
+    trainer.criterion, trainer.meter = Meter(), SimpleNamespace(count=0)
+
+    class Counted(type(trainer)):
+        def compute_loss(self, model, inputs, **options):
+            self.criterion.update()
+            self.meter.count += 1
+            return compute(self, model, inputs, **options)
+
+    trainer.__class__ = Counted
+    trainer.train()
+    assert trainer.criterion.count == trainer.meter.count == trainer.criterion.total == STEPS
+    assert len(trainer.criterion.seen) == STEPS
+
+
 ENDLESS = []
 ENDLESS.append(ENDLESS)
 
@@ -494,6 +571,26 @@ def test_a_warm_up_by_hand_puts_the_order_of_the_data_back(base):
 
     select_blocks(model, data, loss_function=loss, progress_bar=False)
     assert torch.equal(data.generator.get_state(), before)
+
+
+def test_a_warm_up_by_hand_leaves_a_loader_its_workers(base):
+    """One that keeps its workers asks them for another order the second time."""
+
+    def loader():
+        return DataLoader(range(16), batch_size=2, shuffle=True, num_workers=1, persistent_workers=True)
+
+    def loss(model, batch):
+        return model(input_ids=batch[:, None] + 2).logits.square().mean()
+
+    model = get_peft_model(base, SMTConfig(block_size=16, num_blocks=12, warmup_steps=2))
+    orders = []
+    for warm_up in (False, True):
+        data = loader()
+        torch.manual_seed(0)
+        if warm_up:
+            select_blocks(model, data, loss_function=loss, progress_bar=False)
+        orders.append(torch.cat(list(data)).tolist())
+    assert orders[0] == orders[1]
 
 
 def test_generators_of_samplers_go_back_wherever_they_are():

@@ -53,6 +53,48 @@ def test_scores_equal_those_of_dense_gradients(llama, batches, score, accumulati
         torch.testing.assert_close(scores, expected_scores(gradients, name, score, accumulation), rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["no checkpointing", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_what_is_trained_beside_the_model_keeps_its_gradient(llama, batches, checkpointing, has_gradient):
+    """A head of the loss's own, which the optimizer of the first step would find full of the warm-up's gradients."""
+    head = nn.Linear(64, 2)
+    if has_gradient:
+        head(torch.ones(1, 64)).sum().backward()
+    before = [(p.grad, None if p.grad is None else p.grad.clone()) for p in head.parameters()]
+    model = wrap(llama)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+
+    def loss(model, batch):
+        return head(model(**batch).logits.mean(1)).square().mean() / (float("nan") if batch is batches[1] else 1)
+
+    warm_up(model, batches, loss_function=loss)
+    for parameter, (grad, values) in zip(head.parameters(), before, strict=True):
+        assert parameter.grad is grad and (grad is None or torch.equal(grad, values))
+
+
+def test_a_copy_that_gets_deltas_without_their_blocks_says_so(llama, batches, tmp_path):
+    """A teacher that was made before the selection, and is updated by its parameters: it would compute the base."""
+    student = wrap(llama)
+    teacher = deepcopy(student).eval().requires_grad_(False)
+    teacher(**batches[0])  # the base, as it is
+    warm_up(student, batches)
+    with torch.no_grad():
+        student.get_base_model().smt_bank["default"].weight.normal_()
+        for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+            mine.copy_(theirs)
+    for use in (
+        lambda: teacher(**batches[0]),
+        lambda: teacher.save_pretrained(tmp_path),
+        deepcopy(teacher).merge_adapter,
+    ):
+        with pytest.raises(ValueError, match="deltas of adapter 'default' are not zero, and it has no blocks"):
+            use()
+    teacher.load_state_dict(student.state_dict())
+    torch.testing.assert_close(teacher(**batches[0]).logits, student.eval()(**batches[0]).logits)
+
+
 def test_the_selection_is_the_best_blocks_of_the_whole_model(llama, batches):
     base = deepcopy(llama)
     model = wrap(llama, num_blocks=7)

@@ -19,6 +19,7 @@ from dense_truth import (
     wrap,
 )
 from peft import PeftModel, get_peft_model
+from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaForTokenClassification
 
 
 @pytest.fixture
@@ -203,6 +204,54 @@ def test_a_config_that_is_refused_leaves_the_earlier_adapter_whole(base, batches
     add_adapter(model, "bad", seed=2)
     model.set_adapter("bad")
     assert_right(model, base, batches[0], "bad")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_that_has_no_weight_of_its_own_is_unloaded(method, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = RobertaForSequenceClassification(RobertaConfig(**sizes, intermediate_size=32)).eval()
+    model = get_peft_model(
+        deepcopy(base), make_config(method, target_modules=["query"], budget=2, task_type="SEQ_CLS")
+    )
+    model.base_model.model.classifier.modules_to_save["default"].dense.weight.data.normal_()
+    expected = model.eval()(torch.arange(2, 9)[None]).logits
+    merged = model.merge_and_unload()
+    assert_close(merged(torch.arange(2, 9)[None]).logits, expected)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+@pytest.mark.parametrize("way", ["refused", "taken"])
+def test_modules_that_are_saved_stay_those_of_the_adapter_that_has_them(base, batches, way):
+    model = get_peft_model(deepcopy(base), make_config(modules_to_save=["lm_head"])).double().eval()
+    expected = outputs(model, batches[0])
+    if way == "refused":
+        with pytest.raises(ValueError, match="above"):
+            model.add_adapter("b", make_config(modules_to_save=["lm_head"], budget=10**6))
+    model.add_adapter("b", make_config(target_modules=["down_proj"]))
+    model.set_adapter("b")
+    model.set_adapter("default")
+    assert_close(outputs(model, batches[0]), expected)
+    assert_close(outputs(model.merge_and_unload(), batches[0]), expected)
+
+
+def test_what_is_refused_is_no_target_afterwards(base):
+    model = get_peft_model(deepcopy(base), make_config(target_modules=["q_proj"]))
+    before = list(model.base_model.targeted_module_names)
+    with pytest.raises(ValueError, match="above"):
+        model.add_adapter("b", make_config(target_modules=["v_proj"], budget=10**6))
+    assert model.base_model.targeted_module_names == before
+
+
+def test_heads_are_named_once_however_often_an_adapter_is_loaded(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = RobertaForTokenClassification(RobertaConfig(**sizes, intermediate_size=32))
+    options = {"target_modules": ["query"], "budget": 2, "task_type": "TOKEN_CLS"}
+    model = get_peft_model(deepcopy(base), make_config(**options))
+    named = list(model.peft_config["default"].modules_to_save)
+    model.save_pretrained(tmp_path / "one")
+    again = PeftModel.from_pretrained(deepcopy(base), tmp_path / "one")
+    assert sorted(again.peft_config["default"].modules_to_save) == sorted(named) == sorted(set(named))
 
 
 @pytest.mark.parametrize("options, words", REFUSED.values(), ids=REFUSED)
