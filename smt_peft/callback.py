@@ -196,9 +196,10 @@ class _Apart:
 @contextlib.contextmanager
 def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
     """What a loss of one's own appends to or counts in gets its contents back; others may hold the same objects."""
-    undo = []
+    undo, own = [], set(trainer.model.modules()) if trainer else ()
     for name, value in vars(trainer).items() if trainer else ():
-        if name not in ("model", "model_wrapped", *LOGGED):
+        # Of the model the warm-up takes care, also where DeepSpeed's engine or the trainer's loss holds some of it.
+        if name not in LOGGED and not (isinstance(value, nn.Module) and not own.isdisjoint(value.modules())):
             undo += _as_before(value)
     try:
         yield

@@ -527,6 +527,7 @@ class Meter(torch.nn.Module):
 def test_what_a_loss_counts_in_has_no_trace_of_the_warm_up(base, make_trainer):
     trainer, compute = make_trainer(base), Trainer.compute_loss
     trainer.criterion, trainer.meter = Meter(), SimpleNamespace(count=0)
+    trainer.part = trainer.model.get_base_model()  # which has the blocks
 
     class Counted(type(trainer)):
         def compute_loss(self, model, inputs, **options):
@@ -537,7 +538,7 @@ def test_what_a_loss_counts_in_has_no_trace_of_the_warm_up(base, make_trainer):
     trainer.__class__ = Counted
     trainer.train()
     assert trainer.criterion.count == trainer.meter.count == trainer.criterion.total == STEPS
-    assert len(trainer.criterion.seen) == STEPS
+    assert len(trainer.criterion.seen) == STEPS and bank(trainer).weight.any()
 
 
 ENDLESS = []
