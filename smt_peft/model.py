@@ -27,7 +27,7 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
-from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, share_budget
+from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, name_experts, share_budget
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -70,6 +70,8 @@ class SMTModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         if config.task_type in HEADS:
             config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS[config.task_type]])]
+        if not config.awaits_weights:
+            name_experts(config, model)
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
@@ -117,7 +119,7 @@ class SMTModel(BaseTuner):
                 "SMT does not train parts of blocks. Load the model without it."
             )
         is_shared = id(getattr(target, "weight", None)) in self._shared  # GPTQ's layers have no such parameter
-        layer = Linear(target, getattr(self.model, BANK), is_shared, backend)
+        layer = Linear(target, getattr(self.model, BANK), is_shared, backend).train(target.training)
         layer.update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -143,7 +145,7 @@ class SMTModel(BaseTuner):
                 "narrow to add deltas to; load the model in bfloat16, or take it out of target_parameters."
             )
         layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), id(weight) in self._shared)
-        layer.update_layer(adapter_name)
+        layer.train(target.training).update_layer(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
@@ -342,7 +344,8 @@ def _check_tokens(config: SMTConfig, model: nn.Module) -> None:
     """Refuse in `trainable_token_indices` a token that the model does not have."""
     tokens = config.trainable_token_indices or {}
     if not isinstance(tokens, Mapping):
-        name = next((of for of, module in model.named_modules() if module is model.get_input_embeddings()), "")
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        name = next((of for of, module in model.named_modules() if module is embedding), "embed_tokens")  # as in PEFT
         tokens = {name: tokens}
     for name, rows in tokens.items():
         for module_name, module in model.named_modules():

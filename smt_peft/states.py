@@ -33,6 +33,9 @@ def to_save(
     config.selected_blocks = bank.selected_blocks()
     if not bank.is_selected:
         bank.refuse_deltas_without_blocks(adapter)
+    named_as_in_a_file = {key: f"{_home(model)[0]}.{part}" for key, part in zip(keys, checks.PARTS, strict=False)}
+    if keys[0] not in state_dict and named_as_in_a_file[keys[0]] in state_dict:  # of `get_peft_model_state_dict`
+        state_dict = {**state_dict, **{key: state_dict[name] for key, name in named_as_in_a_file.items()}}
     if keys[0] not in state_dict:
         raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
     own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
 import regex
 import torch
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from smt_peft import bases
@@ -18,13 +21,14 @@ from smt_peft.places import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name
+ROUTER = "gate.weight"  # PEFT's name for it
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
 _DEFAULTS = {
     "q_proj k_proj v_proj": """
         llama llama4 llama4_text mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3
         gemma3_text gemma4_text olmo olmo2 olmoe cohere cohere2 granite granitemoe starcoder2 stablelm phi phimoe
-        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron""",
+        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron nemotron_h""",
     "qkv_proj": "phi3 codegen",
     "query_key_value": "gpt_neox bloom falcon",
     "c_attn": "gpt2 gpt_bigcode",
@@ -40,6 +44,23 @@ _DEFAULTS = {
 TARGET_MODULES = {
     model_type: modules.split() for modules, model_types in _DEFAULTS.items() for model_type in model_types.split()
 }
+
+
+def name_experts(config: SMTConfig, model: nn.Module) -> None:
+    """Where targets are named as experts' layers once were, add the parameters into which transformers has fused them,
+    as PEFT does for LoRA; but not the router, whose few rows would make blocks small.
+
+    Raises:
+        ValueError: where one half of what is fused is named without the other.
+    """
+    if config.target_modules is None or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    named = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+    like = LoraConfig(**{name: copy.copy(getattr(config, name)) for name in named})
+    convert_peft_config_for_transformers(like, model, None)
+    given = [*(config.target_parameters or ())]
+    if new := sorted({*(like.target_parameters or ())} - {*given, ROUTER}):
+        config.target_parameters = [*given, *new]
 
 
 def count_base_parameters(model: nn.Module) -> int:

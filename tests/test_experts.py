@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from dense_truth import bank_of
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from smt_peft import SMTConfig, select_blocks
 
@@ -50,6 +50,35 @@ def config(request):
         warmup_steps=1,
         task_type="CAUSAL_LM",
     )
+
+
+OTHERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ONCE = {"mixtral": ["w1", "w2", "w3"], "qwen3 moe": ["gate_proj", "up_proj", "down_proj"]}
+BY_REGEX = {name: rf".*\.({'|'.join([*OTHERS, *once])})" for name, once in ONCE.items()}
+
+
+@pytest.mark.parametrize("how", ["names", "experts alone", "a regex", "all-linear"])
+@pytest.mark.parametrize("name", MODELS)
+def test_names_that_experts_once_had_are_the_parameters_they_are_in_now(name, how):
+    """As with LoRA; which with "all-linear" trains the router, too."""
+    named = {"names": [*OTHERS, *ONCE[name]], "experts alone": ONCE[name], "a regex": BY_REGEX[name]}.get(how, how)
+    model, config = MODELS[name]
+    lora = get_peft_model(model(copy.deepcopy(config)), LoraConfig(target_modules=named, r=1)).base_model
+    given = SMTConfig(target_modules=named, num_blocks=4, block_size=SIZE, selection="random")
+    smt = get_peft_model(model(copy.deepcopy(config)), given)
+    expected = {*lora.targeted_module_names, *lora.targeted_parameter_names}
+    found = {target.name.replace(".base_layer", "") for target in bank_of(smt).targets}
+    assert found == {name for name in expected if not name.endswith("gate.weight")} and given.target_parameters is None
+    if how != "experts alone":
+        assert any("q_proj" in name for name in found)
+    assert any("experts" in name for name in found)
+
+
+def test_half_of_what_is_fused_is_refused_as_with_lora():
+    model, config = MODELS["qwen3 moe"]
+    for make in (LoraConfig, SMTConfig):
+        with pytest.raises(ValueError, match="gate_proj without also targeting up_proj"):
+            get_peft_model(model(copy.deepcopy(config)), make(target_modules=["q_proj", "gate_proj"]))
 
 
 def parameter(model, target: str) -> torch.nn.Parameter:

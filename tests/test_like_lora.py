@@ -21,7 +21,7 @@ from dense_truth import (
     with_everything_trainable,
     wrap,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -423,6 +423,15 @@ def test_a_state_dict_of_the_trained_parameters_is_enough_to_save(base, batches,
     model = wrap(base, method)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(tmp_path, state_dict=trained)
+    assert_close(outputs(PeftModel.from_pretrained(deepcopy(base), tmp_path), batches[0]), outputs(model, batches[0]))
+
+
+def test_a_state_dict_that_is_the_adapters_is_saved_again(base, batches, tmp_path, method):
+    """Scripts of LLaMA's first year put one in the place of the model's."""
+    model = wrap(base, method)
+    old = model.state_dict
+    model.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, old())).__get__(model, type(model))
+    model.save_pretrained(tmp_path)
     assert_close(outputs(PeftModel.from_pretrained(deepcopy(base), tmp_path), batches[0]), outputs(model, batches[0]))
 
 

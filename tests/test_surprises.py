@@ -326,6 +326,27 @@ def test_a_format_that_only_runs_forward_is_not_merged(base):
     assert_same_state(state_of(model), before)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_layer_is_in_the_mode_of_what_it_stands_for(llama, is_training):
+    inject_adapter_in_model(make_config(), llama.train(is_training))
+    assert {layer.training for layer in layers_of(llama).values()} == {is_training}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_tokens_of_a_plain_module(method):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens, self.linear = nn.Embedding(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.linear(self.embed_tokens(x))
+
+    model = wrap(Plain(), method, target_modules=["linear"], budget=2, block_size=4, trainable_token_indices=[1])
+    model(torch.tensor([1, 2])).sum().backward()
+    assert sum(p.grad is not None and p.grad.shape[0] == 1 for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_parameter_is_a_modules_own_twice(llama, method):
     """As whoever asks each module for its own takes for granted."""
@@ -334,9 +355,10 @@ def test_no_parameter_is_a_modules_own_twice(llama, method):
 
 
 def test_training_in_eval_mode_without_a_selection_is_refused(llama, batches):
-    """An evaluation is not, though it may build a graph."""
-    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=4)).eval()
-    expected = outputs(llama, batches[0])
+    """An evaluation is not, though it may build a graph; models that are loaded are in that mode."""
+    expected = outputs(llama.eval(), batches[0])
+    model = get_peft_model(llama, SMTConfig(block_size=16, num_blocks=4))
+    model.base_model.model.eval()  # PEFT's own wrapper is new
     model.enable_input_require_grads()
     for layer in layers_of(model).values():
         layer.register_forward_hook(lambda layer, args, y: y.mul_(1))  # as OLMo clamps q, k and v
