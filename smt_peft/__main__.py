@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from smt_peft.checkpoints import local_folder
-from smt_peft.combining import CombinationType, combine_adapters
+from smt_peft.combining import CombinationType, MajoritySignMethod, combine_adapters
 from smt_peft.config import Arrangement
 from smt_peft.conversion import adapter_of_difference, convert_to_lora_files
 from smt_peft.files import adapter_config, read_adapter
@@ -51,7 +51,8 @@ def plot(args: argparse.Namespace) -> dict:
     """Draw where an adapter's blocks lie, and how large its deltas are there."""
     picture = Path(args.picture)
     picture = picture if picture.suffix else picture.with_suffix(".png")  # as matplotlib has it
-    plot_adapter(read_adapter(local_folder(args.adapter)), picture)
+    with written_whole(picture.absolute().parent) as new:
+        plot_adapter(read_adapter(local_folder(args.adapter)), new / picture.name)
     return {"adapter": args.adapter, "picture": str(picture)}
 
 
@@ -114,8 +115,8 @@ def patch(args: argparse.Namespace) -> dict:
     out = Path(args.out).absolute()
     if out.exists():
         raise ValueError(f"{out} is there already; name another file, or remove it.")
-    if not out.parent.is_dir():
-        raise ValueError(f"There is no folder {out.parent} to write into; make it first.")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise ValueError(f"There is no folder {out.parent} that may be written into; make it first.")
     adapter, base, folder, dtype = _with_base(args, OTHER_WEIGHTS)
     if (method := adapter_config(adapter).get("peft_type")) != "SMT":
         raise ValueError(f"{args.adapter} is of the method {method}; patches are of SMT adapters.")
@@ -178,7 +179,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", nargs="+", type=float, help="one for each adapter; default: 1")
     command.add_argument("--type", choices=get_args(CombinationType), default="linear", help="default: linear")
     command.add_argument("--density", type=float, help="share of its values that each adapter keeps; not for linear")
-    command.add_argument("--majority_sign_method", choices=["total", "frequency"], help="for ties; default: total")
+    command.add_argument(
+        "--majority_sign_method", choices=get_args(MajoritySignMethod), help="for ties; default: total"
+    )
 
     command = add(convert, "source")
     command.add_argument("--out", required=True, help=NEW_FOLDER)
@@ -196,6 +199,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _block_size(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -218,7 +223,7 @@ def text(report: dict) -> str:
 def table(heading: str, rows: dict[str, dict]) -> list[str]:
     """Columns under the names of what each row has."""
     columns = list(next(iter(rows.values())))
-    cells = [[heading, *columns], *([name, *map(words, row.values())] for name, row in rows.items())]
+    cells = [[heading, *columns], *([words(name), *map(words, row.values())] for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         f"{first:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))
@@ -247,7 +252,7 @@ def _finite(value: object) -> object:
 
 
 def _line(kind: str, message: object) -> str:
-    return f"smt-peft: {kind}: {' '.join(str(message).split())}"
+    return f"smt-peft: {kind}: {words(' '.join(str(message).split()))}"
 
 
 def main(argv: list[str] | None = None) -> None:

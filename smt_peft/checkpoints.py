@@ -6,6 +6,7 @@ empty model (on the meta device) and its rules for renaming and converting tell.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from smt_peft.files import read_json
 
 TOKENIZER = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"]
-TOKENIZER += ["*.model", "*.tiktoken"]
+TOKENIZER += ["*.model", "*.tiktoken", "*.spm", "bpe.codes", "target_vocab.json", "tekken.json", "entity_vocab.json"]
+TOKENIZER += ["dict.txt", "normalizer.json", "emoji.json"]
 BESIDE_WEIGHTS = ["config.json", "generation_config.json", "*processor_config.json", "*.py"]
 STORED_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -62,6 +64,8 @@ class Checkpoint:
                 raise ValueError(
                     f"{folder / lacking[0][1]} lacks {lacking[0][0]}, which the index of the folder places there."
                 )
+            if twice := [key for key, count in Counter(key for key, _ in there).items() if count > 1]:
+                raise ValueError(f"{folder} has {twice[0]} in two files; save the model anew by transformers.")
 
     def look(self, key: str) -> tuple[tuple[int, ...], str]:
         """The shape and the dtype of a tensor."""
@@ -107,12 +111,17 @@ def local_folder(name: str, revision: str | None = None, patterns: Sequence[str]
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
 
 
+def is_model(kind: object) -> bool:
+    """Whether it is a class of models; a config may name anything."""
+    return isinstance(kind, type) and issubclass(kind, PreTrainedModel)
+
+
 def empty_model(base: Path) -> PreTrainedModel:
     """The model of a checkpoint, with all its names and shapes, and without any weights."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
-    if kind is None:
-        raise ValueError(f"The config of {base} names {config.architectures[0]}, which transformers does not have.")
+    if kind is not transformers.AutoModel and not is_model(kind):
+        raise ValueError(f"The config of {base} names {config.architectures[0]}, no model that transformers has.")
     if hasattr(config, "quantization_config"):
         raise ValueError(f"{base} is quantised; merge into the model that it was made from.")
     with torch.device("meta"):

@@ -259,6 +259,8 @@ def combine(adapters: Sequence[StoredAdapter], weights: Sequence[float], method:
         factors = [weight for weight, adapter in zip(weights, adapters, strict=True) if name in adapter.blocks]
         rows, cols = grid.taken.nonzero().unbind(1)
         mixed = method.mix(deltas, torch.tensor(factors, dtype=deltas[0].dtype, device="cpu"))
+        if not mixed.isfinite().all():
+            raise ValueError(f"The sum in {name} has NaN or infinite values: of an adapter, or by its weights.")
         combined[name] = Blocks(grid.rows[rows], grid.cols[cols], mixed)
     return combined
 

@@ -219,9 +219,10 @@ class Pair:
         self.not_compared = sorted({*base.files, *tuned.files} - fits - {self.tuned_keys[key] for key in fits})
 
     def difference(self, key: str) -> Tensor:
-        """tuned - base, float32."""
+        """tuned - base, rounded to float32."""
         base, tuned = self.base.read(key), self.tuned.read(self.tuned_keys[key])
-        return tuned.to(torch.float32, copy=True).sub_(base.float())
+        wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+        return tuned.to(wide, copy=True).sub_(base.to(wide)).float()
 
 
 def adapter_of_difference(

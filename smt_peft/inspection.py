@@ -13,6 +13,7 @@ from torch import Tensor
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, read_adapter
 from smt_peft.locations import layers_of, locations_of
+from smt_peft.selected import SELECTION_FILE
 
 OPTIONS = {  # that a rule of selection has, beside the scope
     "gradient": ["score", "accumulation", "warmup_steps"],
@@ -28,6 +29,8 @@ def describe(folder: Path) -> dict:
     config, locations = adapter.config, locations_of(names)
     deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
     options = [f"{name} {getattr(config, name)}" for name in ("scope", *OPTIONS.get(config.selection, []))]
+    # Sums and converted models have the config of a warm-up, and never had one.
+    is_known = config.selection not in ("gradient", "activation") or (folder / SELECTION_FILE).is_file()
     kinds = {name: location.kind for name, location in zip(names, locations, strict=True)}
     layers = {name: location.layer_name for name, location in zip(names, locations, strict=True)}
     return {
@@ -38,7 +41,7 @@ def describe(folder: Path) -> dict:
         "parameters": sum(delta.numel() for delta in deltas.values()),
         "modules": len(names),
         "modules_with_blocks": len(deltas),
-        "selection": ", ".join([config.selection, *options]),
+        "selection": ", ".join([config.selection, *options]) if is_known else None,
         "norm": _norm(deltas.values()),
         "largest": torch.stack([delta.abs().max() for delta in deltas.values()]).max().item() if deltas else 0.0,
         "also_trained": sorted(key.removeprefix(PREFIX) for key in adapter.others),

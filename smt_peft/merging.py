@@ -28,7 +28,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from smt_peft import ops
 from smt_peft.bases import other_base, sample
-from smt_peft.checkpoints import BESIDE_WEIGHTS, STORED_FLOATS, TOKENIZER, Checkpoint, empty_model, stored_keys
+from smt_peft.checkpoints import (
+    BESIDE_WEIGHTS,
+    STORED_FLOATS,
+    TOKENIZER,
+    Checkpoint,
+    empty_model,
+    is_model,
+    stored_keys,
+)
 from smt_peft.checks import PREFIX
 from smt_peft.files import Blocks, StoredAdapter, adapter_config, read_adapter, read_json
 from smt_peft.writing import check_is_new, written_whole
@@ -174,7 +182,7 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     touched = set(shards) if dtype else {checkpoint.files[key] for key in changes}
     check_is_new(out)
     notes = _notes(adapter, base)
-    with written_whole(out) as partial:
+    with written_whole(out, only_new=True) as partial:
         size = 0  # of all tensors, where all shards are rewritten
         for name in tqdm(shards, desc="merging", unit="shard", disable=None):
             if name in touched:
@@ -203,7 +211,7 @@ def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None
     notes, model = _notes(adapter, base), load_model(adapter, base, dtype)
     if not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(f"{adapter} is of a method that cannot be merged into weights.")
-    with written_whole(out) as partial:
+    with written_whole(out, only_new=True) as partial:
         _copy(base, partial, BESIDE_WEIGHTS)
         model.merge_and_unload(safe_merge=True).save_pretrained(partial)
         _copy_tokenizer_and_notes(adapter, base, partial, notes)
@@ -220,10 +228,11 @@ def load_model(adapter: Path, base: Path, dtype: torch.dtype | None = None) -> P
     generates = own.endswith(("ForCausalLM", "ForConditionalGeneration"))  # as models of vision and language do
     name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     name = name or (own if task == "CAUSAL_LM" and generates else CLASSES.get(task, own))
-    if not hasattr(getattr(transformers, name, None), "from_pretrained"):
+    kind = getattr(transformers, name, None)
+    if not (is_model(kind) or name in CLASSES.values()):
         raise ValueError(f"{adapter} was trained on a {name}, which transformers does not have; merge it in Python.")
     options = {"dtype": dtype or "auto", **(_labels(adapter) if "Classification" in name else {})}
-    return PeftModel.from_pretrained(getattr(transformers, name).from_pretrained(base, **options), adapter)
+    return PeftModel.from_pretrained(kind.from_pretrained(base, **options), adapter)
 
 
 def _labels(adapter: Path) -> dict[str, int]:
@@ -233,7 +242,8 @@ def _labels(adapter: Path) -> dict[str, int]:
         return {}
     with safe_open(path, "pt") as file:
         heads = [key for key in file.keys() if key.endswith(CLASSIFIERS)]  # noqa: SIM118
-        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
+        shape = file.get_slice(heads[0]).get_shape() if heads else []
+        return {"num_labels": shape[0]} if shape else {}
 
 
 def _write_shard(source: Path, target: Path, changes: dict[str, Change], dtype: torch.dtype | None) -> int:

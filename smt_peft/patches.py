@@ -109,6 +109,7 @@ def _check_adapter(model: nn.Module, adapter: str) -> None:
 
 def _check_base(layer, parameter: str) -> None:
     from smt_peft.bank import is_sharded
+    from smt_peft.checks import FLOATS
 
     weight = layer.weight
     if layer.merged:
@@ -121,7 +122,7 @@ def _check_base(layer, parameter: str) -> None:
             f"{parameter} is sharded, and a patch is made from the whole base weight. Save the adapter, load it on an "
             "unsharded base model, and make the patch there."
         )
-    if layer.quantization_backend or type(weight) is not nn.Parameter or not weight.dtype.is_floating_point:
+    if layer.quantization_backend or type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TypeError(
             f"{parameter} is quantised ({type(weight).__name__}), and a patch holds values of the weight's own dtype. "
             "Load the adapter on the unquantised base model, and make the patch there."
@@ -262,7 +263,7 @@ def _check(
             f"The patch changes {name}, but there is no {holder} here ({', '.join(list(tensors)[:3])}, ...). A patch "
             "is for the plain model, before PEFT wraps it; for fused projections give a mapping, see fused_rows."
         )
-    tensor, shape = tensors[holder], tuple(blocks.shape.tolist())
+    tensor, shape = tensors[holder], tuple(blocks.shape.flatten().tolist())
     is_sharded = hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
     if is_sharded or tensor.device.type == "meta" or not tensor.is_contiguous():
         what = "offloaded" if tensor.device.type == "meta" else "sharded" if is_sharded else "not contiguous"

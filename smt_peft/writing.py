@@ -19,8 +19,9 @@ NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EXD
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder inside of `folder`, whose files take their places there when all of them are on the disk."""
+def written_whole(folder: Path, only_new: bool = False) -> Iterator[Path]:
+    """A new folder inside of `folder`, whose files take their places there when all of them are on the disk; with
+    `only_new` ValueError is raised instead where something else has come into `folder` meanwhile."""
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,6 +32,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
             written = sorted((file for file in new.rglob("*") if file.is_file()), key=_order)
             for file in written:
                 _flush(file)
+            if only_new:
+                _refuse_what_is_there(folder)
             for file in written:
                 place = folder / file.relative_to(new)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +50,8 @@ def check_is_new(folder: Path) -> None:
     written."""
     if folder.is_symlink() and not folder.exists():
         raise ValueError(f"{folder} is a link to nothing; name another folder, or make what it links to.")
-    if folder.exists() and (
-        not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
-    ):
-        raise ValueError(f"{folder} is not empty; name another folder, or empty it.")
+    if folder.exists():
+        _refuse_what_is_there(folder)
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         why = "may not be written to" if parent.is_dir() else "is no folder"
@@ -59,6 +60,11 @@ def check_is_new(folder: Path) -> None:
         warnings.warn(
             f"{left} was left by a run that was ended, unless one is writing there now: remove it, it may be large."
         )
+
+
+def _refuse_what_is_there(folder: Path) -> None:
+    if not folder.is_dir() or any(not path.name.startswith(UNFINISHED) for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; name another folder, or empty it.")
 
 
 def _order(file: Path) -> tuple[bool, bool, bool]:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from smt_peft import SMTConfig, checkpoints, merging
-from smt_peft.__main__ import main
+from smt_peft.__main__ import main, table
 from smt_peft.files import read_adapter
 from smt_peft.patches import apply_patch
 from smt_peft.writing import UNFINISHED
@@ -279,6 +279,56 @@ def test_a_name_that_moves_the_cursor_is_shown_in_characters(llama, tmp_path, ca
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base\x1b[2J"}))
     main(["info", str(tmp_path / "adapter")])
     assert r"base\x1b[2J" in capsys.readouterr().out
+
+
+def test_nor_does_one_in_an_error_or_a_table(llama, tmp_path, refused, capsys):
+    save(tmp_path, llama)
+    file = tmp_path / "adapter/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base\x1b[2J"}))
+    assert r"base\x1b[2J" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert table("what", {"row\x1b": {"blocks": 1}})[1].startswith(r"row\x1b")
+
+
+def test_what_has_come_into_the_folder_meanwhile_stays(llama, tmp_path, refused, monkeypatch):
+    save(tmp_path, llama)
+    write = merging._write_shard
+
+    def write_shard(source, target, *rest):
+        (tmp_path / "out/config.json").write_text("mine")
+        return write(source, target, *rest)
+
+    monkeypatch.setattr(merging, "_write_shard", write_shard)
+    assert "out is not empty" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"config.json": "mine"}
+
+
+def test_a_tensor_in_two_shards_is_named(llama, tmp_path, refused):
+    """transformers takes the last of them, whatever the index says."""
+    save(tmp_path, llama)
+    index = json.loads((tmp_path / "base/model.safetensors.index.json").read_text())["weight_map"]
+    key = "model.layers.0.self_attn.v_proj.weight"
+    other = next(tmp_path / "base" / name for name in index.values() if name != index[key])
+    save_file(load_file(other) | {key: torch.zeros(1)}, other, {"format": "pt"})
+    assert f"has {key} in two files" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["BatchEncoding", "AutoTokenizer"])
+@pytest.mark.parametrize("load", [[], ["--load"]])
+def test_what_is_named_as_a_model_and_is_none_is_refused(llama, tmp_path, refused, name, load):
+    save(tmp_path, llama)
+    files = [tmp_path / "base/config.json", tmp_path / "adapter/adapter_config.json"]
+    for file, said in zip(
+        files, ({"architectures": [name]}, {"auto_mapping": {"base_model_class": name}}), strict=True
+    ):
+        file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    assert name in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out", *load)
+
+
+def test_a_classifier_without_a_shape_is_refused(llama, tmp_path, refused):
+    save(tmp_path, llama, load=LlamaForSequenceClassification, task_type="SEQ_CLS")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({k: v.sum() if k.endswith("score.weight") else v for k, v in load_file(file).items()}, file)
+    assert "score.modules_to_save" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out", "--load")
 
 
 def test_a_method_without_weights_to_merge_is_refused(llama, tmp_path, refused):
@@ -547,14 +597,14 @@ def test_a_checkpoint_larger_than_the_memory(tmp_path):
 
 def test_tokenizer_and_notes_come_along(llama, tmp_path, run):
     save(tmp_path, llama)
-    for folder, files in (("base", ["tokenizer.json", "vocab.json"]), ("adapter", ["tokenizer.json"])):
+    for folder, files in (("base", ["tokenizer.json", "vocab.json"]), ("adapter", ["tokenizer.json", "source.spm"])):
         for name in (*files, "tokenizer_config.json"):
             (tmp_path / folder / name).write_text(json.dumps({"of": folder}))
         (tmp_path / folder / "training_data.json").write_text(json.dumps({"train": [folder, "both"]}))
     (tmp_path / "base/README.md").write_text("of the base model")
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir() if "safetensors" not in path.name}
-    notes = {"tokenizer.json", "tokenizer_config.json", "training_data.json"}
+    notes = {"tokenizer.json", "tokenizer_config.json", "training_data.json", "source.spm"}
     assert names == {"config.json", "generation_config.json", *notes}
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == {"of": "adapter"}
     assert json.loads((tmp_path / "out/training_data.json").read_text()) == {"train": ["base", "both", "adapter"]}
@@ -736,6 +786,15 @@ def test_plot(llama, tmp_path, run, method):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(llama, tmp_path, monkeypatch):
+    save(tmp_path, llama)
+    (tmp_path / "old.png").write_text("old")
+    monkeypatch.setattr("smt_peft.__main__.plot_adapter", lambda adapter, path: path.write_text("half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["plot", str(tmp_path / "adapter"), str(tmp_path / "old.png")])
+    assert (tmp_path / "old.png").read_text() == "old"
+
+
 def test_plot_refuses_a_format_that_there_is_not(llama, tmp_path, refused):
     save(tmp_path, llama)
     assert "foo" in refused("plot", tmp_path / "adapter", tmp_path / "picture.foo")
@@ -781,6 +840,13 @@ def test_combine(llama, tmp_path, run):
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "one/base"), tmp_path / "sum")
     for name, delta in deltas_of(model).items():
         torch.testing.assert_close(delta, one[name] - two[name] / 2)
+    assert run("info", tmp_path / "sum")["selection"] is None  # no rule chose these
+
+
+def test_a_sum_that_is_not_finite_is_refused(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    words = "combine", tmp_path / "adapter", "--out", tmp_path / "sum", "--weights"
+    assert "has NaN or infinite values" in refused(*words, "1e39") and not (tmp_path / "sum").exists()
 
 
 def test_combine_by_signs(llama, tmp_path, run):
@@ -839,10 +905,13 @@ def test_convert_takes_a_share_and_an_arrangement(llama, tmp_path, run):
     assert report["blocks"] == config.num_blocks == round(0.05 * llama.num_parameters() / 64)
 
 
-def test_convert_a_fully_fine_tuned_model(llama, tmp_path, run, refused):
+def test_convert_a_fully_fine_tuned_model(llama, tmp_path, run, refused, capsys):
     deltas = deltas_of(save(tmp_path, llama))
     run("merge", tmp_path / "adapter", "--out", tmp_path / "tuned")
     assert "--base" in refused("convert", tmp_path / "tuned", "--out", tmp_path / "found")
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "tuned"), "--out", "found", "--block_size", "big"])
+    assert "'big' is neither a whole number nor auto" in capsys.readouterr().err
     budget = ("--num_blocks", 20, "--block_size", 16, "--target_modules", "q_proj,k_proj,v_proj")
     report = run("convert", tmp_path / "tuned", "--base", tmp_path / "base", *budget, "--out", tmp_path / "found")
     assert report["share_of_the_difference_in_all"] == pytest.approx(1)

@@ -39,6 +39,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 from smt_peft import SMTConfig, SMTModel, SMTWarmupCallback, bank, select_blocks
 from smt_peft import model as model_file
+from smt_peft.patches import sparse_patch
 
 
 @pytest.fixture
@@ -549,14 +550,17 @@ def test_a_part_that_is_wrapped_already_is_named_when_the_whole_is(base):
         get_peft_model(pair, make_config(), "outer")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("how", ["safe_merge", "merge"])
-def test_a_weight_of_integers_that_nobody_can_dequantise_is_not_merged_into(how):
+def test_a_weight_that_nobody_can_dequantise_is_not_merged_into(how, dtype):
     base = nn.ModuleDict({"fc": nn.Linear(64, 64)})
-    base["fc"].weight = nn.Parameter(torch.ones(64, 64, dtype=torch.int8), requires_grad=False)
+    base["fc"].weight = nn.Parameter(torch.ones(64, 64).to(dtype), requires_grad=False)
     model = get_peft_model(base, make_config(target_modules=["fc"], budget=8))
-    with pytest.raises(TypeError, match="A weight of int8 that PEFT cannot dequantise"):
+    with pytest.raises(TypeError, match=f"A weight of {str(dtype)[6:]} that PEFT cannot dequantise"):
         model.merge_adapter(safe_merge=how == "safe_merge")
-    assert (model.base_model.model["fc"].weight == 1).all()
+    with pytest.raises(TypeError, match="is quantised"):
+        sparse_patch(model)
+    assert (model.base_model.model["fc"].weight.float() == 1).all()
 
 
 def test_a_safe_merge_looks_at_what_is_written(llama):
