@@ -247,15 +247,18 @@ def test_every_column_of_a_gpu_is_filled(measure, monkeypatch):
     assert "| - |" not in row.rpartition(" | - |")[0], "only the note is empty"
 
 
-def test_a_step_that_is_not_captured_costs_that_figure_alone(measure, monkeypatch):
-    """Also where it is memory that lacks: what the rounds measured stands."""
+@pytest.mark.parametrize("lacks_memory", [True, False])
+def test_a_step_that_is_not_captured_costs_that_figure_alone(measure, monkeypatch, lacks_memory):
+    """Also where it is memory that lacks, or CUDA that refuses: what the rounds measured stands."""
 
     def start(trial, base, *rest, start=bench_training.Trial.__init__):
         start(trial, base, *rest)
         trial.on_gpu = True
 
     def captured(trial):
-        raise torch.OutOfMemoryError if trial.method == "smt" else RuntimeError("not in a graph")
+        if trial.method == "smt":
+            raise torch.OutOfMemoryError if lacks_memory else RuntimeError("CUDA error: operation not permitted")
+        return [1.0]
 
     monkeypatch.setattr(bench_training.Trial, "__init__", start)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -264,7 +267,9 @@ def test_a_step_that_is_not_captured_costs_that_figure_alone(measure, monkeypatc
     status, result = measure("peft", "--rehearse", *THREE)
     assert status == 0 and result["complete"]
     assert all(len(figure["step_s"]) == 2 for figure in result["runs"][0]["methods"].values())
-    assert not any("note" in figure or "captured_s" in figure for figure in result["runs"][0]["methods"].values())
+    figures = result["runs"][0]["methods"]
+    assert not any("note" in figure for figure in figures.values())
+    assert {method for method, figure in figures.items() if "captured_s" in figure} == {"floor", "lora"}
 
 
 def test_the_host_setting_says_where_the_time_goes(measure):

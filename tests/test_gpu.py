@@ -172,6 +172,18 @@ def test_gradients_equal_dense_autograd(base, device, block_size, dtype, checkpo
         assert 0 < chosen[name].mean() < 1 and error(gradient, truth) < limit, name
 
 
+def test_tokens_that_one_axis_of_the_grid_does_not_hold(base, gpu, monkeypatch):
+    """Their tiles go on along another; here from the third on, not from the 65,536th."""
+    from smt_peft.ops import triton_kernels
+
+    model = smt(base(gpu), init_weights=False)
+    ids = tokens(gpu, batch=7)
+    expected = backward(model, ids), bank(model).grad.clone()
+    model.zero_grad()
+    monkeypatch.setattr(triton_kernels, "_MOST_TILES", 2)
+    assert error(backward(model, ids), expected[0]) < 1e-6 and error(bank(model).grad, expected[1]) < 1e-6
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_equal_those_of_the_dequantised_model(base, device, tmp_path, bits):
     pytest.importorskip("bitsandbytes")

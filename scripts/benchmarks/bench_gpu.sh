@@ -69,7 +69,7 @@ correctness() {
 
 for turn in new old; do # what an earlier start has begun in vain comes last
     correctness
-    training 90 peft
+    training 100 peft
     training 75 linear
     training 60 7b-paper
     part ops 65 scripts/benchmarks/bench_ops.py --output "$results/ops_cuda.json" --limit_s 48 "${toy_ops[@]}"

@@ -220,7 +220,10 @@ def median_seconds(call: Callable[[], object], command: Command) -> float:
         call()
     seconds, calls = [], 1
     if command.device == "cuda":
-        calls, call = CAPTURED, captured(call).replay
+        start = results.clock(command.device)
+        call()
+        calls = max(1, min(CAPTURED, int(0.01 / (results.clock(command.device) - start))))  # 10 ms in a graph do
+        call = captured(call, calls).replay
     end = time.perf_counter() + command.seconds
     while len(seconds) < 10 or time.perf_counter() < end:
         start = results.clock(command.device)
@@ -229,12 +232,12 @@ def median_seconds(call: Callable[[], object], command: Command) -> float:
     return statistics.median(seconds)
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def captured(call: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
     """Calls one after the other, as one launch."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(CAPTURED):
+        for _ in range(calls):
             call()
     graph.replay()
     return graph

@@ -16,6 +16,7 @@ in seconds; exit status 3 says that something is missing or has failed.
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import gc
 import math
@@ -237,22 +238,28 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
             if "note" not in figures[trial.method]:
                 guarded(figures[trial.method], partial(trial.take_turn, figures[trial.method]), max(20, 0.6 * left))
         write()
-        if time.monotonic() > deadline - (CAPTURE_S * len(trials) if captures else 0):
+        is_enough = turn + 1 >= min(ENOUGH_ROUNDS, options.rounds)
+        if time.monotonic() > deadline - (CAPTURE_S * len(trials) if captures and is_enough else 0):
             break
     if options.sweep == "target_modules":
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
-    run["complete"] = turn + 1 >= min(ENOUGH_ROUNDS, options.rounds) and all(map(is_final, figures.values()))
-    for trial in trials if captures else ():  # last: what comes after a capture that failed may fail, too
-        figure = figures[trial.method]
-        if "note" not in figure and trial.method != "smt-warmup":
-            # It costs this figure alone.
-            guarded({}, lambda trial=trial, figure=figure: figure.update(captured_s=trial.captured()), 60)
+    run["complete"] = is_enough and all(map(is_final, figures.values()))
+    if captures:  # last, and none after one that failed, in which PyTorch may still be capturing
+        capture([trial for trial in trials if "note" not in figures[trial.method]], figures)
     trials.clear()
     gc.unfreeze()
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
     write()
+
+
+def capture(trials: list[Trial], figures: dict[str, dict]) -> None:
+    failed: dict = {}
+    for trial in sorted(trials, key=lambda trial: trial.method.startswith("smt")):  # which no GPU has captured yet
+        if trial.method != "smt-warmup" and not failed:
+            with contextlib.suppress(Exception):  # it costs these figures alone
+                guarded(failed, lambda trial=trial: figures[trial.method].update(captured_s=trial.captured()), 60)
 
 
 def is_final(figure: dict) -> bool:

@@ -219,7 +219,7 @@ def _triton_kernels() -> ModuleType | None:
     try:
         if not interpret:
             triton_kernels.check_target()
-    except (RuntimeError, OSError, SubprocessError) as error:
+    except (RuntimeError, OSError, AssertionError, SubprocessError) as error:  # Triton's own look-ups assert
         warnings.warn(
             f"Triton cannot compile SMT's kernels here ({error}); plain PyTorch computes instead, which is slower.",
             stacklevel=2,

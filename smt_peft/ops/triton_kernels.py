@@ -367,6 +367,8 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
     """See `reference.block_scores`."""
     if score == "mean_abs":
         return reference.block_scores(dy, x, block_size, score)  # two small sums and a small product
+    if not dy.shape[0]:  # an expert without tokens would tune on nothing
+        return dy.new_zeros(dy.shape[1] // block_size, x.shape[1] // block_size, dtype=torch.float32)
     span, x = min(_SCORE_SPAN, _padded(block_size)), x if x.dtype == dy.dtype else x.to(dy.dtype)
     parts = -(-block_size // span)
     out_spans, in_spans = (matrix.shape[1] // block_size * parts for matrix in (dy, x))
