@@ -254,8 +254,9 @@ class DeltaBank(nn.Module):
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[:, 1:] if index.shape[1] == 3 else on_cpu[:, 1:].unflatten(1, (2, -1))
         layout = Layout(index, _version(index), index.clone(), counts, list(sides.split(counts)), {})
-        if index.device.type != "meta":  # a compiler can look plans up, but not make them
-            layout.plans[index.device] = self._plans(layout, index.device)
+        layout.plans[index.device] = self._plans(
+            layout, index.device
+        )  # a compiler can look them up, but not make them
         return layout
 
     def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:
@@ -266,7 +267,7 @@ class DeltaBank(nn.Module):
         for key, blocks in zip(siblings, layout.blocks, strict=True):
             read[key] += len(blocks[:, 1].unique(dim=0)) if len(blocks) else 0
         return [
-            ops.move(ops.plan(*blocks.unbind(1), keep_input=read[key] >= key[1]), device) if len(blocks) else None
+            ops.plan(*blocks.unbind(1), read[key] >= key[1], device) if len(blocks) else None
             for key, blocks in zip(siblings, layout.blocks, strict=True)
         ]
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from smt_peft.bank import is_sharded
 from smt_peft.checks import BANK, FLOATS
 
 WEIGHTS, VALUES, ROWS = 4, 8, 64  # how many are looked at, of each how many values, in how many of the first rows
@@ -46,8 +45,7 @@ def sample(weights: Iterable[tuple[str, Tensor]], names: Collection[str] | None 
         for name, weight in weights
         if weight.ndim >= 2
         and weight.dtype in FLOATS
-        and type(weight.data) is Tensor
-        and not is_sharded(weight)
+        and type(weight.data) is Tensor  # no DTensor; what ZeRO-3 has taken away has one dimension
         and weight.numel()
         and weight.device.type != "meta"
     }

@@ -180,12 +180,6 @@ class SMTModel(BaseTuner):
 
     # --- what PEFT finds inside layers for other methods, and at the model's root for this one ---------------------
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        trainable = {name: bank.weight.requires_grad for name, bank in getattr(model, BANK).items()}
-        super()._mark_only_adapters_as_trainable(model)
-        for name, bank in getattr(model, BANK).items():
-            bank.weight.requires_grad_(trainable[name])
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         bank: DeltaBank = getattr(self.model, BANK)[adapter_name]

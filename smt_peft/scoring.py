@@ -254,9 +254,9 @@ class FeatureCollector(Collector):
     rank its columns alike, by the sum of what each of them says."""
 
     def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        if x is None:  # of all experts at once: no float32 copy
+            return torch.cat([torch.linalg.vector_norm(dy, dim=side, dtype=torch.float32) for side in (1, 0)])
         dy = dy.float()
-        if x is None:
-            return torch.cat([dy.norm(dim=1), dy.norm(dim=0)])
         length = dy.norm(dim=1, keepdim=True)
         least = ROUNDED * length.max() if len(length) else 0  # no token may be routed to an expert
         x = x.float().masked_fill(length <= least, 0)  # adds nothing to dW, large as it may be

@@ -83,7 +83,7 @@ class Case:
         out, self.out_lines = self.side(rows, block_rows, sides in ("lists", "out lists"))
         inner, self.in_lines = self.side(cols, block_cols, sides in ("lists", "in lists"))
         self.keeping, self.gathering = (
-            ops.move(ops.plan(out, inner, keep), device)._replace(in_order=False) for keep in (True, False)
+            ops.plan(out, inner, keep, device=device)._replace(in_order=False) for keep in (True, False)
         )
         self.out, self.inner = self.keeping[:2]
         # The features of each block, [n, b, 1] and [n, 1, b].
@@ -158,7 +158,7 @@ def test_plan():
     assert not plan.in_order and ops.plan(rows[:3], torch.tensor([1, 2, 4]), keep_input=False).in_order
     for keep in (True, False):
         plan = ops.plan(rows, cols, keep_input=keep)
-        assert plan.gathers is ops.move(plan, "cpu").gathers is not keep
+        assert plan.gathers is not keep
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_lists_of_features_are_tiles_of_permuted_matrices(device):
     lines = [(whole[:, None] == side.at.cpu()[None]).all(2).int().argmax(0)
              for (_, whole), side in zip(coordinates, case.keeping[:2], strict=True)]  # fmt: skip
     rows, cols = (line[side.member.cpu()] for line, side in zip(lines, case.keeping[:2], strict=True))
-    tiles = ops.move(ops.plan(rows, cols, keep_input=True), device)
+    tiles = ops.plan(rows, cols, keep_input=True, device=device)
     (out, _), (inner, _) = coordinates
     delta, permuted = case.delta(), case.start[:, out].clone()
     ops.block_add_(permuted, case.x[:, inner], delta, *tiles[:2])
@@ -550,7 +550,7 @@ def test_errors():
 
 def test_plain_pytorch_reads_nothing_back_from_a_device():
     """Of one that has no values, as a GPU has none for the host, nothing can be read."""
-    plan = ops.move(ops.plan(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1]), keep_input=True), "meta")
+    plan = ops.plan(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1]), keep_input=True, device="meta")
     dy, x = torch.empty(9000, 24, device="meta"), torch.empty(9000, 16, device="meta")
     assert len(x) * 8**2 > reference.CALL_COST
     delta = reference.block_grad(dy, x, plan.out, plan.inner, 8)

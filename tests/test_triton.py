@@ -95,7 +95,7 @@ def check(kernels, block_size, grid, tokens, dtype=torch.float32, lists=False):
     dy, x = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     # The last block row is empty; the first has the most blocks, two of them at one place.
     rows, cols = torch.tensor([0, max(grid[0] - 2, 0), 0, 0]), torch.tensor([0, grid[1] - 1, 0, 1])
-    out, inner = ops.move(ops.plan(rows, cols, keep_input=True), DEVICE)[:2]
+    out, inner = ops.plan(rows, cols, keep_input=True, device=DEVICE)[:2]
     if lists:
         out, inner = (lists_of(side, block_size, size) for side, size in zip((out, inner), grid, strict=True))
     place = features_of(out, block_size)[:, :, None], features_of(inner, block_size)[:, None, :]
@@ -209,7 +209,7 @@ def test_offsets_beyond_int32(kernels):
     memory = torch.empty((tokens - 1) * stride + size, dtype=torch.float16, device=DEVICE)
     far = memory.as_strided((tokens, size), (stride, 1)).copy_(torch.randn(tokens, size))
     near, place, delta = far.clone(), torch.zeros(1, dtype=torch.int64), torch.ones(1, size, size, device=DEVICE)
-    out, inner = ops.move(ops.plan(place, place, keep_input=True), DEVICE)[:2]
+    out, inner = ops.plan(place, place, keep_input=True, device=DEVICE)[:2]
     results = []
     for x in (near, far):
         gradient = kernels.block_grad(x, x, out, inner, size)
@@ -231,7 +231,7 @@ def test_features_beyond_int32(kernels):
     far = memory.as_strided((tokens, 48), (1, stride))
     near, delta = torch.randn(tokens, 48, device=DEVICE).half(), torch.ones(1, size, size, device=DEVICE)
     far.copy_(near)
-    out, inner = ops.move(ops.plan(torch.tensor([2]), torch.tensor([2]), keep_input=True), DEVICE)[:2]
+    out, inner = ops.plan(torch.tensor([2]), torch.tensor([2]), keep_input=True, device=DEVICE)[:2]
     lists = [lists_of(side, size, 3) for side in (out, inner)]
     for sides in ((out, inner), lists):
         assert torch.equal(kernels.block_grad(near, near, *sides, size), kernels.block_grad(far, far, *sides, size))

@@ -128,7 +128,7 @@ def cases(
     if arrangement == "sorted":
         orders = [order.flatten()[torch.randperm(order.numel())].view(-1, block).sort(1).values for order in orders]
         sides = [order[side] for order, side in zip(orders, sides, strict=True)]
-    plan = ops.move(ops.plan(*sides, keep_input=False), torch.device(device))
+    plan = ops.plan(*sides, keep_input=False, device=torch.device(device))
     entries = ops.entries(plan, block)
     delta = torch.randn(count, block, block, device=device)
     flops, item = 2 * tokens * count * block**2, dtype.itemsize

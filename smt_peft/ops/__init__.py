@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .plan import Plan, Side, entries, move, plan, tile_features
+from .plan import Plan, Side, entries, plan, tile_features
 from .reference import SCORES, Score, block_sums, reduce_blocks, rounded_sum, sum_tiles
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "is_autocast",
     "is_watched",
     "linear_add_blocks",
-    "move",
     "plan",
     "reduce_blocks",
     "rounded_sum",

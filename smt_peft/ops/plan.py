@@ -86,23 +86,14 @@ def _apart(side: Side) -> Side:
     return side._replace(at=at, place=side.member, features=at[:0])
 
 
-def plan(rows: Tensor, cols: Tensor, keep_input: bool) -> Plan:
-    """The plan of blocks at `rows` and `cols` on the CPU: int [n], block coordinates, or int [n, b], features.
+def plan(rows: Tensor, cols: Tensor, keep_input: bool, device: torch.device | str = "cpu") -> Plan:
+    """The plan, on `device`, of blocks at `rows` and `cols` on the CPU: int [n], block coordinates, or int [n, b],
+    features.
 
     `keep_input`: for backward keep the input itself, not the lines that are read.
     """
-    inner = side(cols)
-    in_order = not keep_input and inner.member.tolist() == list(range(len(inner.at)))
-    return _with_operands(side(rows), inner, not keep_input, in_order)
-
-
-def _with_operands(out: Side, inner: Side, gathers: bool, in_order: bool) -> Plan:
-    kept = _apart(inner) if gathers else inner
-    read = out if out.at.ndim == 1 else _apart(out)
-    return Plan(out, inner, kept, read, gathers, in_order)
-
-
-def move(plan: Plan, device: torch.device) -> Plan:
-    """The same plan with its tensors on `device`."""
-    out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in (plan.out, plan.inner))
-    return _with_operands(out, inner, plan.gathers, plan.in_order)
+    sides = side(rows), side(cols)
+    in_order = not keep_input and sides[1].member.tolist() == list(range(len(sides[1].at)))
+    out, inner = (Side(*(tensor.to(device) for tensor in one)) for one in sides)
+    kept = inner if keep_input else _apart(inner)
+    return Plan(out, inner, kept, out if out.at.ndim == 1 else _apart(out), not keep_input, in_order)
