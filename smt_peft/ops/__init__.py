@@ -108,7 +108,9 @@ class LinearAddBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, delta, plan):
         ctx.plan = plan
-        total = torch.nn.functional.linear(x, weight, bias).detach()  # or with a bias a view, which nobody may change
+        total = torch.nn.functional.linear(x, weight, bias)
+        if bias is not None:
+            total = total.detach()  # it may be a view, which nobody may change
         kept = _add(total, x, delta, plan)
         ctx.save_for_backward(
             kept if ctx.needs_input_grad[3] else None, delta, weight if ctx.needs_input_grad[0] else None

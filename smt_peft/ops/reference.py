@@ -102,23 +102,26 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
 
 
 def short_forward(y: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
-    """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x or the lines read."""
-    block_size, flat, kept = delta.shape[1], x.view(-1, x.shape[-1]), x
-    if plan.gathers:
-        flat = kept = gather(flat, plan.inner.at, block_size)
-    columns = _lines(flat, block_size).transpose(0, 1) if plan.in_order else _take(flat, plan.kept, block_size)
-    _put(y.view(-1, y.shape[-1]), plan.out, torch.bmm(columns, delta.mT))
+    """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x, or the lines that are
+    read, [T, m, b]."""
+    kept, at, block_size = x, plan.inner.at, delta.shape[1]
+    if plan.gathers and at.ndim == 2:
+        kept = x.view(-1, x.shape[-1]).index_select(1, at.flatten()).view(-1, *at.shape)
+    elif plan.gathers:
+        kept = _lines(x, block_size)
+        if kept.shape[1] > at.shape[0]:
+            kept = kept.index_select(1, at)
+    _put(y, plan.out, torch.bmm(_columns(kept, plan, block_size), delta.mT))
     return kept
 
 
 def short_backward(dy: Tensor, dx: Tensor | None, kept: Tensor, delta: Tensor, plan: Plan) -> Tensor:
     """`block_add_` to dx [..., in] and `block_grad`, from dy [..., out] and what `short_forward` kept."""
-    block_size, tokens = delta.shape[1], dy.numel() // dy.shape[-1]
-    dy, kept = _take(dy.view(tokens, -1), plan.out, block_size), kept.view(tokens, -1)
+    block_size = delta.shape[1]
+    dy = _take(dy, plan.out, block_size)
     if dx is not None:
-        _put(dx.view(tokens, -1), plan.inner, torch.bmm(dy, delta))
-    columns = _lines(kept, block_size).transpose(0, 1) if plan.in_order else _take(kept, plan.kept, block_size)
-    return torch.bmm(dy.mT, columns)
+        _put(dx, plan.inner, torch.bmm(dy, delta))
+    return torch.bmm(dy.mT, _columns(kept, plan, block_size))
 
 
 def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
@@ -190,20 +193,27 @@ def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tenso
     return _lines(matrix, block_size), side.place
 
 
+def _columns(kept: Tensor, plan: Plan, block_size: int) -> Tensor:
+    """The features that each block reads, [n, T, b], from what `short_forward` keeps."""
+    if not plan.gathers:
+        return _take(kept, plan.inner, block_size)
+    return (kept if plan.in_order else kept.index_select(1, plan.kept.place)).transpose(0, 1)
+
+
 def _take(matrix: Tensor, side: Side, block_size: int) -> Tensor:
-    """The features of each block out of a matrix [T, features]: [n, T, b]."""
+    """The features of each block out of a matrix [..., features]: [n, T, b]."""
     if side.at.ndim == 1:
         return _lines(matrix, block_size).index_select(1, side.place).transpose(0, 1)
-    return _lines(matrix.index_select(1, side.features), block_size).transpose(0, 1)
+    return _lines(matrix.view(-1, matrix.shape[-1]).index_select(1, side.features), block_size).transpose(0, 1)
 
 
 def _put(matrix: Tensor, side: Side, values: Tensor) -> None:
-    """Add values [n, T, b] to the features of each block in a matrix [T, features]."""
+    """Add values [n, T, b] to the features of each block in a matrix [..., features]."""
     values = values.transpose(0, 1)
     if side.at.ndim == 1:
         _lines(matrix, values.shape[2]).index_add_(1, side.place, values)
     else:
-        matrix.index_add_(1, side.features, values.flatten(1))
+        matrix.view(-1, matrix.shape[-1]).index_add_(1, side.features, values.flatten(1))
 
 
 def _add_lines_(matrix: Tensor, at: Tensor, values: Tensor) -> None:
@@ -226,5 +236,6 @@ def _chunks(elements: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _lines(matrix: Tensor, block_size: int) -> Tensor:
-    """View a matrix [T, k * b] as [T, k, b]."""
-    return matrix.view(matrix.shape[0], matrix.shape[1] // block_size, block_size)
+    """View a matrix [..., k * b] as [T, k, b]."""
+    tokens = matrix.shape[0] if matrix.ndim == 2 else -1  # which no features at all would make ambiguous
+    return matrix.view(tokens, matrix.shape[-1] // block_size, block_size)
