@@ -102,8 +102,8 @@ def block_grad(dy: Tensor, x: Tensor, out: Side, inner: Side, block_size: int) -
 
 
 def short_forward(y: Tensor, x: Tensor, delta: Tensor, plan: Plan) -> Tensor:
-    """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x, or the lines that are
-    read, [T, m, b]."""
+    """`block_add_` to y [..., out] from x [..., in] in the fewest calls; returns what is kept: x, or the lines that
+    are read, [T, m, b]."""
     kept, at, block_size = x, plan.inner.at, delta.shape[1]
     if plan.gathers and at.ndim == 2:
         kept = x.view(-1, x.shape[-1]).index_select(1, at.flatten()).view(-1, *at.shape)
