@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as all_modules
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
@@ -20,6 +20,10 @@ from smt_peft.quantized import Original, dequantized
 
 # PyTorch's own; None where another package has put one in its place before this one was imported.
 FORWARD = nn.Linear.forward if nn.Linear.forward.__globals__["__name__"] == nn.Linear.__module__ else None
+# Hooks of all modules, of which PyTorch has no public question.
+GLOBAL_HOOKS = [
+    getattr(all_modules, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 NO_BLOCKS = (
     "Adapter {!r} has no blocks yet: training needs a selection first. Pass callbacks=[SMTWarmupCallback()] to the "
     "Trainer, or call smt_peft.select_blocks(model, dataloader)."
@@ -325,7 +329,7 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _is_looked_into(base_layer: nn.Module) -> bool:
-    """Whether somebody sees what the base layer returns: by a hook of its own or of all modules (for which PyTorch has
-    no public question), or by a forward of its own, as accelerate's hooks, or that somebody gave to all Linears."""
+    """Whether somebody sees what the base layer returns: by a hook of its own or of all modules, or by a forward of
+    its own, as accelerate's hooks, or that somebody gave to all Linears."""
     has_own = "forward" in base_layer.__dict__ or (type(base_layer) is nn.Linear and nn.Linear.forward is not FORWARD)
-    return bool(base_layer._forward_hooks) or has_own or _has_any_global_hook()
+    return bool(base_layer._forward_hooks) or has_own or any(GLOBAL_HOOKS)

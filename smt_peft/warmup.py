@@ -11,7 +11,7 @@ from functools import partial
 import numpy
 import torch
 import torch.distributed as dist
-from accelerate.utils import has_compiled_regions, is_compiled_module, send_to_device
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -304,7 +304,7 @@ def _needs_compiler(model: nn.Module) -> bool:
     the whole model is compiled, the collectors need it eager all the same."""
     configs = [getattr(module, "config", None) for module in model.modules()]
     is_flex = any(getattr(config, "_attn_implementation", None) == "flex_attention" for config in configs)
-    return is_flex and not (is_compiled_module(model) or has_compiled_regions(model))
+    return is_flex and not any(hasattr(module, "_orig_mod") for module in model.modules())  # as torch.compile wraps
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from dense_truth import (
 )
 from fixtures.make_adapters import ADAPTERS, FOLDER, make, make_base
 from packaging.version import Version
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -325,6 +325,11 @@ def test_an_adapter_in_a_subfolder_is_read_and_refused_like_any_other(llama, fol
         base.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})
         return base
 
+    get_peft_model(deepcopy(llama), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder.parent / "low_rank")
+    try:
+        deepcopy(llama).load_adapter(str(folder.parent), adapter_kwargs={"subfolder": "low_rank"})
+    except ValueError:
+        pytest.skip("this transformers finds no adapter in a subfolder, not LoRA's either")
     tokens = torch.arange(1, 9)[None]
     expected = by_peft(deepcopy(llama), folder)(tokens).logits
     for load in (by_peft_below, by_transformers_below):

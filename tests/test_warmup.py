@@ -457,6 +457,14 @@ def test_a_warm_up_inside_of_autocast_sums_as_widely_as_one_whose_backward_is_ou
         with torch.autocast("cpu", torch.bfloat16):
             return model(**batch).loss
 
+    dense = []
+    for inside in (True, False):
+        model = deepcopy(llama).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            forward(model, batches[0]).backward()
+        dense.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    if not torch.equal(*dense):
+        pytest.skip("this PyTorch's own backward rounds more inside of autocast, as 2.7 does")
     found = []
     for inside in (True, False):
         model = wrap(deepcopy(llama), selection="gradient", score=score, accumulation="signed", warmup_steps=4)
