@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from smt_peft import checks
+from smt_peft import contents
 from smt_peft.ops import Score
 from smt_peft.places import Tiles, parse_sorted
 from smt_peft.selected import Selection
@@ -96,8 +96,8 @@ class SMTConfig(PeftConfig):
         config.awaits_weights, config.stored_blocks = True, config.selected_blocks
         weights = weights_beside(str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder})
         if weights is not None:
-            parts = checks.take_apart(checks.load(weights))
-            checks.check_config(vars(config), parts)
+            parts = contents.take_apart(contents.load(weights))
+            contents.check_config(vars(config), parts)
         return config
 
     def __post_init__(self) -> None:

@@ -23,8 +23,9 @@ from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.bases import far_apart, sample
 from smt_peft.checkpoints import STORED_FLOATS, Checkpoint, empty_model, stored_keys
-from smt_peft.checks import BANK, PREFIX
+from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
+from smt_peft.contents import PREFIX
 from smt_peft.files import Blocks, read_adapter
 from smt_peft.layer import Linear
 from smt_peft.ops import reduce_blocks

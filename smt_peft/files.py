@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from smt_peft.bank import DeltaBank, Group
-from smt_peft.checks import (
-    BANK,
+from smt_peft.checks import BANK, Target, by_target
+from smt_peft.config import SMTConfig
+from smt_peft.contents import (
     PREFIX,
     WRAPPED,
     Parts,
-    Target,
-    by_target,
     check_config,
     is_embedding,
     load,
@@ -31,7 +30,6 @@ from smt_peft.checks import (
     narrow,
     take_apart,
 )
-from smt_peft.config import SMTConfig
 from smt_peft.ops import tile_features
 from smt_peft.places import short
 from smt_peft.selected import SELECTION_FILE

@@ -32,10 +32,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from smt_peft import checks
+from smt_peft import contents
 from smt_peft.bank import banks_of
-from smt_peft.checks import PREFIX
 from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
+from smt_peft.contents import PREFIX
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -112,7 +112,7 @@ def _remove_selection_of_another(folder: Path) -> None:
     """Remove the record of a warm-up that did not choose the blocks of the adapter in a folder."""
     with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a broken one
         chosen = Selection.load(folder).features().long()
-        if torch.equal(chosen, checks.take_apart(checks.load(folder / SAFETENSORS_WEIGHTS_NAME)).index.long()):
+        if torch.equal(chosen, contents.take_apart(contents.load(folder / SAFETENSORS_WEIGHTS_NAME)).index.long()):
             return
     (folder / SELECTION_FILE).unlink(missing_ok=True)
 
@@ -188,8 +188,8 @@ def _bring_back(model: PeftModel, said: SimpleNamespace) -> None:
     for banks in banks_of(model).values():
         bank = banks._modules.get(said.adapter_name)
         if bank is not None and bank.weight.device.type == "meta":
-            weights = checks.load(weights_beside(str(said.model_id), said.kwargs))
-            parts = checks.in_order_of(bank.targets, checks.take_apart(weights))
+            weights = contents.load(weights_beside(str(said.model_id), said.kwargs))
+            parts = contents.in_order_of(bank.targets, contents.take_apart(weights))
             bank.weight = nn.Parameter(parts.weight.float(), requires_grad=bank.weight.requires_grad)
             remove_hook_from_module(bank)
             for layer in model.modules():
@@ -227,7 +227,7 @@ def load_adapter(model: nn.Module, original: Callable, *args, **options) -> Load
     weights = said.adapter_state_dict
     if weights is None:  # PEFT asks the hub even where it must not
         file = weights_beside(str(where), download)
-        weights = checks.load(file) if file else load_peft_weights(where, device="cpu", **download)
+        weights = contents.load(file) if file else load_peft_weights(where, device="cpu", **download)
     weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     inject_adapter_in_model(config, model, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
     try:

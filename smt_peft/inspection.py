@@ -10,7 +10,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from smt_peft.checks import PREFIX
+from smt_peft.contents import PREFIX
 from smt_peft.files import Blocks, read_adapter
 from smt_peft.locations import layers_of, locations_of
 from smt_peft.selected import SELECTION_FILE

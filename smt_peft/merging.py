@@ -37,7 +37,7 @@ from smt_peft.checkpoints import (
     is_model,
     stored_keys,
 )
-from smt_peft.checks import PREFIX
+from smt_peft.contents import PREFIX
 from smt_peft.files import Blocks, StoredAdapter, adapter_config, read_adapter, read_json
 from smt_peft.writing import check_is_new, written_whole
 

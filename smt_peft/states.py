@@ -10,11 +10,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from smt_peft import checks
+from smt_peft import contents
 from smt_peft.bank import Banks, DeltaBank, banks_of
 from smt_peft.bases import base_weights, other_base, sample
-from smt_peft.checks import PREFIX
+from smt_peft.checks import FLOATS, form
 from smt_peft.config import SMTConfig
+from smt_peft.contents import PREFIX
 from smt_peft.diagnostics import warn
 from smt_peft.places import short
 
@@ -33,18 +34,18 @@ def to_save(
     config.selected_blocks = bank.selected_blocks()
     if not bank.is_selected:
         bank.refuse_deltas_without_blocks(adapter)
-    named_as_in_a_file = {key: f"{_home(model)[0]}.{part}" for key, part in zip(keys, checks.PARTS, strict=False)}
+    named_as_in_a_file = {key: f"{_home(model)[0]}.{part}" for key, part in zip(keys, contents.PARTS, strict=False)}
     if keys[0] not in state_dict and named_as_in_a_file[keys[0]] in state_dict:  # of `get_peft_model_state_dict`
         state_dict = {**state_dict, **{key: state_dict[name] for key, name in named_as_in_a_file.items()}}
     if keys[0] not in state_dict:
         raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
     own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers
     chosen = {key: state_dict.get(key, own.get(key)) for key in keys}
-    index = chosen[keys[1]] = checks.narrow(chosen[keys[1]])
+    index = chosen[keys[1]] = contents.narrow(chosen[keys[1]])
     biases = BaseTuner._get_learnable_bias_state_dict(model, state_dict, config)
     others = [*(key for key in biases if ".modules_to_save." not in key), *_whole_modules(model, adapter)]
     others = [key.removeprefix(PREFIX) for key in others]
-    manifest = checks.manifest(config, bank.targets, index, others, bank.base)
+    manifest = contents.manifest(config, bank.targets, index, others, bank.base)
     return {**chosen, manifest_key: manifest, **biases}
 
 
@@ -58,15 +59,15 @@ def to_load(
         ValueError: where the file is broken, or does not belong to this model and config.
     """
     bank, keys = _bank_and_keys(model, adapter)
-    parts = checks.in_order_of(bank.targets, checks.take_apart(state_dict))
+    parts = contents.in_order_of(bank.targets, contents.take_apart(state_dict))
     _refuse_other_names(bank, parts)
     bank.check(parts.weight, parts.index, parts.fingerprint)
     if config.stored_blocks is not None:
-        checks.names_of(parts.index, config.stored_blocks, bank.targets)
-    if parts.content and (config.trainable_token_indices or None) != parts.content.get(checks.TOKENS):
+        contents.names_of(parts.index, config.stored_blocks, bank.targets)
+    if parts.content and (config.trainable_token_indices or None) != parts.content.get(contents.TOKENS):
         raise ValueError(
-            f"The file was saved with {checks.TOKENS}={short(parts.content.get(checks.TOKENS))}, and the adapter has "
-            f"{short(config.trainable_token_indices)}: its rows would be other tokens'."
+            f"The file was saved with {contents.TOKENS}={short(parts.content.get(contents.TOKENS))}, and the adapter "
+            f"has {short(config.trainable_token_indices)}: its rows would be other tokens'."
         )
     others = _own_weights(model, config, adapter, parts, [target.name for target in bank.targets])
     config.stop_waiting()
@@ -80,7 +81,7 @@ def to_load(
     return {**dict(zip(keys, parts[:3], strict=False)), **others}  # the manifest is no part of the model
 
 
-def _refuse_other_names(bank: DeltaBank, parts: checks.Parts) -> None:
+def _refuse_other_names(bank: DeltaBank, parts: contents.Parts) -> None:
     here = {target.name for target in bank.targets}
     missing = [target.name for target in parts.content["targets"] if target.name not in here] if parts.content else []
     if missing:
@@ -92,22 +93,22 @@ def _refuse_other_names(bank: DeltaBank, parts: checks.Parts) -> None:
 
 
 def _own_weights(
-    model: nn.Module, config: SMTConfig, adapter: str, parts: checks.Parts, targets: list[str]
+    model: nn.Module, config: SMTConfig, adapter: str, parts: contents.Parts, targets: list[str]
 ) -> dict[str, torch.Tensor]:
     """Of a file's further tensors those that are the adapter's: biases that it was saved with, and modules that are
     saved whole."""
     others, whole = parts.others, _whole_modules(model, adapter)
-    checks.check_complete(parts, known=whole)  # PEFT has looked for whole modules
+    contents.check_complete(parts, known=whole)  # PEFT has looked for whole modules
     state = model.state_dict() if others else {}
     own = set(whole.values())
     for bias in {config.bias, (parts.content or {}).get("bias") or "none"}:
         own.update(BaseTuner._get_learnable_bias_state_dict(model, state, SimpleNamespace(bias=bias)))
     found = {key if key in own else key.removeprefix(PREFIX): key for key in others}
     # PEFT saves the base weight of an lm_head that is a target, too: left out like others, but nothing to warn of.
-    own_base = tuple(f"{target}.base_layer." for target in targets if checks.is_embedding(target))
+    own_base = tuple(f"{target}.base_layer." for target in targets if contents.is_embedding(target))
     foreign = [key for name, key in found.items() if name not in own and not name.startswith(own_base)]
     # Beside an adapter's rows and whole modules it saves what they stand in for, where embeddings were resized.
-    foreign = [key for key in foreign if not any(part in key for part in checks.WRAPPED)]
+    foreign = [key for key in foreign if not any(part in key for part in contents.WRAPPED)]
     if foreign:
         warn(
             f"The file of adapter {adapter!r} holds {short(foreign[0])}, which is not the adapter's "
@@ -116,11 +117,11 @@ def _own_weights(
         )
     for name in own & set(found):
         held, wanted = others[found[name]], state[name]
-        is_float = held.dtype in checks.FLOATS or not wanted.is_floating_point()
+        is_float = held.dtype in FLOATS or not wanted.is_floating_point()
         if not is_float or (wanted.numel() and held.shape != wanted.shape):
             raise ValueError(
-                f"The file holds {short(name)} as {checks.form(held)}, where the model has "
-                f"{checks.form(wanted)}; the file is broken, or belongs to another model."
+                f"The file holds {short(name)} as {form(held)}, where the model has "
+                f"{form(wanted)}; the file is broken, or belongs to another model."
             )
     return {name: others[key] for name, key in found.items() if name in own}
 
@@ -132,9 +133,9 @@ def _home(model: nn.Module) -> tuple[str, Banks]:
 
 
 def _bank_and_keys(model: nn.Module, adapter: str) -> tuple[DeltaBank, list[str]]:
-    """An adapter's bank, and the keys of `checks.PARTS`."""
+    """An adapter's bank, and the keys of `contents.PARTS`."""
     home, banks = _home(model)
-    return banks[adapter], [f"{home}.{adapter}.{part}" for part in checks.PARTS]
+    return banks[adapter], [f"{home}.{adapter}.{part}" for part in contents.PARTS]
 
 
 def _whole_modules(model: nn.Module, adapter: str) -> dict[str, str]:

@@ -34,7 +34,8 @@ from transformers.utils import logging
 
 from smt_peft import SMTConfig, given, select_blocks, writing
 from smt_peft.bases import far_apart
-from smt_peft.checks import Parts, Target, fingerprint, in_order_of, manifest, take_apart
+from smt_peft.checks import Target, fingerprint
+from smt_peft.contents import Parts, in_order_of, manifest, take_apart
 from smt_peft.files import Blocks, StoredAdapter, read_adapter, write_adapter
 from smt_peft.places import Tiles
 from smt_peft.writing import written_whole
