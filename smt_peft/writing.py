@@ -28,10 +28,11 @@ def written_whole(folder: Path, only_new: bool = False) -> Iterator[Path]:
         with TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True) as name:
             new = Path(name, "new")  # one level down: a folder with weights in a checkpoint is an adapter for Trainer
             new.mkdir()
+            (plain := Path(name, "plain")).touch()
             yield new
             written = sorted((file for file in new.rglob("*") if file.is_file()), key=_order)
             for file in written:
-                _flush(file)
+                _finish(file, plain.stat().st_mode)
             if only_new:
                 _refuse_what_is_there(folder)
             for file in written:
@@ -73,9 +74,10 @@ def _order(file: Path) -> tuple[bool, bool, bool]:
     return file.name == "config.json", file.name != SAFETENSORS_WEIGHTS_NAME, file.name != CONFIG_NAME
 
 
-def _flush(file: Path) -> None:
-    """Have a full disk say so now."""
+def _finish(file: Path, mode: int) -> None:
+    """Let those read it who may read others, unlike what safetensors writes; and have a full disk say so now."""
     try:
+        file.chmod(mode)
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
     except OSError as error:

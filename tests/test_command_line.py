@@ -468,7 +468,11 @@ def test_a_base_that_is_read_only_merges_into_files_that_are_not(llama, tmp_path
     for file in (tmp_path / "base").iterdir():
         file.chmod(0o444)
     run("merge", tmp_path / "adapter", "--out", tmp_path / "out")
-    assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "out").glob("*.safetensors"))
+    run("combine", tmp_path / "adapter", "--out", tmp_path / "sum")
+    run("patch", tmp_path / "adapter", "--out", tmp_path / "patch.safetensors")
+    (mine := tmp_path / "mine").touch()
+    files = [tmp_path / "patch.safetensors", *(tmp_path / "out").iterdir(), *(tmp_path / "sum").iterdir()]
+    assert {file.stat().st_mode for file in files} == {mine.stat().st_mode}
 
 
 @pytest.mark.parametrize("load", [[], ["--load"]], ids=["files", "load"])
