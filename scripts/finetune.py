@@ -69,6 +69,19 @@ STDLIB = {  # rows that any Python has, by split
 }
 SHOWN = 3  # of the questions that are asked
 PER_TOKEN = "token_loss"  # ends so that Trainer knows that less is better
+# How arguments of Trainer begin that change no number.
+OF_NO_RESULT = (
+    "output_dir",
+    "resume",
+    "log",
+    "save",
+    "report_to",
+    "disable_tqdm",
+    "run_name",
+    "push_to",
+    "hub",
+    "local",
+)
 LEAST_NEW_TOKENS = 60  # of an answer; as many as that of the right one, if that is longer
 
 
@@ -360,12 +373,6 @@ def fine_tune(
     transformers.set_seed(args.seed)
     warmup, note = SMTWarmupCallback(), TrainingDataNote(options, len(train))
     model = adapted(method, load_model(options), options)
-    if method == "full" and model.dtype.itemsize < 4 and not args.deepspeed_plugin:
-        warnings.warn(
-            f"full trains weights of {str(model.dtype).removeprefix('torch.')}, where most updates are less than half "
-            "of a weight's last digit and are lost: --dtype float32 --bf16 true keeps them",
-            stacklevel=2,
-        )
     trainer = Trainer(
         model,
         args,
@@ -377,6 +384,13 @@ def fine_tune(
         processing_class=tokenizer,
         callbacks=[note, warmup, SMTMonitorCallback()] if method == "smt" else [note],
     )
+    keeps_digits = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # which train float32 copies
+    if method == "full" and model.dtype.itemsize < 4 and not keeps_digits and trainer.is_world_process_zero():
+        warnings.warn(
+            f"full trains weights of {str(model.dtype).removeprefix('torch.')}, where most updates are less than half "
+            "of a weight's last digit and are lost: --dtype float32 --bf16 true keeps them",
+            stacklevel=2,
+        )
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(Progress())
     run = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
@@ -574,15 +588,16 @@ def settings_of(method: str, options: Options, args: TrainingArguments) -> dict:
     """Give what a result depends on."""
     own = {"smt": options.smt, "full": {}}.get(method, options.lora)
     names = "model", "data", "old_data", "quantization", "max_length", "eval_rows", "prompt", "questions", "dtype"
-    trained_by = "learning_rate", "lr_scheduler_type", "weight_decay", "max_steps", "num_train_epochs", "seed", "bf16"
-    sizes = "per_device_train_batch_size", "gradient_accumulation_steps", "fp16"
-    given = {name: getattr(options, name) for name in names} | {"options": own}
-    return given | {name: getattr(args, name) for name in (*trained_by, *sizes)}
+    given = {name: getattr(options, name) for name in names} | {"options": own, "processes": args.world_size}
+    default = TrainingArguments(args.output_dir, use_cpu=args.use_cpu).to_dict()
+    changed = {name: value for name, value in args.to_dict().items() if value != default.get(name)}
+    changed = {name: value for name, value in changed.items() if not name.startswith(OF_NO_RESULT)}
+    return json.loads(json.dumps(given | changed, default=str))
 
 
 def is_finished(numbers: dict, settings: dict) -> bool:
     """Whether earlier numbers are all there, and of these settings. Trainer would go on by a step from a last one."""
-    return "logits_off_by" in numbers and numbers["settings"] == json.loads(json.dumps(settings))
+    return "logits_off_by" in numbers and numbers.get("settings") == settings
 
 
 def check_rows(checkpoint: str | None, rows: int) -> None:
@@ -621,7 +636,8 @@ def main(argv: list[str]) -> None:
     metrics = [f"eval_{name}_{metric}" for name in domains for metric in (PER_TOKEN, "loss")]
     if args.metric_for_best_model and f"eval_{args.metric_for_best_model.removeprefix('eval_')}" not in metrics:
         raise SystemExit(f"metric_for_best_model is {args.metric_for_best_model!r}; it can be {', '.join(metrics)}")
-    options.smt = {"seed": args.seed} | options.smt  # of random blocks, as of LoRA's first values
+    if "smt" in methods:
+        options.smt = {"seed": args.seed} | options.smt  # of random blocks, as of LoRA's first values
     own_arguments = {method: arguments_of(method, options, args) for method in methods}
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.
@@ -647,8 +663,11 @@ def main(argv: list[str]) -> None:
     [earlier], results = broadcast_object_list([read_results(args)]), {}
     for method in methods:
         own = own_arguments[method]
-        if own.resume_from_checkpoint and is_finished(earlier.get(method, {}), settings_of(method, options, own)):
+        is_last = (args.resume_from_checkpoint or "").lower() == "true"  # no checkpoint that is named, to go back to
+        if is_last and is_finished(earlier.get(method, {}), settings_of(method, options, own)):
             results[method] = earlier[method]
+            if args.process_index == 0:
+                print(f"{method} was finished earlier with these settings: its adapter and numbers stand.")
             continue
         results[method], logits = fine_tune(method, options, own, tokenizer, train, test, prompts)
         write(results, args)  # at once: the check loads models, and may run out of memory

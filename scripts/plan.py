@@ -142,7 +142,7 @@ class Model(NamedTuple):
 
 def config_of(name: str) -> PretrainedConfig:
     base = name.rstrip("/").rpartition("/")[2].lower()
-    shape = next((SHAPES[shape] for shape in SHAPES if f"-{shape}-" in f"-{base}-"), None)
+    shape = next((SHAPES[shape] for shape in SHAPES if f"{base.removeprefix('meta-')}-".startswith(f"{shape}-")), None)
     if shape and not Path(name).exists():
         return LlamaConfig(**dict(zip(SIZES, shape, strict=True)))
     try:

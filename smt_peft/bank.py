@@ -254,9 +254,8 @@ class DeltaBank(nn.Module):
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[:, 1:] if index.shape[1] == 3 else on_cpu[:, 1:].unflatten(1, (2, -1))
         layout = Layout(index, _version(index), index.clone(), counts, list(sides.split(counts)), {})
-        layout.plans[index.device] = self._plans(
-            layout, index.device
-        )  # a compiler can look them up, but not make them
+        # A compiler can look plans up, but not make them.
+        layout.plans[index.device] = self._plans(layout, index.device)
         return layout
 
     def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:

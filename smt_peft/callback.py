@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from types import NoneType
 
+import numpy
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
@@ -218,7 +219,7 @@ def _as_before(value: object) -> list[Callable[[], object]]:
         ]
     if _is_record(value):
         return _contents_as_before(value)
-    held = list(getattr(value, "__dict__", {}).values())
+    held = [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).values())
     is_plain = all(isinstance(part, (NoneType, int, float, str)) or _is_record(part) for part in held)
     return [counters_as_before(value), *_records_of(value)] if held and is_plain else []
 
@@ -233,6 +234,8 @@ def _contents_as_before(part: object) -> list[Callable[[], object]]:
     if isinstance(part, CONTAINERS):
         parts = part.values() if isinstance(part, dict) else part
         return [partial(_refill, part, copy.copy(part)), *chain.from_iterable(map(_contents_as_before, parts))]
+    if isinstance(part, numpy.ndarray):
+        return [partial(numpy.copyto, part, part.copy())]
     return [partial(_set, part, part.detach().clone())] if isinstance(part, torch.Tensor) else []
 
 

@@ -64,8 +64,12 @@ class Checkpoint:
                 raise ValueError(
                     f"{folder / lacking[0][1]} lacks {lacking[0][0]}, which the index of the folder places there."
                 )
-            if twice := [key for key, count in Counter(key for key, _ in there).items() if count > 1]:
-                raise ValueError(f"{folder} has {twice[0]} in two files; save the model anew by transformers.")
+            if twice := sorted(key for key, count in Counter(key for key, _ in there).items() if count > 1):
+                files = sorted(name for key, name in there if key == twice[0])
+                where = " and ".join(files[:2])
+                raise ValueError(
+                    f"{folder} has {twice[0]} in two files, {where}; save the model anew by transformers."
+                )
 
     def look(self, key: str) -> tuple[tuple[int, ...], str]:
         """The shape and the dtype of a tensor."""

@@ -137,12 +137,14 @@ class SMTModel(BaseTuner):
             what = "is sharded" if is_sharded(weight) else f"has the shape {tuple(weight.shape)}"
             raise TypeError(
                 f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
-                "Take it out of target_parameters."
+                "Take it out of target_parameters; where it is target_modules that means it, by 'all-linear' or by a "
+                "name that experts once had, name other modules."
             )
         if weight.dtype not in FLOATS:
             raise TypeError(
                 f"Target parameter {key} is of {str(weight.dtype).removeprefix('torch.')}, which is packed or too "
-                "narrow to add deltas to; load the model in bfloat16, or take it out of target_parameters."
+                "narrow to add deltas to; load the model in bfloat16, or take it out of target_parameters (which "
+                "'all-linear' in target_modules adds to)."
             )
         layer = ParamWrapper(target, parameter_name, getattr(self.model, BANK), id(weight) in self._shared)
         layer.train(target.training).update_layer(adapter_name)

@@ -255,7 +255,8 @@ class FeatureCollector(Collector):
 
     def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         if x is None:  # of all experts at once: no float32 copy
-            return torch.cat([torch.linalg.vector_norm(dy, dim=side, dtype=torch.float32) for side in (1, 0)])
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            return torch.cat([torch.linalg.vector_norm(dy, dim=side, dtype=wide).float() for side in (1, 0)])
         dy = dy.float()
         length = dy.norm(dim=1, keepdim=True)
         least = ROUNDED * length.max() if len(length) else 0  # no token may be routed to an expert

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 
 import regex
 import torch
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from smt_peft import bases
 from smt_peft.bank import Group
@@ -21,7 +22,6 @@ from smt_peft.places import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name
-ROUTER = "gate.weight"  # PEFT's name for it
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
 _DEFAULTS = {
@@ -51,16 +51,41 @@ def name_experts(config: SMTConfig, model: nn.Module) -> None:
     as PEFT does for LoRA; but not the router, whose few rows would make blocks small.
 
     Raises:
-        ValueError: where one half of what is fused is named without the other.
+        ValueError: where a part of what is fused is named without the rest.
     """
-    if config.target_modules is None or not hasattr(getattr(model, "config", None), "model_type"):
+    is_known = config.target_modules is not None and hasattr(getattr(model, "config", None), "model_type")
+    if not is_known or config.selection == "activation":  # which asks for the inputs of modules
         return
-    named = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
-    like = LoraConfig(**{name: copy.copy(getattr(config, name)) for name in named})
-    convert_peft_config_for_transformers(like, model, None)
-    given = [*(config.target_parameters or ())]
-    if new := sorted({*(like.target_parameters or ())} - {*given, ROUTER}):
-        config.target_parameters = [*given, *new]
+    names = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
+    given, new = [*(config.target_parameters or ())], []
+    for rule in get_model_conversion_mapping(model):
+        [fused, *others] = rule.target_patterns
+        if not isinstance(rule, WeightConverter) or others or ".experts." not in f".{fused}":
+            continue
+        once = [source.removesuffix(".weight").rpartition(".")[2] for source in rule.source_patterns]
+        here = [name for name in names if f".{name}".endswith(f".{fused.lstrip('.')}")]
+        meant = [name for name in here if _are_named(config, name, once)]
+        suffixes = {".".join(name.split(".")[-3:]) for name in here}
+        new += sorted(suffixes) if meant == here else meant
+    config.target_parameters = given + [name for name in new if name not in given] or config.target_parameters
+    if new and config.target_modules != "all-linear":
+        modules = (name for name, _ in model.named_modules())
+        if not any(check_target_module_exists(config, name) for name in modules):  # PEFT would warn of them
+            config.target_modules = []
+
+
+def _are_named(config: SMTConfig, parameter: str, once: list[str]) -> bool:
+    """Whether a config's target_modules name the layers, once called so, that are fused into a parameter."""
+    like, place = copy.copy(config), parameter.rpartition(".")[0]
+    if config.target_modules == "all-linear":
+        like.target_modules = once
+    named = [old for old in once if any(check_target_module_exists(like, f"{place}.{n}{old}") for n in ("", "0."))]
+    if named and len(named) < len(once):
+        raise ValueError(
+            f"target_modules names {', '.join(named)} of {place} without {', '.join(sorted({*once} - {*named}))}, and "
+            f"they are one weight, {parameter}: name all of them, or none."
+        )
+    return bool(named)
 
 
 def count_base_parameters(model: nn.Module) -> int:

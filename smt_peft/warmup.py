@@ -248,7 +248,9 @@ def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
     undo: list[Callable[[], object]] = []
     for owner in owners:
         held = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "generator", None)]
-        undo += [*filter(None, map(_generator_as_before, held)), counters_as_before(owner)]
+        undo += filter(None, map(_generator_as_before, held))
+        if not hasattr(type(owner), "__getitem__"):  # else it is data, which may count what it has read
+            undo.append(counters_as_before(owner))
     without = [owner for owner in owners if getattr(owner, "generator", ...) is None]
     try:
         yield
@@ -274,6 +276,7 @@ def _generator_as_before(generator: object) -> Callable[[], object] | None:
 def counters_as_before(owner: object) -> Callable[[], object]:
     """What puts the numbers back that an object holds."""
     held = getattr(owner, "__dict__", {})
+    held = held if isinstance(held, dict) else {}  # a class has none of its own
     return partial(held.update, {name: value for name, value in held.items() if type(value) in (int, float)})
 
 

@@ -77,8 +77,44 @@ def test_names_that_experts_once_had_are_the_parameters_they_are_in_now(name, ho
 def test_half_of_what_is_fused_is_refused_as_with_lora():
     model, config = MODELS["qwen3 moe"]
     for make in (LoraConfig, SMTConfig):
-        with pytest.raises(ValueError, match="gate_proj without also targeting up_proj"):
+        with pytest.raises(ValueError, match=r"gate_proj (of .*experts )?without (also targeting )?up_proj"):
             get_peft_model(model(copy.deepcopy(config)), make(target_modules=["q_proj", "gate_proj"]))
+
+
+@pytest.mark.filterwarnings("error:target_modules=")
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"target_modules": ["shared_expert.gate_proj"]}, ["shared_expert.gate_proj"]),
+        ({"target_modules": r".*shared_expert\.down_proj"}, ["shared_expert.down_proj"]),
+        ({"target_modules": r".*experts\.\d+\.down_proj"}, ["experts.down_proj"]),
+        ({"target_modules": ["down_proj"]}, ["experts.down_proj", "shared_expert.down_proj"]),
+        (
+            {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*experts.*"},
+            ["q_proj", "shared_expert.down_proj"],
+        ),
+        (
+            {"target_modules": ["down_proj"], "layers_to_transform": [0]},
+            ["0.mlp.experts.down_proj", "0.mlp.shared_expert.down_proj"],
+        ),
+        (
+            {"target_modules": ["q_proj", "down_proj"], "selection": "activation"},
+            ["q_proj", "shared_expert.down_proj"],
+        ),
+    ],
+    ids=str,
+)
+def test_experts_beside_a_shared_one_are_those_that_are_named(options, expected):
+    config = tf.Qwen2MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                               shared_expert_intermediate_size=16)  # fmt: skip
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tf.Qwen2MoeForCausalLM(config), SMTConfig(**{"selection": "random", **options}, num_blocks=4, block_size=SIZE)
+    )
+    found = {target.name.replace(".base_layer", "") for target in bank_of(model).targets}
+    assert all(any(f".{name}".endswith(f".{end}") for end in expected) for name in found)
+    assert all(any(f".{name}".endswith(f".{end}") for name in found) for end in expected)
+    assert len(found) == len(expected) * (1 if "layers_to_transform" in options else 2)
 
 
 def parameter(model, target: str) -> torch.nn.Parameter:

@@ -1,5 +1,6 @@
 """Whatever loop people run around LoRA, they run around SMT: outputs and gradients are those of the full weight."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -433,6 +434,14 @@ def test_a_state_dict_that_is_the_adapters_is_saved_again(base, batches, tmp_pat
     model.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, old())).__get__(model, type(model))
     model.save_pretrained(tmp_path)
     assert_close(outputs(PeftModel.from_pretrained(deepcopy(base), tmp_path), batches[0]), outputs(model, batches[0]))
+
+
+def test_a_state_dict_of_one_adapter_is_not_another_s(base, method, tmp_path):
+    model = wrap(base, method)
+    of_default = get_peft_model_state_dict(model)
+    add_adapter(model, "second", seed=3)
+    with pytest.raises(KeyError) if method != "lora" else nullcontext():
+        get_peft_model_state_dict(model, of_default, "second")
 
 
 def test_a_base_that_was_compiled_first_takes_adapters_and_gives_them_back(base, batches, method):

@@ -287,6 +287,34 @@ def test_add_blocks(case, keep_input, in_place):
         assert_close(gradient, truth, TOLERANCE[case.dtype])
 
 
+@pytest.mark.parametrize("sides", ["tiles", "lists"])
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("contiguous", ["dy", "x"])
+def test_an_input_of_another_layout_than_the_gradient(sides, in_order, contiguous):
+    """As of the first token alone, or of patches: forward and backward go different ways."""
+    case = Case(4, 3, 4, 7, 2, sides=sides)
+    blocks = [torch.tensor(places) for places in ([0, 2], [1, 3] if in_order else [3, 3])]
+    listed = [
+        lines[places] if sides == "lists" else places
+        for lines, places in zip((case.out_lines, case.in_lines), blocks, strict=True)
+    ]
+    plan = ops.plan(*listed, keep_input=False)
+    assert plan.gathers and (sides == "lists" or plan.in_order == in_order)
+    place = case.out_lines[blocks[0]][:, :, None], case.in_lines[blocks[1]][:, None, :]
+    x, dy = (
+        (matrix if contiguous == name else matrix.T.contiguous().T)
+        for name, matrix in (("x", case.x), ("dy", case.dy))
+    )
+    x, delta = leaves(x, case.delta())
+    total = ops.add_blocks(case.start, x, delta, plan, False)
+    gradients = torch.autograd.grad(total, (x, delta), dy)
+    dense = torch.zeros(case.out_features, case.in_features).double()
+    dense[place] = delta.detach().double()
+    assert_close(total, case.start.double() + x.double() @ dense.T, 1e-5)
+    assert_close(gradients[0], dy.double() @ dense, 1e-5)
+    assert_close(gradients[1], (dy.double().T @ x.detach().double())[place], 1e-5)
+
+
 def test_gradient_of_a_float32_delta_is_not_rounded(device):
     case = Case(16, 2, 2, 33, 3, torch.bfloat16, device=device)
     delta = case.delta().float().requires_grad_()

@@ -334,7 +334,7 @@ def test_a_run_on_other_data_is_not_gone_on_with(tmp_path, how):
         finetune.arguments_of("smt", finetune.Options("m", "others"), args)
 
 
-def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path):
+def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path, capsys):
     """Of more rows held out some have been learnt."""
     few = ["--smt", "{num_blocks: 2, block_size: 16, warmup_steps: 1}", "--use_cpu", "--output_dir", tmp_path]
     words = ["--model", files / "model", "--data", files / "rows.jsonl", "--max_steps", "1", *few, "--save_steps", "1"]
@@ -349,6 +349,11 @@ def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path
         finetune.main([*resume, "--eval_rows", "4"])
     finetune.main([*resume, "--eval_rows", "2"])  # it was at its end
     assert (tmp_path / "results.json").read_text() == numbers and weights.read_bytes() == trained
+    assert "smt was finished earlier with these settings" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text('{"smt": {"logits_off_by": {}}}')  # as before there were settings
+    finetune.main([*resume, "--eval_rows", "2"])
+    finetune.main([*resume, "--eval_rows", "2", "--weight_decay", "0.5"])
+    assert json.loads((tmp_path / "results.json").read_text())["smt"]["settings"]["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["eval_mine.jsonl_los", "mine.jsonl_accuracy", "old.jsonl_token_loss"])

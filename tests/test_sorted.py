@@ -183,8 +183,10 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**sizes, **heads)).eval()
 
 
-def test_experts_parameters_have_sorted_blocks(batches):
-    base = mixtral()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_parameters_have_sorted_blocks(batches, dtype):
+    base = mixtral().to(dtype)
+    base.set_experts_implementation("eager")  # the quicker ones know no float64
     model, selection = warmed_up(base, batches, **EXPERTS, num_blocks=6)
     norms = {name: [0, 0] for name in selection.names}
     for batch in batches[:2]:

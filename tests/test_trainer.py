@@ -402,8 +402,9 @@ class Shuffling:
         lambda: DataLoader(range(16), sampler=Shuffling()),
         lambda: DataLoader(range(16), sampler=Old()),
         lambda: DataLoader(range(16), sampler=Counting()),
+        lambda: DataLoader(range(16), sampler=Shuffling(), collate_fn=list),
     ],
-    ids=["collator", "stream", "NumPy's in a shard", "Python's", "NumPy's old", "a counter"],
+    ids=["collator", "stream", "NumPy's in a shard", "Python's", "NumPy's old", "a counter", "a class"],
 )
 def test_generators_of_collators_and_streams_go_back(make):
     def draw(data) -> list:
@@ -438,6 +439,28 @@ class Old(Shuffling):
 
     def __iter__(self):
         return iter(self.rng.permutation(16).tolist())
+
+
+def test_data_that_count_what_they_have_read_go_on_counting():
+    """Together with what they keep of it."""
+
+    class Lazy:
+        def __init__(self):
+            self.loaded, self.rows = 0, []
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            if i >= self.loaded:
+                self.rows.append(i)
+                self.loaded += 1
+            return self.rows[i]
+
+    data = DataLoader(Lazy())
+    with same_order_afterwards(data):
+        next(iter(data))
+    assert data.dataset.loaded == len(data.dataset.rows) == 1
 
 
 def test_what_has_no_state_is_left_alone():
@@ -495,10 +518,12 @@ def test_records_of_the_trainer_stay_the_objects_that_others_hold(base, make_tra
     weight, seen = torch.nn.Parameter(torch.tensor(1.0)), []
     trainer.losses, trainer.parts, compute = {"a": weight}, {"seen": seen}, type(trainer).compute_loss
     trainer.last = [(weight * 2)]  # not detached
+    trainer.sums = {"a": numpy.zeros(())}
 
     class Weighing(type(trainer)):
         def compute_loss(self, model, inputs, **options):
             seen.append(1)
+            self.sums["a"] += 1
             self.last[0] = compute(self, model, inputs, **options) * self.losses["a"]
             return self.last[0]
 
@@ -507,7 +532,7 @@ def test_records_of_the_trainer_stay_the_objects_that_others_hold(base, make_tra
     trainer.optimizer.add_param_group({"params": [weight], "lr": 0.1})
     trainer.train()
     assert trainer.parts["seen"] is seen and len(seen) == STEPS
-    assert trainer.losses["a"] is weight and weight != 1
+    assert trainer.losses["a"] is weight and weight != 1 and trainer.sums["a"] == STEPS
 
 
 class Meter(torch.nn.Module):

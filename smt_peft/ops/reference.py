@@ -197,6 +197,7 @@ def _columns(kept: Tensor, plan: Plan, block_size: int) -> Tensor:
     """The features that each block reads, [n, T, b], from what `short_forward` keeps."""
     if not plan.gathers:
         return _take(kept, plan.inner, block_size)
+    kept = _lines(kept, block_size) if kept.ndim == 2 else kept  # of an input that was not contiguous
     return (kept if plan.in_order else kept.index_select(1, plan.kept.place)).transpose(0, 1)
 
 
