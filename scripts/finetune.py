@@ -97,7 +97,8 @@ class Options:
     old_data: str | None = HfArg(help="what not to forget: like data, but only evaluated", default=None)
     methods: str = HfArg(
         help="smt, lora, dora, full, or one after the other: smt,lora. Each has a folder of its own in output_dir, "
-        "and --resume_from_checkpoint true goes on from the last checkpoint there",
+        "and --resume_from_checkpoint true goes on from the last checkpoint there; what was finished with the same "
+        "settings is left alone",
         default="smt",
     )
     smt: str = HfArg(

@@ -54,6 +54,7 @@ SHAPES = {  # in the order of SIZES
     "tiny": (64, 128, 2, 4, 2, 64),
     "tiny-deep": (64, 128, 28, 4, 2, 64),
     "cpu-small": (512, 1408, 6, 8, 4, 4096),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256),
     "llama-7b": (4096, 11008, 32, 32, 32, 32000),
@@ -110,6 +111,8 @@ BUDGETS = {"sweep": "trainable_ratio", "values": ["0.001", "0.0025", "0.0086", "
 SETTINGS = {
     "cpu-small": {},
     "cpu-budgets": {**THREE, **BUDGETS, "block_size": 32, "steps": 3, "rounds": 4},
+    "cpu-smollm2": {**THREE, **BUDGETS, "shape": "smollm2-135m", "values": ["0.009", "0.03", "0.05", "0.1"],
+                    "target_modules": LINEAR, "batch_size": 8, "tokens": 48, "steps": 1, "rounds": 5},
     "host": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
              "rounds": 60, "sweep": "target_modules", "values": ["q,v", "all linear"], "device": "cpu"},
     "host-gpu": {**THREE, "shape": "tiny-deep", "rank": 4, "block_size": 16, "batch_size": 1, "tokens": 16, "steps": 1,
