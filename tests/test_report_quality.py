@@ -69,7 +69,7 @@ def test_a_table_has_the_numbers_that_a_hand_computes(report):
     }
     # -0.1, -0.2 and 0: their standard deviation is 0.1, that of unpaired seeds would be greater
     assert smt["- LoRA"] == "-0.100 ± 0.100" and smt["test"] == "1.600 ± 0.100"
-    assert smt["learning rate"] == "0.01" and smt["blocks, first seed"] == "v_proj 200"
+    assert smt["learning rate"] == "0.01*" and smt["blocks, first seed"] == "v_proj 200"
     assert full["learning rate"] == "0.001* of 0.001 0.01" and full["- LoRA"] == "-0.600 ± 0.100"
 
 

@@ -168,11 +168,11 @@ def shown(values: list[float], key: str, sign: str = "") -> str:
 
 
 def rate_and_grid(result: Result) -> str:
-    """The best learning rate and, where several were tried, all of them; a star where the best is at an end."""
+    """The best learning rate and, where several were tried, all of them; a star where it has not one on both sides."""
     grid = sorted(run["learning_rate"] for run in result.tried)
-    if len(grid) == 1:
-        return f"{result.rate:g}"
     star = "*" if result.rate in (grid[0], grid[-1]) else ""
+    if len(grid) == 1:
+        return f"{result.rate:g}{star}"
     return f"{result.rate:g}{star} of {' '.join(f'{rate:g}' for rate in grid)}"
 
 
