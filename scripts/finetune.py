@@ -19,7 +19,7 @@ import re
 import sys
 import textwrap
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -590,7 +590,7 @@ def settings_of(method: str, options: Options, args: TrainingArguments) -> dict:
     own = {"smt": options.smt, "full": {}}.get(method, options.lora)
     names = "model", "data", "old_data", "quantization", "max_length", "eval_rows", "prompt", "questions", "dtype"
     given = {name: getattr(options, name) for name in names} | {"options": own, "processes": args.world_size}
-    default = TrainingArguments(args.output_dir, use_cpu=args.use_cpu).to_dict()
+    default = {each.name: each.default for each in fields(args)}  # another instance would undo DeepSpeed's set-up
     changed = {name: value for name, value in args.to_dict().items() if value != default.get(name)}
     changed = {name: value for name, value in changed.items() if not name.startswith(OF_NO_RESULT)}
     return json.loads(json.dumps(given | changed, default=str))

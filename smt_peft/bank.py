@@ -166,9 +166,9 @@ class DeltaBank(nn.Module):
                 "them of a module: block products need the bank as it is. Use version 2: fsdp_version: 2 in "
                 'accelerate\'s config, fsdp_config={"version": 2} in TrainingArguments.'
             )
+        if not torch.compiler.is_compiling():
+            self.refuse_deltas_without_blocks(adapter)
         if not self.is_selected:
-            if not torch.compiler.is_compiling():
-                self.refuse_deltas_without_blocks(adapter)
             return
         if is_sharded(weight) or torch.compiler.is_compiling():
             self.running = self.split()
@@ -184,7 +184,8 @@ class DeltaBank(nn.Module):
 
     def refuse_deltas_without_blocks(self, adapter: str) -> None:
         """Of a copy that was made before the selection, and is updated by its parameters alone."""
-        if self.config.init_weights and self.weight.device.type != "meta" and self.local().any():
+        may_be = self.is_selected or not self.config.init_weights or self.weight.device.type == "meta"
+        if not may_be and self.local().any():
             raise ValueError(
                 f"The deltas of adapter {adapter!r} are not zero, and it has no blocks: they would do nothing. Of a "
                 "copy made before the selection copy the buffers, too: copy.load_state_dict(model.state_dict())."

@@ -185,9 +185,7 @@ class Linear(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         for name in adapter_names:
-            bank = self.smt_blocks[name].bank
-            if not bank.is_selected:
-                bank.refuse_deltas_without_blocks(name)
+            self.smt_blocks[name].bank.refuse_deltas_without_blocks(name)
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise TypeError(
                 f"A {self.quantization_backend.backend_name} weight cannot be merged into; merge on the unquantised "

@@ -32,8 +32,7 @@ def to_save(
     """
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
     config.selected_blocks = bank.selected_blocks()
-    if not bank.is_selected:
-        bank.refuse_deltas_without_blocks(adapter)
+    bank.refuse_deltas_without_blocks(adapter)
     named_as_in_a_file = {key: f"{_home(model)[0]}.{part}" for key, part in zip(keys, contents.PARTS, strict=False)}
     is_file_s = keys[0] not in state_dict and named_as_in_a_file[keys[0]] in state_dict
     if is_file_s and len(_home(model)[1]) == 1:  # of `get_peft_model_state_dict`, which does not say whose it is

@@ -356,6 +356,15 @@ def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path
     assert json.loads((tmp_path / "results.json").read_text())["smt"]["settings"]["weight_decay"] == 0.5
 
 
+def test_settings_make_no_second_arguments(tmp_path, monkeypatch):
+    """Which under DeepSpeed would take the place of the first, and be forgotten with them."""
+    args = TrainingArguments(tmp_path, learning_rate=0.5, use_cpu=True, logging_steps=3)
+    monkeypatch.setattr(finetune, "TrainingArguments", None)
+    settings = finetune.settings_of("lora", finetune.Options("m", "d", lora="{r: 3}"), args)
+    assert settings["learning_rate"] == 0.5 and settings["options"] == {"r": 3} and settings["processes"] == 1
+    assert "logging_steps" not in settings and "weight_decay" not in settings
+
+
 @pytest.mark.parametrize("name", ["eval_mine.jsonl_los", "mine.jsonl_accuracy", "old.jsonl_token_loss"])
 def test_a_metric_that_nobody_logs_is_named_at_once(name):
     words = ["--model", "m", "--data", "mine.jsonl", "--output_dir", "o", "--metric_for_best_model", name]
