@@ -5,14 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType
 
-import numpy
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import nn
@@ -23,18 +18,9 @@ from transformers import Trainer, TrainerCallback
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.warmup import (
-    apart,
-    apply_selection,
-    counters_as_before,
-    module_as_before,
-    random_states,
-    same_order_afterwards,
-    select_blocks,
-)
+from smt_peft.untouched import apart, as_before, random_states, same_order_afterwards
+from smt_peft.warmup import apply_selection, select_blocks
 
-CONTAINERS = (list, deque, set, dict)
-LARGEST_RECORD = 10_000  # values; a list that is longer is data
 # Where TRL's losses log.
 LOGGED = ("_metrics", "_logs", "_pending_metrics", "_pending_extra_logs", "_stored_metrics")
 LOSS_SCALE = 2.0**16  # where PyTorch's gradient scaler begins, too; batches that overflow halve it
@@ -201,67 +187,12 @@ def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
     for name, value in vars(trainer).items() if trainer else ():
         # Of the model the warm-up takes care, also where DeepSpeed's engine or the trainer's loss holds some of it.
         if name not in LOGGED and not (isinstance(value, nn.Module) and not own.isdisjoint(value.modules())):
-            undo += _as_before(value)
+            undo += as_before(value)
     try:
         yield
     finally:
         for change_back in undo:
             change_back()
-
-
-def _as_before(value: object) -> list[Callable[[], object]]:
-    """What puts a record, the numbers of a plain object, or the modes, counters and buffers of a module back."""
-    if isinstance(value, nn.Module):
-        return [
-            change_back
-            for module in value.modules()
-            for change_back in (*module_as_before(module), *_records_of(module))
-        ]
-    if _is_record(value):
-        return _contents_as_before(value)
-    held = [] if isinstance(value, type) else list(getattr(value, "__dict__", {}).values())
-    is_plain = all(isinstance(part, (NoneType, int, float, str)) or _is_record(part) for part in held)
-    return [counters_as_before(value), *_records_of(value)] if held and is_plain else []
-
-
-def _records_of(value: object) -> list[Callable[[], object]]:
-    of_every_module = vars(nn.Module()) if isinstance(value, nn.Module) else ()
-    own = (part for name, part in vars(value).items() if name not in of_every_module and _is_record(part))
-    return [change_back for part in own for change_back in _contents_as_before(part)]
-
-
-def _contents_as_before(part: object) -> list[Callable[[], object]]:
-    if isinstance(part, CONTAINERS):
-        parts = part.values() if isinstance(part, dict) else part
-        return [partial(_refill, part, copy.copy(part)), *chain.from_iterable(map(_contents_as_before, parts))]
-    if isinstance(part, numpy.ndarray):
-        return [partial(numpy.copyto, part, part.copy())]
-    return [partial(_set, part, part.detach().clone())] if isinstance(part, torch.Tensor) else []
-
-
-def _refill(container: list | deque | set | dict, contents: list | deque | set | dict) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
-
-
-@torch.no_grad()
-def _set(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    if not torch.equal(tensor, value):
-        tensor.copy_(value)
-
-
-def _is_record(value: object) -> bool:
-    """Whether it is what a loss of one's own may append to or count in: a container of numbers and texts, no data."""
-    waiting, seen = [value] if isinstance(value, CONTAINERS) else [...], 0
-    while waiting:
-        part, seen = waiting.pop(), seen + 1
-        if isinstance(part, CONTAINERS):
-            waiting.extend(part.values() if isinstance(part, dict) else part)
-        elif not (isinstance(part, (NoneType, int, float, str)) or getattr(part, "ndim", None) == 0):
-            return False
-        if seen + len(waiting) > LARGEST_RECORD:  # or it holds itself
-            return False
-    return True
 
 
 def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -> None:

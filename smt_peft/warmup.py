@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-from collections.abc import Callable, Container, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from functools import partial
 
-import numpy
 import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from smt_peft import ops
@@ -25,9 +22,7 @@ from smt_peft.locations import kinds_of
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
 from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
-
-HAVING_GENERATORS = ("batch_sampler", "sampler", "dataset", "collate_fn", "data_collator")  # parts of a dataloader
-LARGEST_COUNTER = 2**16  # elements of a buffer of integers; one that is larger is a weight
+from smt_peft.untouched import apart, module_as_before, random_states, same_order_afterwards
 
 
 def select_blocks(
@@ -238,70 +233,6 @@ def _model_loss(model: nn.Module, batch: dict) -> torch.Tensor:
     return loss
 
 
-@contextlib.contextmanager
-def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
-    """Put generators and counters of a dataloader's own parts back, or training would shuffle and mask otherwise."""
-    owners = [dataloader]
-    for owner in owners:  # accelerate and transformers put layers between them
-        parts = [getattr(owner, name, None) for name in HAVING_GENERATORS]
-        owners += [part for part in parts if all(part is not one for one in (None, *owners))]
-    undo: list[Callable[[], object]] = []
-    for owner in owners:
-        held = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "generator", None)]
-        undo += filter(None, map(_generator_as_before, held))
-        if not hasattr(type(owner), "__getitem__"):  # else it is data, which may count what it has read
-            undo.append(counters_as_before(owner))
-    without = [owner for owner in owners if getattr(owner, "generator", ...) is None]
-    try:
-        yield
-    finally:
-        for change_back in undo:
-            change_back()
-        for owner in without:
-            if owner.generator is not None:
-                owner.generator = None  # a collator makes its own with the first batch
-
-
-def _generator_as_before(generator: object) -> Callable[[], object] | None:
-    """What puts a generator of Python's, NumPy's or PyTorch's back; None of what is none, or has no state."""
-    if isinstance(generator, numpy.random.Generator):
-        return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-    if isinstance(generator, (torch.Generator, numpy.random.RandomState)):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom):
-        return partial(generator.setstate, generator.getstate())
-    return None
-
-
-def counters_as_before(owner: object) -> Callable[[], object]:
-    """What puts the numbers back that an object holds."""
-    held = getattr(owner, "__dict__", {})
-    held = held if isinstance(held, dict) else {}  # a class has none of its own
-    return partial(held.update, {name: value for name, value in held.items() if type(value) in (int, float)})
-
-
-def apart(dataloader: Iterable) -> Iterable:
-    """A copy of PyTorch's: one that keeps its workers would draw no seed for them when training asks it again."""
-    if isinstance(dataloader, DataLoader):
-        dataloader = copy.copy(dataloader)
-        if hasattr(dataloader, "base_dataloader"):  # accelerate's
-            dataloader.base_dataloader = apart(dataloader.base_dataloader)
-    return dataloader
-
-
-def random_states() -> list[Callable[[], object]]:
-    """What puts all random states back: Python's, NumPy's, PyTorch's on the CPU and on the device."""
-    undo = [partial(random.setstate, random.getstate()), partial(numpy.random.set_state, numpy.random.get_state())]
-    undo += [partial(torch.set_rng_state, torch.get_rng_state())]
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is not None:
-        device = torch.get_device_module(accelerator)
-        which = "rng_state_all" if hasattr(device, "get_rng_state_all") else "rng_state"  # MPS is one device
-        if getattr(device, "is_initialized", lambda: True)():
-            undo += [partial(getattr(device, f"set_{which}"), getattr(device, f"get_{which}")())]
-    return undo
-
-
 def _needs_compiler(model: nn.Module) -> bool:
     """Whether it has flex attention, which without a compiler keeps all scores [batch, heads, tokens, tokens]; where
     the whole model is compiled, the collectors need it eager all the same."""
@@ -344,25 +275,3 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
             restore()
     finally:
         restore()  # once more: an interrupt may have fallen into the first
-
-
-def module_as_before(module: nn.Module, own: Container[int] = ()) -> list[Callable[[], object]]:
-    """What puts a module's mode, counters and buffers back, but for buffers whose ids are in `own`."""
-    undo = [partial(setattr, module, "training", module.training)]
-    undo.append(counters_as_before(module))  # dynamic RoPE counts, in step with a buffer
-    for name, buffer in module._buffers.items():
-        if buffer is not None and id(buffer) not in own and buffer.device.type != "meta" and not _is_packed(buffer):
-            undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
-    return undo
-
-
-def _is_packed(buffer: torch.Tensor) -> bool:
-    """Whether it is a quantised weight, which nothing changes, and not a statistic or a counter."""
-    return not buffer.is_floating_point() and buffer.numel() > LARGEST_COUNTER
-
-
-def _put_back(owner: nn.Module, name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
-    owner._buffers[name] = buffer
-    if not torch.equal(buffer, values):
-        with torch.no_grad():
-            buffer.copy_(values)

@@ -14,10 +14,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback, select_blocks
+from smt_peft import Selection, SMTConfig, SMTMonitorCallback, SMTWarmupCallback, callback, select_blocks, untouched
 from smt_peft.callback import _refuse_what_is_read_once
 from smt_peft.layer import Linear
-from smt_peft.warmup import same_order_afterwards
+from smt_peft.untouched import same_order_afterwards
 from smt_peft.writing import written_whole
 
 STEPS, WARMUP_STEPS = 6, 3
@@ -584,7 +584,7 @@ ENDLESS.append(ENDLESS)
     ids=["records", "nothing yet", "a number", "data", "tensors", "objects", "itself"],
 )
 def test_records_are_small_containers_of_plain_values(value, is_record):
-    assert callback._is_record(value) is is_record
+    assert untouched.is_record(value) is is_record
 
 
 def test_a_warm_up_by_hand_puts_the_order_of_the_data_back(base):
