@@ -59,8 +59,8 @@ def name_experts(config: SMTConfig, model: nn.Module) -> None:
     names = [name.replace(".base_layer", "") for name, _ in model.named_parameters()]
     given, new = [*(config.target_parameters or ())], []
     for rule in get_model_conversion_mapping(model):
-        [fused, *others] = rule.target_patterns
-        if not isinstance(rule, WeightConverter) or others or ".experts." not in f".{fused}":
+        fused, *others = rule.target_patterns if isinstance(rule, WeightConverter) else [""]
+        if others or ".experts." not in f".{fused}":
             continue
         once = [source.removesuffix(".weight").rpartition(".")[2] for source in rule.source_patterns]
         here = [name for name in names if f".{name}".endswith(f".{fused.lstrip('.')}")]
