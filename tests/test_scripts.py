@@ -404,6 +404,29 @@ def test_the_seed_draws_smt_s_random_blocks_too(files, tmp_path, chosen):
     assert json.loads((tmp_path / "smt/adapter_config.json").read_text())["seed"] == (chosen or 3)
 
 
+def test_two_processes_train_what_one_does(files, tmp_path):
+    options = (
+        f"{{model: {files}/model, data: {files}/rows.jsonl, methods: 'smt,lora', lora: {{r: 2}}, max_length: 256, "
+        "smt: {num_blocks: 3, block_size: 16, selection: random}, eval_rows: 4, learning_rate: 1e-2, "
+        "logging_steps: 1, max_steps: 3, save_steps: 2, use_cpu: true}"
+    )
+    (tmp_path / "options.yaml").write_text(options)
+    words = ["--config", tmp_path / "options.yaml", "--per_device_train_batch_size"]
+    finetune.main([*map(str, words), "8", "--output_dir", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, ROOT / "scripts/finetune.py", *words, "4", "--output_dir", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for method in ("smt", "lora"):
+        [losses] = one[method]["losses"].values()
+        assert two[method]["losses"] == {f"{files}/rows.jsonl": pytest.approx(losses, rel=1e-5)}
+        assert losses[1] < losses[0] and two[method]["settings"]["processes"] == 2
+        adapters = [load_file(tmp_path / name / method / "adapter_model.safetensors") for name in ("one", "two")]
+        torch.testing.assert_close(*adapters, rtol=1e-3, atol=1e-4)
+    assert done.stdout.count("Logits of smt differ") == 1  # one process reports
+
+
 @pytest.mark.parametrize("dtype, is_warned", [("bfloat16", True), ("float32", False)])
 def test_whole_weights_in_16_bits_are_warned_of(files, tmp_path, recwarn, dtype, is_warned):
     few = ["--methods", "full", "--dtype", dtype, "--max_steps", "1", "--eval_rows", "1", "--use_cpu"]
