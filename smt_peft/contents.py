@@ -211,11 +211,13 @@ def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
     if sorted(held) != sorted(targets):
         return parts
     if held != targets:
-        parts = parts._replace(fingerprint=torch.tensor([fingerprint(parts.content["block_size"], targets)]))
+        parts = parts._replace(
+            fingerprint=torch.tensor([fingerprint(parts.content["block_size"], targets)], device="cpu")
+        )
         if (parts.index < 0).all():  # nothing is selected yet
             return parts
         index, position = parts.index.int(), {target: i for i, target in enumerate(targets)}  # more than int16 counts
-        first = torch.tensor([position[target] for target in held]).to(index)[index[:, 0].long()]
+        first = index.new_tensor([position[target] for target in held])[index[:, 0].long()]
         parts = parts._replace(index=torch.cat([first[:, None], index[:, 1:]], 1))
     if is_in_order(parts.index):
         return parts

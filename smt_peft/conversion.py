@@ -153,14 +153,14 @@ def _factors(
     """LoRA's A [rank, in] and B [out, rank], float32: the nearest to a delta in the Frobenius norm. And the squares of
     all singular values, of which those from the rank on are lost."""
     (rows, i), (cols, j) = (side.unique(return_inverse=True) for side in (blocks.rows, blocks.cols))
-    matrix = torch.zeros(len(rows), len(cols), dtype=torch.float64)  # all other rows and columns are zero
+    matrix = blocks.deltas.new_zeros(len(rows), len(cols), dtype=torch.float64)  # other rows and columns are zero
     matrix[i[:, :, None], j[:, None, :]] = blocks.deltas.double()
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         held = s.square().cumsum(0)
         rank = int((held < energy * held[-1]).sum()) + 1
     rank = min(rank, len(s))
-    a, b = torch.zeros(rank, shape[1]), torch.zeros(shape[0], rank)
+    a, b = (v.new_zeros(sides, dtype=torch.float32) for sides in ((rank, shape[1]), (shape[0], rank)))
     a[:, cols], b[rows] = v[:rank].float(), (u[:, :rank] * s[:rank]).float()
     return a, b, s.square()
 

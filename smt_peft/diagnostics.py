@@ -44,14 +44,15 @@ def warn_of_concentration(selection: Selection) -> None:
             )
 
 
-def warn_of_dominant_batch(selection: Selection) -> None:
-    """Warn where most of all scores come from one batch of the warm-up."""
+def warn_of_dominant_batch(selection: Selection, warmup_steps: int) -> None:
+    """Warn where most of all scores come from one batch of the warm-up, whose last ones scored."""
     scores, used = selection.batch_scores, selection.batches - selection.skipped
     largest = max(scores)
     share = largest / (sum(scores) or 1)
     if used >= FEWEST_BATCHES and share > DOMINANT:
+        number = warmup_steps - len(scores) + scores.index(largest) + 1
         warn(
-            f"Batch {scores.index(largest) + 1} of {len(scores)} in the warm-up has {100 * share:.0f} % of all "
+            f"Batch {number} of {warmup_steps} in the warm-up has {100 * share:.0f} % of all "
             "scores: it decides the selection more than all others together. Look at its data, drop rows that are "
             "broken or hardly have a label, shuffle, or raise warmup_steps."
         )

@@ -89,7 +89,7 @@ def _listed(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
 
 def _check_tiles(places: torch.Tensor, target: Target, size: int) -> None:
     """Raise ValueError where sorted places, [n, 2], are not all different blocks of a target."""
-    outside = ((places < 0) | (places >= torch.tensor([target.rows, target.cols]))).any(1)
+    outside = ((places < 0) | (places >= places.new_tensor([target.rows, target.cols]))).any(1)
     if outside.any():
         raise ValueError(
             f"selected_blocks names block {places[outside][0].tolist()} of {short(target.name)}, which has "

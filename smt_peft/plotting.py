@@ -72,7 +72,7 @@ def _sheet(selection: Selection, title: str, scales: dict[str, list[str]]) -> Fi
     figure = _figure(*size, layout="none")
     sheet = figure.add_axes((0, 0, 1, 1))  # whose coordinates are inches from the left and from the top
     scale = _scale_of(torch.cat([scores.flatten() for scores in selection.scores]))
-    chosen = [torch.zeros(scores.shape) for scores in selection.scores]
+    chosen = [torch.zeros_like(scores) for scores in selection.scores]
     for target, slots in by_target(selection.index).items():
         chosen[target][selection.index[slots, 1:].long().unbind(1)] = 1
     for row in rows:

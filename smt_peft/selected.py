@@ -16,6 +16,7 @@ from smt_peft.checks import Target, check_index
 from smt_peft.locations import kinds_of, layers_of, locations_of
 from smt_peft.ops import tile_features
 from smt_peft.selection import Lines, Scope, arrange, select
+from smt_peft.writing import written_whole
 
 SELECTION_FILE = "selection.safetensors"
 # What a broken file may cause.
@@ -32,7 +33,8 @@ class Selection:
         index: int32 [num_blocks, 3] of (position in `names`, block row, block column); of a sorted arrangement, in the
             order of `lines`.
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
-        batch_scores: per batch, the sum of its scores, in a distributed run over all ranks; 0 where it was skipped.
+        batch_scores: per batch that scored, the sum of its scores, in a distributed run over all ranks; 0 where it was
+            skipped.
         skipped: how many batches had a gradient that is not finite.
         lines: of a sorted arrangement, the rows and columns of each target's blocks.
         groups: (positions in `names`, budget) of those that shared a budget; that of `num_blocks` is the last.
@@ -131,7 +133,8 @@ class Selection:
         for i, lines in enumerate(self.lines or ()):
             tensors |= {f"{side}.{i}": features.int() for side, features in lines._asdict().items()}
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        save_file(tensors, Path(folder, SELECTION_FILE), {"format": "pt", "selection": json.dumps(settings)})
+        with written_whole(Path(folder)) as new:
+            save_file(tensors, new / SELECTION_FILE, {"format": "pt", "selection": json.dumps(settings)})
 
     @classmethod
     def load(cls, folder: str | Path) -> Selection:
@@ -176,7 +179,9 @@ class Selection:
         if any(member not in targets for member in named):
             raise ValueError("its groups or inputs name targets that it has not")
         for side in [side for lines in self.lines or () for side in lines]:
-            if side.shape[1:] != (size,) or not torch.equal(side.flatten().sort().values, torch.arange(side.numel())):
+            if side.shape[1:] != (size,) or not torch.equal(
+                side.flatten().sort().values, torch.arange(side.numel(), device="cpu")
+            ):
                 raise ValueError(f"its lines are not every feature once, {size} to a block")
         cut = [(len(lines.rows), len(lines.cols)) for lines in self.lines or ()]
         if self.scores and cut and self.grids() != cut:

@@ -121,7 +121,7 @@ def select_blocks(
         base_parameters=bank.base_parameters,
     )
     apply_selection(model, adapter_name, selection)
-    warn_of_dominant_batch(selection)
+    warn_of_dominant_batch(selection, config.warmup_steps)
     warn_of_concentration(selection)
     return selection
 
@@ -166,7 +166,7 @@ def _rule_out(other: DeltaBank, bank: DeltaBank, scores: list[torch.Tensor], lin
     for i, target in enumerate(bank.targets):
         plan = other.plan(position[target.name], torch.device("cpu")) if target.name in position else None
         if plan is not None:
-            taken = torch.zeros(target.rows * bank.block_size, target.cols * bank.block_size)
+            taken = torch.zeros(target.rows * bank.block_size, target.cols * bank.block_size, device="cpu")
             taken[ops.entries(plan, other.block_size)] = 1
             taken = taken if lines is None else lines[i].in_order(taken)
             scores[i][ops.sum_tiles(taken, bank.block_size) > 0] = -1

@@ -8,6 +8,7 @@ import pytest
 import torch
 from dense_truth import (
     METHODS,
+    QKV,
     add_adapter,
     assert_base_untouched,
     assert_close,
@@ -25,6 +26,7 @@ from dense_truth import (
     wrap,
 )
 from peft import (
+    PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -37,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, SMTModel, SMTWarmupCallback, bank, select_blocks
+from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, bank, select_blocks
 from smt_peft import model as model_file
 from smt_peft.patches import sparse_patch
 
@@ -217,6 +219,34 @@ def test_a_default_device_is_not_where_an_adapter_goes(selection, request):
     assert_close(bank_of(model).weight, bank_of(expected).weight)
     for one, other in zip(found, wanted, strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", ["smt", "sorted"])
+def test_a_default_device_is_not_where_a_loaded_adapter_goes(llama, batches, method, tmp_path, request):
+    model = wrap(llama, method)
+    expected, folder = outputs(model, batches[0]), tmp_path / "adapter"
+    request.getfixturevalue("default_device_is_meta")
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(deepcopy(llama), folder)
+    assert {tensor.device.type for tensor in [*loaded.parameters(), *loaded.buffers()]} == {"cpu"}
+    assert_close(outputs(loaded, batches[0]), expected)
+
+
+@pytest.mark.parametrize("arrangement", ["tiles", "sorted"])
+def test_a_default_device_is_not_where_a_selection_goes(llama, batches, arrangement, tmp_path, request):
+    options = {"selection": "gradient", "init_weights": True, "arrangement": arrangement, "warmup_steps": 2}
+    model = wrap(llama, **options)
+    model.add_adapter("second", make_config(**options))
+    request.getfixturevalue("default_device_is_meta")
+    selection = select_blocks(model, batches, progress_bar=False)
+    selection.save(tmp_path / "a folder of its own")
+    loaded = Selection.load(tmp_path / "a folder of its own")
+    assert torch.equal(loaded.index, selection.index) and loaded.index.device.type == "cpu"
+    given = get_peft_model(deepcopy(llama), SMTConfig(target_modules=QKV, selected_blocks=loaded))
+    assert torch.equal(bank_of(given).index, bank_of(model).index)
+    model.set_adapter("second")
+    second = select_blocks(model, batches, "second", progress_bar=False, avoid=["default"])
+    assert second.overlap(selection) == 0
 
 
 # --- frozen in part ----------------------------------------------------------------------------------------------

@@ -103,13 +103,13 @@ def test_a_budget_that_no_ranking_put_there_is_not(only_v, batches, options):
 # --- scores from one batch ---------------------------------------------------------------------------------------
 
 
-def louder(factor: float):
-    """The model's loss, `factor` times it in the third batch."""
+def louder(factor: float, number: int = 3):
+    """The model's loss, `factor` times it in one batch."""
     seen = []
 
     def loss(model, batch):
         seen.append(batch)
-        return model(**batch).loss * (factor if len(seen) == 3 else 1)
+        return model(**batch).loss * (factor if len(seen) == number else 1)
 
     return loss
 
@@ -120,6 +120,12 @@ def test_a_batch_with_most_of_the_scores_is_named(llama, batches):
     [message] = warm_up(wrap(llama), batches, loss_function=louder(10))
     assert f"Batch 3 of 4 in the warm-up has {100 * quiet[2] / sum(quiet):.0f} % of all scores" in message
     assert "Look at its data" in message
+
+
+def test_a_batch_after_those_that_rank_lines_is_named(llama, batches):
+    model = wrap(llama, arrangement="sorted", warmup_steps=8)
+    [message] = warm_up(model, batches * 2, loss_function=louder(100, number=7))
+    assert "Batch 7 of 8 in the warm-up" in message
 
 
 @pytest.mark.parametrize("steps, factor", [(4, 1.5), (3, 100)], ids=["less than half", "too few batches"])
