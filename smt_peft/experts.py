@@ -70,7 +70,7 @@ class ParamWrapper(Linear):
 
     def _with_blocks(self) -> Tensor | None:
         """The weight with the active adapters' deltas, in the warm-up watched; None where it is the base weight."""
-        weight, matrix = self.weight, None
+        weight = shown = self.weight
         active = [] if self.disable_adapters or self.merged else self.active_adapters
         active = [name for name in active if name in self.smt_blocks]
         if is_sharded(weight) and (active or self.watch is not None):
@@ -78,27 +78,23 @@ class ParamWrapper(Linear):
                 f"{self.parameter_name} is divided among processes, as by ZeRO-3; SMT trains blocks of whole "
                 "parameters. Use ZeRO-2 or DDP, or take it out of target_parameters."
             )
-        for name in active:
-            plan, delta = self.smt_blocks[name].parts(weight.device)
-            if plan is None:
-                share = self.smt_blocks[name]
-                unselected = weight if share.bank.is_selected else self._unselected(weight, share)
-                if unselected is not weight:
-                    matrix = unselected.flatten(0, -2)
-                continue
-            entries = ops.entries(plan, delta.shape[1])
-            matrix = weight.flatten(0, -2) if matrix is None else matrix
-            matrix = matrix.index_put(entries, (matrix[entries] + delta.to(weight.device)).to(weight.dtype))
+        for share in (self.smt_blocks[name] for name in active):
+            plan, delta = share.parts(weight.device)
+            if plan is not None:
+                matrix, entries = shown.flatten(0, -2), ops.entries(plan, delta.shape[1])
+                blocks = (matrix[entries] + delta.to(weight.device)).to(weight.dtype)
+                shown = matrix.index_put(entries, blocks).view(weight.shape)
+            elif not share.bank.is_selected:
+                shown = self._unselected(shown, share)
         is_offloaded = getattr(vars(self.get_base_layer()).get("_hf_hook"), "offload", False)
-        if is_offloaded and (matrix is not None or self.watch is not None):
+        if is_offloaded and (shown is not weight or self.watch is not None):
             raise TypeError(
                 f"The module of {self.parameter_name} is offloaded, and what accelerate loads would be hidden by the "
                 "weight with the deltas. Keep this module on a device (device_map), or merge the adapter first."
             )
-        shown = None if matrix is None else matrix.view(weight.shape)
         if self.watch is not None and torch.is_grad_enabled():
-            return self.watch(weight if shown is None else shown)
-        return shown
+            return self.watch(shown)
+        return None if shown is weight else shown
 
     @contextlib.contextmanager
     def _shown(self, weight: Tensor | None) -> Iterator[None]:

@@ -263,6 +263,15 @@ def test_two_adapters_on_one_parameter_add_up(base, arrangement):
         model(TOKENS, adapter_names=["default", "other"])
 
 
+@pytest.mark.parametrize("order", [["default", "other"], ["other", "default"]])
+def test_an_adapter_without_blocks_beside_another_takes_nothing_away(base, config, order):
+    model = trained(base, config)
+    expected = logits(model)
+    model.add_adapter("other", config())
+    model.base_model.set_adapter(order)
+    torch.testing.assert_close(model.eval()(**BATCH).logits.detach(), expected)
+
+
 def features(place: list[int]) -> tuple[list[int], list[int]]:
     """The rows and columns of a tile at (row, column), or of a sorted block that lists them."""
     if len(place) == 2:
