@@ -51,16 +51,12 @@ class Layout(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The views of a bank for the plans of a device; `state` tells whether `weight` still is what it was."""
+    """The views of a bank; `state` tells whether `weight` still is what it was."""
 
     weight: nn.Parameter
     state: tuple
     layout: Layout
-    device: torch.device
     views: tuple[Tensor, ...]
-
-    def at(self, target: int) -> tuple[ops.Plan | None, Tensor]:
-        return self.layout.plans[self.device][target], self.views[target]
 
 
 class DeltaBank(nn.Module):
@@ -103,30 +99,35 @@ class DeltaBank(nn.Module):
     def parts(self, target: int, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
         """Where a target's blocks lie, for the operations on `device`, and their deltas [n, b, b]; None, None without
         any. Gradients of the deltas reach `weight`, even where this is called under no_grad.
-
-        Views are kept as long as `weight` is the same tensor in the same place. They alias it, so that a change of its
-        values needs no new ones; what changes its version, and each forward of the whole model that builds a graph,
-        makes new ones all the same.
         """
-        weight, layout, kept = self._parameters["weight"], self.layout(), self._kept
+        layout = self.layout()
+        plan = self._plans(layout, device)[target] if layout.counts else None
+        return (None, None) if plan is None else (plan, self._views(layout)[target])
+
+    def _views(self, layout: Layout) -> tuple[Tensor, ...]:
+        """What `split` gives, kept as long as `weight` is the same tensor in the same place.
+
+        Views alias it, so that a change of its values needs no new ones; what changes its version, and each forward of
+        the whole model that builds a graph, makes new ones all the same.
+        """
+        weight, kept = self._parameters["weight"], self._kept
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
-        is_of_these = kept and kept.weight is weight and kept.layout is layout and kept.device == device
+        is_of_these = kept and kept.weight is weight and kept.layout is layout
         if is_of_these and not is_traced and kept.state == _state(weight):
-            return kept.at(target)
+            return kept.views
         del kept  # or the old graph would live on in the new one
-        plan = self.plan(target, device)
-        if plan is None:
-            return None, None
         if is_sharded(weight):
-            return plan, (self.split() if self.running is None else self.running)[target]
+            return self.split() if self.running is None else self.running
         if weight.device.type == "meta":  # accelerate has taken it away: the bank is small and read at any time
             remove_hook_from_module(self)
+            weight = self._parameters["weight"]
         if is_traced:
-            return plan, self.split()[target]
+            return self.split()
         self._forget_views()  # first let go of the old graph
-        kept = self._kept = Kept(weight, _state(weight), layout, device, self.split())
-        self._make_ready(kept)
-        return kept.at(target)  # not of `self._kept`: another thread may have made its own by now
+        views = self.split()
+        self._kept = Kept(weight, _state(weight), layout, views)
+        self._make_ready(self._plans(layout, weight.device), views)
+        return views  # not of `self._kept`: another thread may have made its own by now
 
     def split(self) -> tuple[Tensor, ...]:
         """The deltas of each target, [n, b, b], as parts of the bank, gathered if it is sharded."""
@@ -178,9 +179,8 @@ class DeltaBank(nn.Module):
         if self.shares is None:
             shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
             self.shares = [weakref.ref(share) for share in shares]
-        first = next(target for target, count in enumerate(self.layout().counts) if count)
         if weight.device.type != "meta":  # else it is offloaded, and read where it is needed
-            self.parts(first, weight.device)
+            self._views(self.layout())
 
     def refuse_deltas_without_blocks(self, adapter: str) -> None:
         """Of a copy that was made before the selection, and is updated by its parameters alone."""
@@ -233,13 +233,7 @@ class DeltaBank(nn.Module):
     def plan(self, target: int, device: torch.device) -> ops.Plan | None:
         """Where the blocks of one target lie, for the operations on `device`; None where it has none."""
         layout = self.layout()
-        if not layout.counts:
-            return None
-        plans = layout.plans.get(device)
-        if plans is None:
-            with torch.inference_mode(False):
-                plans = layout.plans[device] = self._plans(layout, device)
-        return plans[target]
+        return self._plans(layout, device)[target] if layout.counts else None
 
     def selected_blocks(self) -> dict[str, list] | None:
         """The selection by name, as `SMTConfig.selected_blocks` holds it."""
@@ -255,21 +249,27 @@ class DeltaBank(nn.Module):
         counts = torch.bincount(on_cpu[:, 0], minlength=len(self.targets)).tolist()
         sides = on_cpu[:, 1:] if index.shape[1] == 3 else on_cpu[:, 1:].unflatten(1, (2, -1))
         layout = Layout(index, _version(index), index.clone(), counts, list(sides.split(counts)), {})
-        # A compiler can look plans up, but not make them.
-        layout.plans[index.device] = self._plans(layout, index.device)
+        self._plans(layout, index.device)  # a compiler can look plans up, but not make them
         return layout
 
     def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:
-        """Where the modules beside one another, which may read one input, would keep as much of it as there is or
-        more, each keeps the input itself: one tensor for all of them, and never more than LoRA keeps."""
+        """Of each target its plan on a device.
+
+        Where the modules beside one another, which may read one input, would keep as much of it as there is or more,
+        each keeps the input itself: one tensor for all of them, and never more than LoRA keeps.
+        """
+        if device in layout.plans:
+            return layout.plans[device]
         siblings = [(target.name.rpartition(".")[0], target.cols) for target in self.targets]
         read: Counter = Counter()
         for key, blocks in zip(siblings, layout.blocks, strict=True):
             read[key] += len(blocks[:, 1].unique(dim=0)) if len(blocks) else 0
-        return [
-            ops.plan(*blocks.unbind(1), read[key] >= key[1], device) if len(blocks) else None
-            for key, blocks in zip(siblings, layout.blocks, strict=True)
-        ]
+        with torch.inference_mode(False):  # or its tensors could not be kept for a backward
+            layout.plans[device] = [
+                ops.plan(*blocks.unbind(1), read[key] >= key[1], device) if len(blocks) else None
+                for key, blocks in zip(siblings, layout.blocks, strict=True)
+            ]
+        return layout.plans[device]
 
     def check(self, weight: Tensor | None, index: Tensor | None, fingerprint: Tensor | None) -> None:
         """Raise ValueError where what a checkpoint holds does not fit this bank."""
@@ -313,12 +313,13 @@ class DeltaBank(nn.Module):
         self.running = None
         if self._kept is not None:
             self._kept = None
-            self._make_ready(None)
+            self._make_ready()
 
-    def _make_ready(self, kept: Kept | None) -> None:
-        kept = kept if kept is not None and kept.device == kept.weight.device else None
+    def _make_ready(self, plans: Sequence[ops.Plan | None] = (), views: Sequence[Tensor] = ()) -> None:
+        """Give each layer its part, or, without any, take it back."""
         for share in filter(None, (reference() for reference in self.shares or ())):
-            vars(share)["ready"] = kept and kept.at(share.target)  # not by nn.Module's way, which is slow
+            ready = (plans[share.target], views[share.target]) if views else None
+            vars(share)["ready"] = ready  # not by nn.Module's way, which is slow
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "running": None, "shares": None, "_kept": None, "_layout": None}
