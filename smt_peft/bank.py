@@ -21,15 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from smt_peft import checks, ops
-from smt_peft.checks import Target
+from smt_peft.checks import Group, Target
 from smt_peft.config import SMTConfig
-
-
-class Group(NamedTuple):
-    """Targets (their positions) that compete for one budget of blocks."""
-
-    members: list[int]
-    budget: int
 
 
 class Layout(NamedTuple):
@@ -396,6 +389,11 @@ class Share(nn.Module):
     @property
     def bank(self) -> DeltaBank:
         return self.banks[self.adapter]
+
+    @property
+    def has_blocks(self) -> bool:
+        counts = self.bank.layout().counts
+        return bool(counts and counts[self.target])
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         if recurse and self.adapter in self.banks:  # else each module of the model is asked for its own

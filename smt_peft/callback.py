@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.untouched import apart, as_before, random_states, same_order_afterwards
+from smt_peft.untouched import apart, as_before, put_back_afterwards, random_states, same_order_afterwards
 from smt_peft.warmup import apply_selection, select_blocks
 
 # Where TRL's losses log.
@@ -68,7 +68,7 @@ class SMTWarmupCallback(TrainerCallback):
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = calling_trainer()
         self.selection = self._given
-        if self.avoid and config.selection not in ("gradient", "activation"):
+        if self.avoid and not config.needs_warmup:
             raise ValueError(
                 f"avoid={[*self.avoid]} is for a warm-up, and selection={config.selection!r} needs none: the blocks "
                 f"of adapter {self.adapter_name!r} were selected when it was made. Leave it out, or use 'gradient'."
@@ -133,10 +133,8 @@ def _refuse_what_is_read_once(dataloader) -> None:
     data = getattr(dataloader, "dataset", dataloader)
     while isinstance(data, IterableDatasetShard):  # which begins anew whatever it is a part of
         data = data.dataset
-    undo = random_states()
-    is_one_iterator = isinstance(data, IterableDataset) and iter(data) is iter(data)
-    for change_back in undo:  # to begin may be to shuffle
-        change_back()
+    with put_back_afterwards(random_states()):  # to begin may be to shuffle
+        is_one_iterator = isinstance(data, IterableDataset) and iter(data) is iter(data)
     if is_one_iterator or isinstance(data, Iterator):
         raise ValueError(
             "The training data can be read only once: the warm-up would use up its first batches. Give a dataset that "
@@ -188,11 +186,8 @@ def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
         # Of the model the warm-up takes care, also where DeepSpeed's engine or the trainer's loss holds some of it.
         if name not in LOGGED and not (isinstance(value, nn.Module) and not own.isdisjoint(value.modules())):
             undo += as_before(value)
-    try:
+    with put_back_afterwards(undo):
         yield
-    finally:
-        for change_back in undo:
-            change_back()
 
 
 def _warn_of_cast_deltas(model: nn.Module, weight: torch.Tensor, adapter: str) -> None:

@@ -1,4 +1,4 @@
-"""What every bank asks of an index, deltas and a fingerprint, whatever they come from.
+"""Targets, and what every bank asks of an index, deltas and a fingerprint, whatever they come from.
 
 Files come from strangers, and break on the way. Every check here raises ValueError before anything is changed.
 """
@@ -6,17 +6,19 @@ Files come from strangers, and break on the way. Every check here raises ValueEr
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smt_peft.places import short
-
 BANK = "smt_bank"  # attribute of the wrapped model, and part of the state keys
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int16, torch.int32, torch.int64)
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
 
 
 class Target(NamedTuple):
@@ -25,6 +27,13 @@ class Target(NamedTuple):
     name: str
     rows: int
     cols: int
+
+
+class Group(NamedTuple):
+    """Targets (their positions) that compete for one budget of blocks."""
+
+    members: list[int]
+    budget: int
 
 
 def fingerprint(block_size: int, targets: Sequence[Target]) -> int:
@@ -114,6 +123,11 @@ def by_target(index: Tensor) -> dict[int, Tensor]:
     order = torch.argsort(index[:, 0], stable=True)
     positions, counts = index[order, 0].unique_consecutive(return_counts=True)
     return dict(zip(positions.tolist(), order.split(counts.tolist()), strict=True))
+
+
+def short(value: object) -> str:
+    """A value for a message, however long it is."""
+    return _repr.repr(value)
 
 
 def form(tensor: Tensor) -> str:

@@ -86,6 +86,11 @@ class SMTConfig(PeftConfig):
     trained_before = ()  # while it awaits its weights: which parameters were trained before the model was wrapped
     made_by = None  # the Selection that the warm-up left, or that was given; saved beside the adapter
 
+    @property
+    def needs_warmup(self) -> bool:
+        """Whether the rule of selection looks at data."""
+        return self.selection in ("gradient", "activation")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs) -> SMTConfig:
         """As PEFT's. The weights beside it are looked at, too: what is broken, or does not belong to this config, is

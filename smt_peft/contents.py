@@ -29,8 +29,9 @@ from smt_peft.checks import (
     fingerprint,
     form,
     is_in_order,
+    short,
 )
-from smt_peft.places import Tiles, places_in, short
+from smt_peft.places import Tiles, places_in
 
 VERSION = 2
 MOST_FEATURES = 2**24  # along a side, which reports allocate; the experts of a layer together have about a million

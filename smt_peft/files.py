@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from smt_peft.bank import DeltaBank, Group
-from smt_peft.checks import BANK, Target, by_target
+from smt_peft.bank import DeltaBank
+from smt_peft.checks import BANK, Group, Target, by_target, short
 from smt_peft.config import SMTConfig
 from smt_peft.contents import (
     PREFIX,
@@ -31,7 +31,6 @@ from smt_peft.contents import (
     take_apart,
 )
 from smt_peft.ops import tile_features
-from smt_peft.places import short
 from smt_peft.selected import SELECTION_FILE
 from smt_peft.writing import written_whole
 
@@ -186,22 +185,21 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
     """
     if not (adapter.blocks and adapter.shapes):
         raise ValueError("The adapter has no blocks to write, or no shapes, as files of version 1 have none.")
-    config = replace(adapter.config, selected_blocks=None)
-    size = config.block_size
+    size = adapter.config.block_size
     for name, (rows, cols, deltas) in adapter.blocks.items():
         if not rows.shape[1] == cols.shape[1] == deltas.shape[1] == deltas.shape[2] == size:
             raise ValueError(f"The blocks of {short(name)} are not of {size} x {size} (block_size).")
-        if config.arrangement == "tiles" and not adapter.blocks[name].are_tiles():
+        if adapter.config.arrangement == "tiles" and not adapter.blocks[name].are_tiles():
             raise ValueError(f"The blocks of {short(name)} are no tiles, which arrangement='tiles' says.")
     if odd := next((name for name, shape in adapter.shapes.items() if any(side % size for side in shape)), None):
         raise ValueError(f"block_size={size} does not divide {short(odd)}'s shape {adapter.shapes[odd]}.")
     targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in adapter.shapes.items()]
     count = sum(len(blocks.deltas) for blocks in adapter.blocks.values())
+    budget = {"num_blocks": count, "num_blocks_pattern": {}, "trainable_ratio": None}
+    config = replace(adapter.config, **budget, selected_blocks=None, inference_mode=True)
     bank = DeltaBank(config, targets, [Group(list(range(len(targets))), count)], torch.device("cpu"))
     fill(bank, adapter.blocks)
-    config.num_blocks, config.num_blocks_pattern, config.trainable_ratio = count, {}, None
     config.selected_blocks = bank.selected_blocks()
-    config.inference_mode = True
     index = narrow(bank.index)
     parts = {"weight": bank.weight.data, "index": index, "fingerprint": bank.fingerprint}
     others = [key.removeprefix(PREFIX) for key in adapter.others]
@@ -215,17 +213,13 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
 
 def fill(bank: DeltaBank, blocks: dict[str, Blocks]) -> None:
     """Give a bank its blocks; it stays frozen."""
-    deltas = torch.cat([blocks[target.name].deltas for target in bank.targets if target.name in blocks])
-    bank.weight = nn.Parameter(deltas.to(bank.weight.device), requires_grad=False)
-    bank.set_index(_index([target.name for target in bank.targets], blocks, bank.index.shape[1]))
-
-
-def _index(names: list[str], blocks: dict[str, Blocks], width: int) -> Tensor:
-    """int32 [n, width], the index of a bank with targets of these names."""
-    parts = []
-    for position, name in enumerate(names):
-        if name in blocks:
-            rows, cols, _ = blocks[name]
-            sides = [rows, cols] if width > 3 else [side[:, :1] // side.shape[1] for side in (rows, cols)]
-            parts.append(pad(torch.cat(sides, 1), (1, 0), value=position))
-    return torch.cat(parts).int()
+    values, index = [], []
+    for position, target in enumerate(bank.targets):
+        if target.name in blocks:
+            rows, cols, deltas = blocks[target.name]
+            are_tiles = bank.index.shape[1] == 3
+            sides = [side[:, :1] // side.shape[1] if are_tiles else side for side in (rows, cols)]
+            index.append(pad(torch.cat(sides, 1), (1, 0), value=position))
+            values.append(deltas)
+    bank.weight = nn.Parameter(torch.cat(values).to(bank.weight.device), requires_grad=False)
+    bank.set_index(torch.cat(index).int())

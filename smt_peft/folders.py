@@ -1,7 +1,8 @@
 """Adapter folders: written as a whole, pushed with their card, and read with all checks through transformers' door.
 
 PEFT and transformers offer nothing to hook into for this, so six of their public methods are wrapped, and one function
-of PEFT's. Each wrapper acts for SMT adapters alone and calls what it stands in for in all other cases.
+of PEFT's without a public name, which another PEFT may lack. Each wrapper acts for SMT adapters alone and calls what
+it stands in for in all other cases.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
 
-KEY_PREFIXES = "_get_adapter_state_dict_key_prefixes"
 CARD = "README.md"
 HOW_TO_LOAD = """
 
@@ -64,13 +64,11 @@ def wrap_methods() -> None:
         (PeftModel, "push_to_hub", push_to_hub),
         (PeftModel, "load_adapter", load_adapter_into_peft),
         (PeftAdapterMixin, "load_adapter", load_adapter),
+        (save_and_load, "_get_adapter_state_dict_key_prefixes", adapter_key_prefixes),
     ):
-        original = getattr(owner, name)
-        if not hasattr(original, "_of_smt_peft"):
+        original = getattr(owner, name, None)
+        if original is not None and not hasattr(original, "_of_smt_peft"):
             setattr(owner, name, _method(wrapper, original))
-    original = getattr(save_and_load, KEY_PREFIXES, None)  # no public name, so that another PEFT may lack it
-    if original is not None and not hasattr(original, "_of_smt_peft"):
-        setattr(save_and_load, KEY_PREFIXES, _method(adapter_key_prefixes, original))
 
 
 def _method(wrapper: Callable, original: Callable) -> Callable:

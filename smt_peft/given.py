@@ -7,12 +7,12 @@ from accelerate.utils import align_module_device
 from torch.nn.functional import pad
 
 from smt_peft.bank import DeltaBank, is_sharded
-from smt_peft.checks import Target
+from smt_peft.checks import Target, short
 from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear
 from smt_peft.locations import kinds_of
 from smt_peft.ops import reduce_blocks
-from smt_peft.places import places_in, short
+from smt_peft.places import places_in
 from smt_peft.selection import arrange, diagonal_scores, random_lines, random_scores, select, sort_lines
 
 # 13B in blocks of 16 has 50 million. A file may ask for blocks of 1 x 1, whose scores would take many times the

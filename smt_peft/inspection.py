@@ -30,7 +30,7 @@ def describe(folder: Path) -> dict:
     deltas = {name: blocks.deltas for name, blocks in adapter.blocks.items()}
     options = [f"{name} {getattr(config, name)}" for name in ("scope", *OPTIONS.get(config.selection, []))]
     # Sums and converted models have the config of a warm-up, and never had one; of others its record may be lost.
-    is_known = config.selection not in ("gradient", "activation") or (folder / SELECTION_FILE).is_file()
+    is_known = not config.needs_warmup or (folder / SELECTION_FILE).is_file()
     kinds = {name: location.kind for name, location in zip(names, locations, strict=True)}
     layers = {name: location.layer_name for name, location in zip(names, locations, strict=True)}
     return {

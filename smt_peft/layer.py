@@ -70,10 +70,8 @@ class Linear(nn.Module, BaseTunerLayer):
 
     # --- what this layer's adapters are ----------------------------------------------------------------------------
 
-    def _share(self, adapter: str) -> Share | None:
-        """This layer's part of an adapter; None where it has no blocks."""
-        share = self.smt_blocks._modules.get(adapter)
-        return share if share and share.bank.plan(share.target, share.bank.index.device) is not None else None
+    def has_blocks(self, adapter: str) -> bool:
+        return adapter in self.smt_blocks and self.smt_blocks[adapter].has_blocks
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +89,7 @@ class Linear(nn.Module, BaseTunerLayer):
         """The adapter's delta as a dense matrix in the shape of the base weight, in the delta's dtype (float32)."""
         if adapter not in self.banks:
             raise ValueError(f"There is no adapter {adapter!r}; the model has {', '.join(self.banks)}.")
-        entries, blocks = self._blocks(adapter)
+        entries, blocks = self.blocks(adapter)
         delta = torch.zeros(self.out_features, self.in_features, device=blocks.device, dtype=blocks.dtype)
         if len(blocks):
             delta[entries] = blocks
@@ -102,11 +100,11 @@ class Linear(nn.Module, BaseTunerLayer):
         """Whether the base layer holds [in, out]."""
         return isinstance(self.get_base_layer(), Conv1D)
 
-    def _blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def blocks(self, adapter: str) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The entries of `matrix` that an adapter adds to (see `ops.entries`), and what, [n, b, b]; on its device."""
-        share = self._share(adapter)
-        if share is None:
+        if not self.has_blocks(adapter):
             return (), torch.zeros(0, device=self.device)
+        share = self.smt_blocks[adapter]
         bank = share.bank
         _, blocks = bank.parts(share.target, bank.index.device)
         plan = bank.plan(share.target, self.device)
@@ -212,7 +210,7 @@ class Linear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None and type(self.weight) is nn.Parameter:
             for name in adapter_names:
                 self._merge_blocks(name)
-        elif any(self._share(name) is not None for name in adapter_names):
+        elif any(map(self.has_blocks, adapter_names)):
             self._merge_whole(adapter_names)
         else:
             self.merged_adapters += adapter_names
@@ -220,7 +218,7 @@ class Linear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _merge_blocks(self, adapter: str) -> None:
         """Write the sums of blocks and deltas, and remember the blocks first: whatever interrupts, they come back."""
-        entries, delta = self._blocks(adapter)
+        entries, delta = self.blocks(adapter)
         if len(delta):
             if self._shared_weight and self._original is None:  # the module that shares it keeps the old one
                 self._original = Original(self.get_base_layer(), self.parameter_name)

@@ -28,6 +28,7 @@ from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
 from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, name_experts, share_budget
+from smt_peft.untouched import put_back_afterwards
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
 HEADS = {TaskType.TOKEN_CLS: ["classifier", "score"], TaskType.QUESTION_ANS: ["qa_outputs"]}
@@ -274,18 +275,13 @@ class SMTModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         in_encoder = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        hooks = contextlib.ExitStack()
-        try:
-            try:
-                for module in self.modules():
-                    if isinstance(module, (Linear, AuxiliaryTrainingWrapper)):
-                        hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
-                        hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-                yield
-            finally:
-                hooks.close()
-        finally:
-            hooks.close()  # once more: an interrupt may have fallen into the first
+        undo = []
+        with put_back_afterwards(undo):
+            for module in self.modules():
+                if isinstance(module, (Linear, AuxiliaryTrainingWrapper)):
+                    hook = partial(_add_adapter_names, names=names if module in in_encoder else repeated)
+                    undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
 
 
 def _add_adapter_names(module, args, kwargs, names):

@@ -69,7 +69,7 @@ def sparse_patch(
         _check_adapter(model, name)
     patch = {}
     for layer in layers:
-        having = [name for name in adapters if layer._share(name) is not None]
+        having = list(filter(layer.has_blocks, adapters))
         if not having:
             continue
         share = layer.smt_blocks[having[0]]
@@ -134,7 +134,7 @@ def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
     weight, places = layer.weight.detach(), []
     matrix = weight.contiguous().view(-1, weight.shape[-1])
     for adapter in adapters:
-        (rows, cols), delta = layer._blocks(adapter)
+        (rows, cols), delta = layer.blocks(adapter)
         rows, cols = rows[:, :, 0], cols[:, 0, :]
         if layer.is_transposed:
             rows, cols, delta = cols, rows, delta.transpose(1, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from array import array
 from collections.abc import Iterable, Sequence
 from operator import eq
@@ -12,15 +11,9 @@ from operator import index as whole_number
 import torch
 from torch import Tensor
 
+from smt_peft.checks import short
+
 CHUNK = 2**16  # characters that are looked at together, so that a long text costs little more than itself
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 100
-
-
-def short(value: object) -> str:
-    """A value for a message, however long it is."""
-    return _repr.repr(value)
 
 
 class Tiles(Sequence):

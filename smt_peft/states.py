@@ -13,11 +13,10 @@ from torch import nn
 from smt_peft import contents
 from smt_peft.bank import Banks, DeltaBank, banks_of
 from smt_peft.bases import base_weights, other_base, sample
-from smt_peft.checks import FLOATS, form
+from smt_peft.checks import FLOATS, form, short
 from smt_peft.config import SMTConfig
 from smt_peft.contents import PREFIX
 from smt_peft.diagnostics import warn
-from smt_peft.places import short
 
 FSDP = "_fsdp_wrapped_module."  # what FSDP's first version puts before names of a model, but not of its state
 

@@ -14,11 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from smt_peft import bases
-from smt_peft.bank import Group
-from smt_peft.checks import Target
+from smt_peft.checks import Group, Target, short
 from smt_peft.config import DEFAULT_TRAINABLE_RATIO, SMTConfig
 from smt_peft.diagnostics import warn
-from smt_peft.places import short
 
 SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name

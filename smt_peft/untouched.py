@@ -22,6 +22,23 @@ CONTAINERS = (list, deque, set, dict)
 LARGEST_RECORD = 10_000  # values; a list that is longer is data
 
 
+@contextlib.contextmanager
+def put_back_afterwards(undo: Iterable[Callable[[], object]]) -> Iterator[None]:
+    """Call all of these in the end, and once more: an interrupt may have fallen into the first time."""
+    try:
+        try:
+            yield
+        finally:
+            _call(undo)
+    finally:
+        _call(undo)
+
+
+def _call(undo: Iterable[Callable[[], object]]) -> None:
+    for change_back in undo:
+        change_back()
+
+
 def random_states() -> list[Callable[[], object]]:
     """What puts all random states back: Python's, NumPy's, PyTorch's on the CPU and on the device."""
     undo = [partial(random.setstate, random.getstate()), partial(numpy.random.set_state, numpy.random.get_state())]
@@ -50,10 +67,9 @@ def same_order_afterwards(dataloader: Iterable) -> Iterator[None]:
             undo.append(counters_as_before(owner))
     without = [owner for owner in owners if getattr(owner, "generator", ...) is None]
     try:
-        yield
+        with put_back_afterwards(undo):
+            yield
     finally:
-        for change_back in undo:
-            change_back()
         for owner in without:
             if owner.generator is not None:
                 owner.generator = None  # a collator makes its own with the first batch

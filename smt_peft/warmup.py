@@ -22,7 +22,7 @@ from smt_peft.locations import kinds_of
 from smt_peft.scoring import ActivationCollector, Collector, FeatureCollector, ScoreCollector, reduce_over_ranks
 from smt_peft.selected import Selection
 from smt_peft.selection import Lines, select
-from smt_peft.untouched import apart, module_as_before, random_states, same_order_afterwards
+from smt_peft.untouched import apart, module_as_before, put_back_afterwards, random_states, same_order_afterwards
 
 
 def select_blocks(
@@ -55,7 +55,7 @@ def select_blocks(
     """
     bank = find_bank(model, adapter_name)
     config = bank.config
-    if config.selection not in ("gradient", "activation"):
+    if not config.needs_warmup:
         if not bank.is_selected:
             raise ValueError(
                 f"Adapter {adapter_name!r} awaits the file that its config was read beside, which has its blocks: "
@@ -258,20 +258,11 @@ def _untouched(model: nn.Module, bank: DeltaBank, collector: Collector) -> Itera
         for parameter in trainable:
             parameter.requires_grad_(False)
 
-    def restore() -> None:
-        for change_back in undo:
-            change_back()
-
-    try:
-        try:
-            bank.in_warmup = True
-            model.train()
-            # What leaves `disable_adapter()`, as TRL's reference passes do, thaws PEFT's modules.
-            undo.append(model.register_forward_pre_hook(freeze).remove)
-            freeze()
-            collector.attach(undo)
-            yield freeze
-        finally:
-            restore()
-    finally:
-        restore()  # once more: an interrupt may have fallen into the first
+    with put_back_afterwards(undo):
+        bank.in_warmup = True
+        model.train()
+        # What leaves `disable_adapter()`, as TRL's reference passes do, thaws PEFT's modules.
+        undo.append(model.register_forward_pre_hook(freeze).remove)
+        freeze()
+        collector.attach(undo)
+        yield freeze

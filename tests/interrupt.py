@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 class Interrupt:
     """A trace function that lists the lines that run in some files, and raises KeyboardInterrupt at one of them."""
 
-    def __init__(self, files: Path, at: int | None = None):
-        self.files, self.at, self.lines = str(files), at, []
+    def __init__(self, files: Sequence[Path], at: int | None = None):
+        self.files, self.at, self.lines = tuple(map(str, files)), at, []
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(self.files):
@@ -43,7 +43,7 @@ def moments_of(lines: list, extra: int = 40) -> list[int]:
 
 
 def each_interrupt(
-    files: Path, make: Callable[[], nn.Module], action: Callable[[nn.Module], None]
+    files: Sequence[Path], make: Callable[[], nn.Module], action: Callable[[nn.Module], None]
 ) -> Iterator[tuple[nn.Module, str]]:
     """Run the action on a new model once for each moment; yields the model after it, and where it was interrupted."""
     counting = Interrupt(files)

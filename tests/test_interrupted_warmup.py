@@ -14,7 +14,7 @@ from torch import nn
 import smt_peft
 from smt_peft import select_blocks
 
-WARMUP = Path(smt_peft.__file__).parent / "warmup.py"
+WARMUP = [Path(smt_peft.__file__).parent / name for name in ("warmup.py", "untouched.py")]
 TARGETS = {"target_modules": ["query", "value"], "block_size": 4, "budget": 5}
 
 

@@ -96,7 +96,7 @@ def saving(model, folder):
 )
 def test_the_base_is_untouched_and_the_adapter_goes_on_after_an_interrupt_in(folder, action):
     base = make_base()
-    for model, place in each_interrupt(PACKAGE, make_model, lambda model: action(model, folder)):
+    for model, place in each_interrupt([PACKAGE], make_model, lambda model: action(model, folder)):
         with explained_by(place):
             assert_base_untouched(model, base)
             model.base_model.enable_adapter_layers()
@@ -144,7 +144,7 @@ def make_both_merged() -> PeftModel:
 @pytest.mark.filterwarnings("ignore")
 def test_unloading_gives_the_base_back_after_an_interrupt_in_merging_a_second_adapter():
     base = make_base()
-    for model, place in each_interrupt(PACKAGE, make_one_merged, merging_the_second):
+    for model, place in each_interrupt([PACKAGE], make_one_merged, merging_the_second):
         with explained_by(place):
             assert_unloads_to(base, model)
 
@@ -153,7 +153,7 @@ def test_unloading_gives_the_base_back_after_an_interrupt_in_merging_a_second_ad
 @pytest.mark.filterwarnings("ignore")
 def test_unloading_or_unmerging_again_gives_base_and_adapter_back_after_an_interrupt(make, action):
     base = make_base()
-    for model, place in each_interrupt(PACKAGE, make, action):
+    for model, place in each_interrupt([PACKAGE], make, action):
         with explained_by(place):
             assert_unloads_to(base, deepcopy(model))
             model.unmerge_adapter()

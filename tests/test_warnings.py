@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smt_peft import SMTConfig, SMTMonitorCallback, SMTWarmupCallback, select_blocks
-from smt_peft.bank import DeltaBank, Group
-from smt_peft.checks import Target
+from smt_peft.bank import DeltaBank
+from smt_peft.checks import Group, Target
 from smt_peft.diagnostics import warn
 
 
