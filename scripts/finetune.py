@@ -91,8 +91,9 @@ class Options:
 
     model: str = HfArg(help="model: a folder or a name on the Hugging Face hub")
     data: str = HfArg(
-        help="what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl file or a dataset on the "
-        "hub. A row has `instruction`, perhaps `input`, and `output`, of which just the output is learnt, or `text`"
+        help="what to learn: stdlib-source, stdlib-documentation, stdlib-questions, a .jsonl or .txt file, a dataset "
+        "on the hub. A row has `instruction`, perhaps `input`, and `output`, of which just the output is learnt, or "
+        "`text`; in a .txt file a row is a paragraph"
     )
     old_data: str | None = HfArg(help="what not to forget: like data, but only evaluated", default=None)
     methods: str = HfArg(
@@ -122,7 +123,7 @@ class Options:
     )
     questions: int = HfArg(
         help=f"how many held-out instructions; the first {SHOWN} are shown, and of more those counted whose answers "
-        "have the right one in them",
+        "have the right one in them. Of several processes one alone asks the base model: --ddp_timeout for very many",
         default=SHOWN,
     )
     dtype: str = HfArg(help='data type of the weights, such as bfloat16; "auto" for the saved one', default="auto")
@@ -161,10 +162,13 @@ def load_rows(name: str, eval_rows: int) -> tuple[datasets.Dataset, ...]:
     """Give a domain's rows to train on, and those that are held out."""
     if name in STDLIB:  # divided by module
         return tuple(datasets.Dataset.from_list(list(STDLIB[name](split))) for split in ("train", "test"))
-    is_json = name.endswith((".jsonl", ".json"))
-    if Path(name).is_file() and not is_json:
-        raise SystemExit(f"{name} is no .jsonl or .json file, and no other is read")
-    where = {"path": "json", "data_files": name} if is_json else {"path": name}
+    where = {
+        ".jsonl": {"path": "json", "data_files": name},
+        ".json": {"path": "json", "data_files": name},
+        ".txt": {"path": "text", "data_files": name, "sample_by": "paragraph"},
+    }.get(Path(name).suffix, {"path": name})
+    if Path(name).is_file() and where["path"] == name:
+        raise SystemExit(f"{name} is no .jsonl, .json or .txt file, and no other is read")
     try:
         rows = datasets.load_dataset(**where, split="train")
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

@@ -59,7 +59,7 @@ from transformers.hf_argparser import HfArg
 
 from smt_peft import SMTConfig
 from smt_peft.checks import Target
-from smt_peft.targets import TARGET_MODULES, choose_block_size, share_budget
+from smt_peft.targets import choose_block_size, default_modules, share_budget
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "vocab_size", "tie_word_embeddings")  # fmt: skip
@@ -166,7 +166,7 @@ def read_model(o: Options) -> Model:
         raise SystemExit(f"model is {o.model!r}, whose config ({config.model_type}) {why}, but what is known here are "
                          "dense, LLaMA-like layers; measure a step, or name the nearest shape")  # fmt: skip
     linear = {name: m for name, m in shell.named_modules() if isinstance(m, nn.Linear)}
-    names = o.target_modules or TARGET_MODULES.get(config.model_type, [])
+    names = o.target_modules or sorted(default_modules(shell) or ())
     if names == ["all-linear"]:
         names = {name.rpartition(".")[2] for name, m in linear.items() if m is not shell.get_output_embeddings()}
     sides = {n: (m.out_features, m.in_features) for n, m in linear.items() if n.rpartition(".")[2] in names}

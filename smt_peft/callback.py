@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
@@ -68,6 +69,7 @@ class SMTWarmupCallback(TrainerCallback):
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = calling_trainer()
         self.selection = self._given
+        _refuse_checkpoint_of_another(resumed, self.adapter_name)
         if self.avoid and not config.needs_warmup:
             raise ValueError(
                 f"avoid={[*self.avoid]} is for a warm-up, and selection={config.selection!r} needs none: the blocks "
@@ -123,10 +125,27 @@ def _refuse_to_train_without(
         )
 
 
+def _refuse_checkpoint_of_another(checkpoint: str | None, adapter: str) -> None:
+    """Trainer loads the adapters that it finds in a checkpoint, and goes on with whatever the others are."""
+    held = [file.parent for file in Path(checkpoint).rglob(CONFIG_NAME)] if checkpoint else []
+    if held and _folder_of(checkpoint, adapter) not in held:
+        places = [folder.relative_to(checkpoint).as_posix() for folder in held]
+        names = ["default" if place == "." else place for place in places]
+        raise ValueError(
+            f"{checkpoint} does not hold the adapter {adapter!r}, but {', '.join(sorted(names))}: it would begin anew "
+            f"in the middle. Resume with get_peft_model(model, config, adapter_name={names[0]!r}) and "
+            f"SMTWarmupCallback({names[0]!r}), or train without resume_from_checkpoint."
+        )
+
+
 def _record_beside(checkpoint: str | None, adapter: str) -> Selection | None:
     """What the warm-up left beside an adapter in a checkpoint."""
-    folder = Path(checkpoint or "", "" if adapter == "default" else adapter)
+    folder = _folder_of(checkpoint or "", adapter)
     return Selection.load(folder) if checkpoint and (folder / SELECTION_FILE).is_file() else None
+
+
+def _folder_of(checkpoint: str, adapter: str) -> Path:
+    return Path(checkpoint, "" if adapter == "default" else adapter)  # as PEFT saves it
 
 
 def _refuse_what_is_read_once(dataloader) -> None:

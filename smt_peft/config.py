@@ -206,7 +206,7 @@ class SMTConfig(PeftConfig):
         blocks, ratio, patterns = self.num_blocks, self.trainable_ratio, self.num_blocks_pattern
         if blocks is not None and not _is_int(blocks, at_least=0 if patterns else 1):
             yield f"num_blocks={blocks!r} is not a positive integer."
-        if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio <= 1):
+        if ratio is not None and not (type(ratio) in (int, float) and 0 < ratio <= 1):
             yield f"trainable_ratio={ratio!r} is not in (0, 1]: it is a share, so 0.86 % is 0.0086."
         if not _is_int(self.warmup_steps):
             yield f"warmup_steps={self.warmup_steps!r} is not a positive integer."
@@ -217,6 +217,10 @@ class SMTConfig(PeftConfig):
             yield f"num_blocks={blocks} and trainable_ratio={ratio} both set the budget; give one of them."
         if self.accumulation == "signed" and self.selection != "gradient":
             yield f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; use 'absolute'."
+        if self.score != "abs_mean" and self.selection in ("activation", "magnitude"):
+            yield f"score={self.score!r} is of gradients, and selection={self.selection!r} has a score of its own."
+        if not isinstance(self.init_weights, bool):
+            yield f"init_weights={self.init_weights!r} is neither True (deltas of zero) nor False (random ones)."
         if self.arrangement == "sorted" and self.selection == "diagonal":
             yield "selection='diagonal' is of tiles: sorted blocks have no diagonal. Use arrangement='tiles'."
         if self.selection == "activation" and self.target_parameters:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
 
 CARD = "README.md"
+BLOCKS = "\n## Selected blocks\n\n"
 HOW_TO_LOAD = """
 
 ## How to load this adapter
@@ -116,12 +118,29 @@ def _remove_selection_of_another(folder: Path) -> None:
 
 
 def create_or_update_model_card(model: PeftModel, original: Callable, output_dir: str) -> None:
-    """PEFT's, with the one import that loading needs, which PEFT cannot name in its error."""
+    """PEFT's, with the import that loading needs, which PEFT cannot name in its error, and where the blocks are."""
     original(model, output_dir)
+    if not _has_smt(model):
+        return
     card = Path(output_dir, CARD)
-    if _has_smt(model) and "import smt_peft" not in card.read_text(encoding="utf-8"):
-        with card.open("a", encoding="utf-8") as file:
-            file.write(HOW_TO_LOAD)
+    text = re.sub(
+        f"{BLOCKS}```\n.*?\n```\n", "", card.read_text(encoding="utf-8"), flags=re.DOTALL
+    )  # an earlier one's
+    if "import smt_peft" not in text:
+        text += HOW_TO_LOAD
+    if lines := _where_blocks_are(model):
+        text += f"{BLOCKS}```\n{lines}\n```\n"
+    card.write_text(text, encoding="utf-8")
+
+
+def _where_blocks_are(model: PeftModel) -> str:
+    found = []
+    for name, bank in [(name, bank) for banks in banks_of(model).values() for name, bank in banks.items()]:
+        if bank.is_selected:
+            names = [target.name for target in bank.targets]
+            chosen = bank.config.made_by or Selection(names, bank.block_size, bank.index.cpu())
+            found.append((f"{name}: " if name != "default" else "") + chosen.summary())
+    return "\n".join(found)
 
 
 def _said(original: Callable, *args, **options) -> SimpleNamespace:

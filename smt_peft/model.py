@@ -27,7 +27,7 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
-from smt_peft.targets import TARGET_MODULES, choose_block_size, count_base_parameters, name_experts, share_budget
+from smt_peft.targets import choose_block_size, count_base_parameters, default_modules, name_experts, share_budget
 from smt_peft.untouched import put_back_afterwards
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
@@ -39,7 +39,7 @@ class SMTModel(BaseTuner):
 
     prefix = "smt_b"  # what the names of its modules in a model, smt_bank and smt_blocks, begin with
     tuner_layer_cls = Linear
-    target_module_mapping = TARGET_MODULES
+    target_module_mapping = {}  # see `default_modules`
 
     # --- injection ---------------------------------------------------------------------------------------------
 
@@ -73,6 +73,8 @@ class SMTModel(BaseTuner):
             config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS[config.task_type]])]
         if not config.awaits_weights:
             name_experts(config, model)
+        if config.target_modules is None:
+            config.target_modules = default_modules(model)
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}

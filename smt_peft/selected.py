@@ -225,14 +225,14 @@ class Selection:
 
     def summary(self) -> str:
         """A few lines to print: where the blocks are."""
-        total, size = len(self.index), self.block_size
+        total, size, having = len(self.index), self.block_size, len(self.index[:, 0].unique())
         types = ", ".join(f"{name} {n} ({100 * n / total:.0f} %)" for name, n in self.counts_by_type().items())
         layers = ", ".join(f"{layer}: {n}" for layer, n in self.counts_by_layer().items())
         skipped = f", {self.skipped} of them skipped as not finite" if self.skipped else ""
         source = f"\n  from {self.batches} batches{skipped}" if self.batches else ""
         return (
             f"SMT selected {total} blocks of {size} x {size} ({total * size**2:,} parameters) in "
-            f"{len(self.blocks())} of {len(self.names)} modules.\n  by type:  {types}\n  by layer: {layers}{source}"
+            f"{having} of {len(self.names)} modules.\n  by type:  {types}\n  by layer: {layers}{source}"
         )
 
 

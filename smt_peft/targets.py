@@ -22,14 +22,12 @@ SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
+USUAL_MODULES = ["q_proj", "k_proj", "v_proj"]
 _DEFAULTS = {
-    "q_proj k_proj v_proj": """
-        llama llama4 llama4_text mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3
-        gemma3_text gemma4_text olmo olmo2 olmoe cohere cohere2 granite granitemoe starcoder2 stablelm phi phimoe
-        smollm3 exaone4 opt bart mbart pegasus gptj gpt_neo nemotron nemotron_h""",
     "qkv_proj": "phi3 codegen",
-    "query_key_value": "gpt_neox bloom falcon",
-    "c_attn": "gpt2 gpt_bigcode",
+    "query_key_value": "gpt_neox bloom falcon RefinedWeb RefinedWebModel chatglm",
+    "c_attn": "gpt2 gpt_bigcode btlm",
+    "q k v q_proj k_proj v_proj": "blip-2",
     "q k v": "t5 mt5 umt5",
     "query key value": "bert roberta xlm-roberta camembert electra layoutlm",
     "q_proj k_proj v_proj query key value": "vit deit",  # transformers 5 renamed them
@@ -38,10 +36,17 @@ _DEFAULTS = {
     "in_proj": "deberta",
     "Wqkv": "mpt",
 }
-# model_type -> the query, key and value projections, as in the paper
+# model_type -> the query, key and value projections, as in the paper, where they have other names than usual
 TARGET_MODULES = {
     model_type: modules.split() for modules, model_types in _DEFAULTS.items() for model_type in model_types.split()
 }
+
+
+def default_modules(model: nn.Module) -> set[str] | None:
+    """The names of a model's query, key and value projections; None where they are not known."""
+    known = TARGET_MODULES.get(getattr(getattr(model, "config", None), "model_type", None), USUAL_MODULES)
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return set(known) if known is not USUAL_MODULES or there.issuperset(known) else None
 
 
 def name_experts(config: SMTConfig, model: nn.Module) -> None:

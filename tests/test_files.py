@@ -744,6 +744,8 @@ def test_saving_over_an_adapter_replaces_all_of_it_and_keeps_the_card(llama, fol
     model.save_pretrained(folder)
     assert {path.name for path in folder.iterdir()} == {"README.md", WEIGHTS, CONFIG}
     assert "By hand." in card.read_text() and card.read_text().count("import smt_peft") == 1
+    assert card.read_text().count("## Selected blocks") == 1
+    assert "SMT selected 12 blocks of 16 x 16 (3,072 parameters)" in card.read_text()
     for name, delta in dense(read_adapter(folder)).items():
         assert torch.equal(delta, deltas_of(model)[name])
 
@@ -759,7 +761,8 @@ def test_an_adapter_whose_name_is_a_path_is_saved_and_loaded_as_loras_is(llama, 
 def test_adapters_of_other_names_are_saved_into_folders_of_theirs_with_one_card(llama, tmp_path):
     model = wrap(llama, adapter_name="mine")
     model.save_pretrained(str(tmp_path / "new" / "one"))
-    assert "import smt_peft" in (tmp_path / "new/one/README.md").read_text()
+    card = (tmp_path / "new/one/README.md").read_text()
+    assert "import smt_peft" in card and "mine: SMT selected 20 blocks of 16 x 16" in card
     assert dense(read_adapter(tmp_path / "new/one/mine"))
 
 

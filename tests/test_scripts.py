@@ -614,7 +614,7 @@ def test_questions_of_the_standard_library_are_asked_in_one_split_only(monkeypat
     "name, text, message",
     [
         ("nowhere.jsonl", None, r"data: .*nowhere\.jsonl"),
-        ("rows.csv", "a,b", r"rows\.csv is no \.jsonl or \.json file"),
+        ("rows.csv", "a,b", r"rows\.csv is no \.jsonl, \.json or \.txt file"),
         ("rows.jsonl", '{"text": "one"}\n{"text": "two"', r"data: .*rows\.jsonl"),
         ("rows.jsonl", '{"story": "one"}\n{"story": "two"}', r"\['story'\]; it needs instruction and output, or text"),
         ("rows.jsonl", '{"text": "one"}\n{"text": null}', r"row 2 has None as its text"),
@@ -626,6 +626,12 @@ def test_data_that_cannot_be_used_are_named(tmp_path, name, text, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match=message):
         finetune.load_rows(str(tmp_path / name), 4)
+
+
+def test_the_paragraphs_of_a_text_file_are_rows(tmp_path):
+    (tmp_path / "book.txt").write_text("One\nline.\n\nTwo.\n\nThree.\n")
+    train, test = finetune.load_rows(f"{tmp_path}/book.txt", eval_rows=1)
+    assert sorted([*train["text"], *test["text"]]) == ["One\nline.", "Three.\n", "Two."] and len(test) == 1
 
 
 def test_what_is_cut_is_said(tokenizer, capsys):

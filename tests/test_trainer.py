@@ -249,6 +249,17 @@ def test_an_adapter_of_another_name_resumes_with_its_record(make_llama, make_tra
     assert Selection.load(tmp_path / f"run/checkpoint-{STEPS}/mine").rebudget(5)
 
 
+def test_a_checkpoint_of_an_adapter_of_another_name_is_refused(make_llama, make_trainer):
+    config = SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS)
+    named = get_peft_model(make_llama(), config, adapter_name="mine")
+    make_trainer(named, SMTWarmupCallback("mine"), warm_up=0, max_steps=2, save_strategy="steps").train()
+    for selection in ("gradient", "random"):  # with blocks and without
+        config = SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS, selection=selection)
+        trainer = make_trainer(get_peft_model(make_llama(), config), SMTWarmupCallback(), warm_up=0)
+        with pytest.raises(ValueError, match=r"does not hold the adapter 'default', but mine.*adapter_name='mine'"):
+            trainer.train(resume_from_checkpoint=True)
+
+
 def test_what_a_killed_save_left_in_a_checkpoint_does_not_stop_a_resume(make_llama, make_trainer, tmp_path):
     """Trainer takes each folder in a checkpoint that has an adapter's weights for one more adapter."""
     trainer = make_trainer(make_llama(), save_strategy="steps", max_steps=2)
