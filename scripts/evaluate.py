@@ -21,11 +21,11 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from answering import PROTOCOLS, generate, most_likely, too_long
 from command_line import in_a_line, read_options
 from finetune import STDLIB, check_dtype, load_model, parse_quantization
-from scores import Unfinished, answers_file, newest_weights, open_results, save, score, summary, table
+from scores import Unfinished, answers_file, newest_weights, open_results, save, score, table
 from tasks import Task, choose, load_test_rows, training_data
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -203,13 +203,14 @@ def main(argv: list[str]) -> dict:
         notes = complete(options)
         settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
         settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
-        results = open_results(output, settings) | {"notes": notes}
+        [results] = broadcast_object_list(
+            [open_results(output, settings) | {"notes": notes}]
+        )  # of the main one's disk
         tasks = [task for task in choose(options.tasks) if task.name not in results["tasks"]]
         todo = {task: rows_to_test(task, options) for task in tasks}
-        so_far = {
-            task: Unfinished(answers_file(output, task.name, ".unfinished"), rows, settings, run)
-            for task, (rows, _) in todo.items()
-        }
+        files = {task: answers_file(output, task.name, ".unfinished") for task in todo}
+        so_far = [Unfinished(files[task], rows, settings, run) for task, (rows, _) in todo.items()]
+        so_far = dict(zip(todo, broadcast_object_list(so_far), strict=True))
     if todo:
         if state.is_main_process and notes:  # hours before the table says them again
             print(*notes, sep="\n")
@@ -221,7 +222,6 @@ def main(argv: list[str]) -> dict:
             state.print(f"{task.name}: {longer[0]}")  # where positions are learnt, what comes next is an IndexError
         answer(model, tokenizer, task, rows, options, so_far[task])
         results["tasks"][task.name] = score(so_far[task].in_order(), so_far[task].seconds, about)
-        results |= summary(results["tasks"])
         for one in so_far[task].runs:
             if one not in results["runs"]:
                 results["runs"].append(one)

@@ -313,11 +313,24 @@ def test_answers_of_other_settings_or_rows_are_not_used(boolq, interrupted):
     assert file.read_text() == written
 
 
-def test_two_processes_go_on_with_what_one_began(boolq, interrupted, tmp_path):
+ON_A_DISK_WITHOUT_THE_RESULTS = """
+import os, pathlib, sys
+if os.environ["RANK"] == "1":
+    exists = pathlib.Path.exists
+    pathlib.Path.exists = lambda path, **how: "/out/results" not in str(path) and exists(path, **how)
+sys.path.insert(0, {scripts!r})
+import evaluate
+evaluate.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_on_two_disks_go_on_with_what_one_began(boolq, interrupted, tmp_path):
     """Three rows are left for two processes with a row at a time: the last step has none for one of them."""
     interrupted("label_likelihood")
+    script = tmp_path / "two_disks.py"
+    script.write_text(ON_A_DISK_WITHOUT_THE_RESULTS.format(scripts=str(SCRIPTS)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, SCRIPTS / "evaluate.py", *boolq("label_likelihood")]
+    command = [*launch, script, *boolq("label_likelihood")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     together = json.loads((tmp_path / "out/results.json").read_text())
