@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from smt_peft.bank import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
-from smt_peft.untouched import apart, as_before, put_back_afterwards, random_states, same_order_afterwards
+from smt_peft.untouched import apart, as_before, put_back_afterwards, random_states, refill, same_order_afterwards
 from smt_peft.warmup import apply_selection, select_blocks
 
 # Where TRL's losses log.
@@ -92,8 +93,8 @@ class SMTWarmupCallback(TrainerCallback):
             return
         scaler = getattr(trainer.accelerator, "scaler", None) if trainer else None  # DeepSpeed has one of its own
         loss_scale = scaler.get_scale() if scaler else LOSS_SCALE if args.fp16 else 1.0
-        own = _Apart(trainer, train_dataloader) if trainer else None
-        with same_order_afterwards(train_dataloader), _records_as_before(trainer):
+        own = _Batches(trainer, train_dataloader) if trainer else None
+        with same_order_afterwards(train_dataloader), _lent(trainer) if trainer else contextlib.nullcontext():
             _refuse_what_is_read_once(train_dataloader)
             self.selection = select_blocks(
                 model,
@@ -162,20 +163,12 @@ def _refuse_what_is_read_once(dataloader) -> None:
         )
 
 
-class _Apart:
-    """A Trainer's data and loss without a trace in what it counts and logs: both come from a copy of it. Each batch,
-    (inputs, num_items_in_batch), is a step of its own, without accumulation."""
+class _Batches:
+    """A Trainer's batches and loss; each batch, (inputs, num_items_in_batch), is a step of its own, without
+    accumulation."""
 
     def __init__(self, trainer: Trainer, dataloader):
-        self.trainer, self.dataloader = copy.copy(trainer), apart(dataloader)
-        self.trainer.state, self.trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
-        self.trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
-        for name in LOGGED:
-            if name in vars(trainer):
-                setattr(self.trainer, name, copy.deepcopy(vars(trainer)[name]))
-        for name, value in (("_step", 0), ("_buffered_inputs", None)):  # by which TRL's online ones generate seldom
-            if name in vars(trainer):
-                setattr(self.trainer, name, value)
+        self.trainer, self.dataloader = trainer, apart(dataloader)
 
     def __iter__(self) -> Iterator[tuple]:
         epoch = getattr(getattr(self.dataloader, "batch_sampler", None), "epoch", 0)
@@ -198,14 +191,22 @@ class _Apart:
 
 
 @contextlib.contextmanager
-def _records_as_before(trainer: Trainer | None) -> Iterator[None]:
-    """What a loss of one's own appends to or counts in gets its contents back; others may hold the same objects."""
-    undo, own = [], set(trainer.model.modules()) if trainer else ()
-    for name, value in vars(trainer).items() if trainer else ():
+def _lent(trainer: Trainer) -> Iterator[None]:
+    """Leave no trace in what a Trainer counts and logs: its attributes are what they were, and what a loss of one's
+    own appends to or counts in gets its contents back, for others may hold the same objects. No copy is lent, because
+    a method that was replaced may be bound to the Trainer itself."""
+    held, own = vars(trainer), set(trainer.model.modules())
+    undo = [partial(refill, held, dict(held))]
+    for name, value in held.items():
         # Of the model the warm-up takes care, also where DeepSpeed's engine or the trainer's loss holds some of it.
         if name not in LOGGED and not (isinstance(value, nn.Module) and not own.isdisjoint(value.modules())):
             undo += as_before(value)
     with put_back_afterwards(undo):
+        held |= {name: copy.deepcopy(held[name]) for name in LOGGED if name in held}
+        # By these TRL's online trainers generate seldom.
+        held |= {name: value for name, value in {"_step": 0, "_buffered_inputs": None}.items() if name in held}
+        trainer.state, trainer.log = copy.copy(trainer.state), lambda *args, **kwargs: None
+        trainer.current_gradient_accumulation_steps = 1  # set only when the Trainer's loop has begun
         yield
 
 

@@ -148,13 +148,14 @@ def _records_of(value: object) -> list[Callable[[], object]]:
 def _contents_as_before(part: object) -> list[Callable[[], object]]:
     if isinstance(part, CONTAINERS):
         parts = part.values() if isinstance(part, dict) else part
-        return [partial(_refill, part, copy.copy(part)), *chain.from_iterable(map(_contents_as_before, parts))]
+        return [partial(refill, part, copy.copy(part)), *chain.from_iterable(map(_contents_as_before, parts))]
     if isinstance(part, numpy.ndarray):
         return [partial(numpy.copyto, part, part.copy())]
     return [partial(_set, part, part.detach().clone())] if isinstance(part, torch.Tensor) else []
 
 
-def _refill(container: list | deque | set | dict, contents: list | deque | set | dict) -> None:
+def refill(container: list | deque | set | dict, contents: list | deque | set | dict) -> None:
+    """Give a container these contents and no others."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
 

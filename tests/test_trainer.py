@@ -577,6 +577,22 @@ def test_what_a_loss_counts_in_has_no_trace_of_the_warm_up(base, make_trainer):
     assert len(trainer.criterion.seen) == STEPS and bank(trainer).weight.any()
 
 
+def test_a_loss_that_is_bound_to_the_trainer_leaves_no_trace_either(base, make_trainer):
+    """Replaced on the instance, as those do who time it."""
+    trainer = make_trainer(base)
+    trainer.calls, compute = 0, trainer.compute_loss
+
+    def counted(*args, **options):
+        trainer.calls += 1
+        trainer.log({"extra": 1.0})
+        return compute(*args, **options)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    assert trainer.calls == sum("extra" in entry for entry in trainer.state.log_history) == STEPS
+    assert vars(trainer)["compute_loss"] is counted and "log" not in vars(trainer)
+
+
 ENDLESS = []
 ENDLESS.append(ENDLESS)
 
