@@ -65,8 +65,8 @@ class SMTWarmupCallback(TrainerCallback):
     ) -> None:
         bank = find_bank(model, self.adapter_name)
         config = bank.config
-        if args.deepspeed_plugin is None:  # whose optimizers have parts of parameters
-            _refuse_to_train_without(bank.weight, self.adapter_name, model, optimizer)
+        _refuse_to_train_without(bank.weight, self.adapter_name, model, optimizer)
+        if args.deepspeed_plugin is None:  # which may cast the whole model
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = calling_trainer()
         self.selection = self._given
@@ -114,7 +114,10 @@ def _refuse_to_train_without(
 ) -> None:
     """Where an optimizer holds copies, as one that offloads does, that of the deltas has their shape; where it holds
     nothing of the model, as one that steps in the backward does, nothing can be told."""
-    held = [one for group in (optimizer.param_groups if optimizer else []) for one in group["params"]]
+    zero = getattr(optimizer, "optimizer", None)  # DeepSpeed's, whose groups have parts of parameters
+    groups = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None)  # ZeRO-2's, ZeRO-3's
+    groups = groups or [group["params"] for group in (optimizer.param_groups if optimizer else [])]
+    held = [one for group in groups for one in group]
     own = {id(parameter) for parameter in model.parameters()}
     has_deltas = any(one is deltas or (one.shape == deltas.shape and id(one) not in own) for one in held)
     if deltas.requires_grad and not has_deltas and any(id(one) in own for one in held):

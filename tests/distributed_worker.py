@@ -54,6 +54,7 @@ class Cell:
     sharded_checkpoints: bool = False  # FSDP2: a file per rank
     ram_efficient: bool = False  # FSDP2: rank 0 hands the weights out
     bf16: bool = False
+    by_part: bool = False  # the optimizer has the parameters of the layers, and not the bank
 
 
 def make_base(folder: Path) -> None:
@@ -275,6 +276,14 @@ def outcome(trainer: Trainer) -> dict:
 
 def run_cell(backend: str, base: Path, cell: Cell, output: Path) -> dict:
     trainer = make_trainer(backend, base, cell, output)
+    if cell.by_part:
+        weight = trainer.model.get_base_model().model.layers[0].mlp.down_proj.weight.requires_grad_()
+        trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", optimizer) or optimizer
+        optimizer = torch.optim.AdamW([weight], lr=1e-2)
+        try:
+            trainer.train()
+        except ValueError as error:
+            return {"refusal": str(error)}
     last = get_last_checkpoint(output.parent / cell.continue_from) if cell.continue_from else None
     trainer.train(resume_from_checkpoint=last)
     result = outcome(trainer)

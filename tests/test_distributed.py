@@ -27,6 +27,7 @@ CELLS = {
 }
 BF16 = {"bf16": {"bf16": True, "dropout": 0.1}}  # dropout: a random state that must come back, too
 ACTIVATION = {"activation": {"selection": "activation", "checkpointing": "non-reentrant", "resume": False}}
+BY_PART = {"by part": {"by_part": True, "resume": False}}
 REFUSED = {"refused": {"checkpointing": "reentrant", "resume": False}}  # the last cell, for it fails
 ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
     "single": BF16 | REENTRANT | ACTIVATION,
@@ -35,8 +36,8 @@ ONLY = {  # Trainer refuses bf16 with DeepSpeed where there is no GPU
     | REENTRANT
     | ACTIVATION
     | {"sharded": {"sharded_checkpoints": True}, "ram-efficient": {"ram_efficient": True}},
-    "zero2": REFUSED,
-    "zero3": REFUSED,
+    "zero2": BY_PART | REFUSED,
+    "zero3": BY_PART | REFUSED,
 }
 BACKENDS = ["ddp", "fsdp2", "zero2", "zero3"]
 EVERY = ["single", *BACKENDS]
@@ -155,6 +156,12 @@ def test_reentrant_checkpointing_is_refused_before_the_first_step_with_the_way_o
     for rank in ranks:
         assert "use_reentrant" in rank["refused"]["error"] and "ValueError" in rank["refused"]["error"]
     assert not list(folder.glob("refused/checkpoint-*"))
+
+
+@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+def test_an_optimizer_without_the_deltas_is_refused_where_deepspeed_hides_it(ran, backend):
+    for rank in outcomes(ran, backend, "by part"):
+        assert "The optimizer does not have the deltas" in rank["refusal"]
 
 
 @pytest.mark.parametrize("cell", ["non-reentrant-1", "non-reentrant-2"])
