@@ -19,12 +19,11 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from torch import Tensor
 
-from smt_peft import ops
 from smt_peft.bank import DeltaBank
 from smt_peft.bases import other_base
 from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
-from smt_peft.files import Blocks, StoredAdapter, fill, read_adapter, write_adapter
+from smt_peft.files import Blocks, StoredAdapter, blocks_of, fill, read_adapter, write_adapter
 from smt_peft.targets import SMALLEST_FAST_BLOCK
 from smt_peft.writing import refuse_same_folder
 
@@ -125,14 +124,11 @@ def add_weighted_adapter(
 
 def _of_bank(bank: DeltaBank) -> StoredAdapter:
     """An adapter's blocks on the CPU, in the form of one that lies in a folder."""
-    size, cpu = bank.block_size, torch.device("cpu")
+    size, names = bank.block_size, {position: target.name for position, target in enumerate(bank.targets)}
     shapes = {target.name: (target.rows * size, target.cols * size) for target in bank.targets}
     blocks = {}
-    for position, deltas in enumerate(bank.split() if bank.is_selected else ()):
-        plan = bank.plan(position, cpu)
-        if plan is not None:
-            rows, cols = ops.entries(plan, size)
-            blocks[bank.targets[position].name] = Blocks(rows[:, :, 0], cols[:, 0], deltas.detach().cpu())
+    if bank.is_selected:
+        blocks = blocks_of(bank.index.cpu().long(), torch.cat(bank.split()).detach().cpu(), names)
     return StoredAdapter(bank.config, shapes, blocks, {}, {})
 
 

@@ -133,15 +133,21 @@ def read_adapter(folder: str | Path) -> StoredAdapter:
         shapes = {name: (rows * size, cols * size) for name, rows, cols in parts.content["targets"]}
     else:
         names, shapes = _names_in_version_1(parts, config.selected_blocks or {}, folder), _NoShapes()
+    blocks = blocks_of(index, parts.weight.float(), names)
+    others = _named(parts, config, [*shapes, *blocks])
+    return StoredAdapter(config, shapes, blocks, others, parts.content["base"] if parts.content else {})
+
+
+def blocks_of(index: Tensor, deltas: Tensor, names: Mapping[int, str]) -> dict[str, Blocks]:
+    """The blocks of each target that has a name, from an index [n, 3] or [n, 1 + 2 b] and deltas [n, b, b]."""
     blocks = {}
     for position, slots in by_target(index).items():
         if (name := names.get(position)) is not None:
             rows, cols = index[slots, 1:].unflatten(1, (2, -1)).unbind(1)
             if rows.shape[1] == 1:
-                rows, cols = (tile_features(side[:, 0], size) for side in (rows, cols))
-            blocks[name] = Blocks(rows, cols, parts.weight[slots].float())
-    others = _named(parts, config, [*shapes, *blocks])
-    return StoredAdapter(config, shapes, blocks, others, parts.content["base"] if parts.content else {})
+                rows, cols = (tile_features(side[:, 0], deltas.shape[1]) for side in (rows, cols))
+            blocks[name] = Blocks(rows, cols, deltas[slots])
+    return blocks
 
 
 def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[str, Tensor]:
