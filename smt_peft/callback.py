@@ -41,8 +41,8 @@ class SMTWarmupCallback(TrainerCallback):
         avoid: see `select_blocks`.
 
     Attributes:
-        selection: the `Selection` of this run with its scores: given, from the warm-up, or of the checkpoint that the
-            run resumes from; None where there is none.
+        selection: the `Selection` of this run with its scores: given, from the warm-up, or found beside the checkpoint
+            or the adapter that the run goes on with; None where there is none.
 
     Raises:
         ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
@@ -84,8 +84,8 @@ class SMTWarmupCallback(TrainerCallback):
                     "no data) than those of SMTWarmupCallback(selection=...). Leave one of the two out."
                 )
             if self._given is None:
-                records = _record_beside(resumed, self.adapter_name), config.made_by
-                self.selection = next((one for one in records if one is not None and one.has_blocks(blocks)), None)
+                record = _record_beside(resumed, self.adapter_name)
+                self.selection = record if record and record.has_blocks(blocks) else config.record(blocks)
             config.made_by, config.selected_blocks = self.selection, blocks
             return
         if self._given is not None:

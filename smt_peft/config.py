@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -85,6 +86,7 @@ class SMTConfig(PeftConfig):
     stored_blocks = None  # the selected_blocks that it was read with
     trained_before = ()  # while it awaits its weights: which parameters were trained before the model was wrapped
     made_by = None  # the Selection that the warm-up left, or that was given; saved beside the adapter
+    read_beside = None  # the folder of the weights; what made the adapter's blocks may lie there
 
     @property
     def needs_warmup(self) -> bool:
@@ -103,7 +105,18 @@ class SMTConfig(PeftConfig):
         if weights is not None:
             parts = contents.take_apart(contents.load(weights))
             contents.check_config(vars(config), parts)
+            config.read_beside = weights.parent
         return config
+
+    def record(self, blocks: Mapping[str, Sequence] | None) -> Selection | None:
+        """The selection that these blocks are of, if it is known: its own, or what lies beside the file that it was
+        read from."""
+        if self.made_by is None and self.read_beside is not None:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a broken one
+                found = Selection.load(self.read_beside)
+                self.made_by = found if found.has_blocks(blocks or {}) else None
+            self.read_beside = None
+        return self.made_by if self.made_by is not None and self.made_by.has_blocks(blocks or {}) else None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,8 +166,8 @@ class SMTConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, with the selection of the warm-up beside it, as long as its blocks are the adapter's."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.made_by is not None and self.made_by.has_blocks(self.selected_blocks or {}):
-            self.made_by.save(save_directory)
+        if (record := self.record(self.selected_blocks)) is not None:
+            record.save(save_directory)
 
     def stop_waiting(self) -> None:
         """What it was read for is here: its weights were loaded, or the adapter is used without them."""

@@ -138,7 +138,8 @@ def _where_blocks_are(model: PeftModel) -> str:
     for name, bank in [(name, bank) for banks in banks_of(model).values() for name, bank in banks.items()]:
         if bank.is_selected:
             names = [target.name for target in bank.targets]
-            chosen = bank.config.made_by or Selection(names, bank.block_size, bank.index.cpu())
+            record = bank.config.record(bank.selected_blocks())
+            chosen = record or Selection(names, bank.block_size, bank.index.cpu())
             found.append((f"{name}: " if name != "default" else "") + chosen.summary())
     return "\n".join(found)
 

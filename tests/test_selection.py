@@ -353,6 +353,20 @@ def test_every_rank_takes_the_blocks_of_rank_0(llama, batches, monkeypatch):
     assert torch.equal(find_bank(model, "default").index, theirs)
 
 
+def test_the_selection_is_kept_where_a_loaded_adapter_is_saved_again(llama, batches, arrangement, tmp_path):
+    selection = selection_of(llama, batches, arrangement=arrangement)
+    model = get_peft_model(deepcopy(llama), SMTConfig(selected_blocks=selection))
+    model.save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(deepcopy(llama), tmp_path / "first", is_trainable=True)
+    again.save_pretrained(tmp_path / "again")
+    assert Selection.load(tmp_path / "again").rebudget(7).blocks() == selection.rebudget(7).blocks()
+    other = get_peft_model(deepcopy(llama), SMTConfig(block_size=16, num_blocks=12, selection="random"))
+    other.save_pretrained(tmp_path / "other")
+    selection.save(tmp_path / "other")  # which is not its own
+    PeftModel.from_pretrained(llama, tmp_path / "other").save_pretrained(tmp_path / "third")
+    assert not (tmp_path / "third/selection.safetensors").exists()
+
+
 def test_the_selection_of_another_adapter_is_not_left_beside_one(llama, batches, tmp_path):
     options = {"block_size": 16, "num_blocks": 12}
     model = get_peft_model(deepcopy(llama), SMTConfig(**options, warmup_steps=4))
