@@ -48,7 +48,7 @@ class SMTConfig(PeftConfig):
     """
 
     target_modules: list[str] | str | None = None  # names, a regex or 'all-linear'; default: q, k and v
-    target_parameters: list[str] | None = None  # of 2 or 3 dimensions, such as 'mlp.experts.gate_up_proj'
+    target_parameters: list[str] | None = None  # of 2 dimensions or more, such as 'mlp.experts.gate_up_proj'
     exclude_modules: list[str] | str | None = None  # names, or a regex
     layers_to_transform: list[int] | int | None = None  # which layers to adapt; default: all
     layers_pattern: list[str] | str | None = None  # name of the module list that `layers_to_transform` counts in
@@ -202,7 +202,7 @@ class SMTConfig(PeftConfig):
             yield f"trainable_token_indices={tokens!r} is neither a list of tokens nor a mapping to such lists."
         elif any(len(set(rows)) < len(rows) for rows in lists):
             yield f"trainable_token_indices={tokens!r} names a token twice."
-        if not isinstance(self.selected_blocks, (Mapping, Selection, type(None))):
+        if not isinstance(self.selected_blocks, (Mapping, Selection, NoneType)):
             yield f"selected_blocks={self.selected_blocks!r} is not a mapping by name."
         layers = self.layers_to_transform
         if layers is not None and not isinstance(layers, int) and (isinstance(layers, str) or not _all(layers, int)):

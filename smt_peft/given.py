@@ -8,7 +8,6 @@ from torch.nn.functional import pad
 
 from smt_peft.bank import DeltaBank, is_sharded
 from smt_peft.checks import Target, short
-from smt_peft.config import SMTConfig
 from smt_peft.layer import Linear
 from smt_peft.locations import kinds_of
 from smt_peft.ops import reduce_blocks
@@ -20,10 +19,11 @@ from smt_peft.selection import arrange, diagonal_scores, random_lines, random_sc
 MOST_SCORED_ON_LOADING = 2**26
 
 
-def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
+def given_index(bank: DeltaBank, layers: list[Linear]) -> torch.Tensor | None:
     """The selection where none needs to be learnt: given, or by a rule that needs no data."""
+    config = bank.config
     if config.selected_blocks is not None:
-        return _listed(config, bank)
+        return _listed(bank)
     size, lines = bank.block_size, None
     grids = [(target.rows, target.cols) for target in bank.targets]
     if config.awaits_weights and sum(rows * cols for rows, cols in grids) > MOST_SCORED_ON_LOADING:
@@ -62,8 +62,9 @@ def given_index(config: SMTConfig, bank: DeltaBank, layers: list[Linear]) -> tor
     return arrange(index, lines) if lines else index
 
 
-def _listed(config: SMTConfig, bank: DeltaBank) -> torch.Tensor:
-    position, size = {target.name: i for i, target in enumerate(bank.targets)}, bank.block_size
+def _listed(bank: DeltaBank) -> torch.Tensor:
+    config, size = bank.config, bank.block_size
+    position = {target.name: i for i, target in enumerate(bank.targets)}
     if config.made_by is not None:
         config.made_by.check_shapes(bank.targets)
     unknown = sorted(set(config.selected_blocks) - set(position))

@@ -21,7 +21,7 @@ class Location(NamedTuple):
 
 
 def locations_of(names: Sequence[str], numbered: bool = False) -> list[Location]:
-    """The location of every module; `numbered`: experts of a layer differ in type ("experts.3.w1"), so that no two
+    """The location of every module; `numbered`: experts of a layer differ in kind ("experts.3.w1"), so that no two
     modules are in one location."""
     parts = [_split(name) for name in names]
     if not numbered:

@@ -178,7 +178,7 @@ class SMTModel(BaseTuner):
             layer.smt_blocks[adapter].target = position
         if not config.init_weights and not on_meta:
             nn.init.normal_(bank.weight, std=0.02)
-        index = given_index(config, bank, list(layers.values()))
+        index = given_index(bank, list(layers.values()))
         if index is not None:
             bank.set_index(index)
             config.selected_blocks = bank.selected_blocks()

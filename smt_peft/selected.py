@@ -193,7 +193,7 @@ class Selection:
             raise ValueError("its index is -1 throughout: nothing is selected")
 
     def counts_by_type(self) -> dict[str, int]:
-        """Blocks per module type (see `Location`), most first."""
+        """Blocks per kind of module (see `Location`), most first."""
         kinds = kinds_of(self.names)
         counts = Counter(dict.fromkeys(kinds, 0))
         counts.update(kinds[target] for target in self.index[:, 0].tolist())

@@ -23,10 +23,8 @@ from .plan import Plan, Side, entries, plan, tile_features
 from .reference import SCORES, Score, block_sums, reduce_blocks, rounded_sum, sum_tiles
 
 __all__ = [
-    "SCORES",
     "Plan",
     "Score",
-    "Side",
     "add_blocks",
     "block_add_",
     "block_grad",
