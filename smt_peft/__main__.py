@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -258,7 +259,8 @@ def _line(kind: str, message: object) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run a command."""
     commands = parser()
-    args = commands.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = commands.parse_args([re.sub(r"^-[\d.]+e", r" \g<0>", word) for word in given])  # else -1e-3 is an option
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # for those who write code, not for those who run it

@@ -840,7 +840,7 @@ def test_diff_refuses_adapters_of_different_models(make_llama, tmp_path, refused
 def test_combine(llama, tmp_path, run):
     one, two = (deltas_of(save(tmp_path / name, llama, seed=seed)) for seed, name in enumerate(["one", "two"]))
     folders = [tmp_path / name / "adapter" for name in ("one", "two")]
-    run("combine", *folders, "--weights", 1, -0.5, "--out", tmp_path / "sum")
+    run("combine", *folders, "--weights", 1, "-5e-1", "--out", tmp_path / "sum")
     model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "one/base"), tmp_path / "sum")
     for name, delta in deltas_of(model).items():
         torch.testing.assert_close(delta, one[name] - two[name] / 2)
