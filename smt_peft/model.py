@@ -224,7 +224,7 @@ class SMTModel(BaseTuner):
             adapter_name: of the new one.
             combination_type: 'linear': the weighted sum, exactly. 'magnitude_prune', 'dare_linear': the sum of what
                 pruning leaves, of the largest values or of random ones (these scaled by 1 / density). 'ties',
-                'dare_ties': of that, where adapters disagree about the sign of a value, the mean of the majority.
+                'dare_ties': of that, entry by entry, the mean of the values with the majority's sign.
             density: the share that pruning leaves of each adapter's values, counted in its own blocks per target; not
                 for 'linear'.
             majority_sign_method: whether the sign is elected by the sum of the values ('total'), or by counting signs.
