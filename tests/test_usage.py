@@ -40,13 +40,29 @@ def model(make_llama):
     return get_peft_model(make_llama(**SIZES), SMTConfig(num_blocks=890, warmup_steps=4))
 
 
+def is_whole(code: str) -> bool:
+    return "scripts/tiny_llama" in code
+
+
+CODE = [(page, n) for page in ("README.md", "docs/usage.md") for n, _ in enumerate(code_of(page))]
+
+
 @pytest.mark.filterwarnings("ignore:The data has .* batches, fewer than warmup_steps")
-@pytest.mark.parametrize(
-    "page, number", [(page, n) for page in ("README.md", "docs/usage.md") for n, _ in enumerate(code_of(page))]
-)
+@pytest.mark.parametrize("page, number", [(page, n) for page, n in CODE if not is_whole(code_of(page)[n])])
 def test_the_code_runs(names, model, page, number):
     names |= {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 1e-2)}
     if "Selection.load" in code_of(page)[number]:  # of a warm-up, which random blocks have not had
         exec(code_of(page)[0], names)
         names["base"] = names["model"].unload()
     exec(code_of(page)[number], names)
+
+
+def test_the_whole_script_runs_in_a_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("scripts", "smt_peft"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    [code] = filter(is_whole, code_of("docs/usage.md"))
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert "SMT selected 225 blocks" in said and "def parts(self" in said
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
