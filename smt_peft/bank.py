@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """What follows from the index alone.
 
     Attributes:
-        index, version, values: of what; a copy of it, because DDP writes the index anew at each forward.
+        index, version, values: the buffer, its version, and a copy, because DDP rewrites it at each forward.
         counts: per target how many blocks it has; nothing before the selection.
         blocks: per target where they lie, int64 on the CPU: [n, 2] for tiles, [n, 2, b] for sorted blocks.
         plans: device -> per target its plan there; None where it has no blocks.
@@ -98,10 +98,10 @@ class DeltaBank(nn.Module):
         return (None, None) if plan is None else (plan, self._views(layout)[target])
 
     def _views(self, layout: Layout) -> tuple[Tensor, ...]:
-        """What `split` gives, kept as long as `weight` is the same tensor in the same place.
+        """What `split` gives, kept while the layout and `weight` with its `_state` are the same.
 
-        Views alias it, so that a change of its values needs no new ones; what changes its version, and each forward of
-        the whole model that builds a graph, makes new ones all the same.
+        Views alias `weight`, so its new values alone would need no new views; still, a new version of it, and each
+        forward of the whole model that builds a graph, make new ones.
         """
         weight, kept = self._parameters["weight"], self._kept
         is_traced = torch.jit.is_tracing()  # a trace must see how views are made
@@ -144,7 +144,7 @@ class DeltaBank(nn.Module):
         self.running = None  # all that was made of it has had its gradient; a step may come now
 
     def forward(self) -> Tensor:
-        """A copy of the bank. Called, not read, where DeepSpeed ZeRO-3 gathers a module's parameters for that."""
+        """A copy of the bank. `split` calls this because ZeRO-3 gathers a module's parameters when it is called."""
         return self.weight.clone()
 
     def begin_forward(self, model: nn.Module, adapter: str) -> None:
@@ -176,12 +176,13 @@ class DeltaBank(nn.Module):
             self._views(self.layout())
 
     def refuse_deltas_without_blocks(self, adapter: str) -> None:
-        """Of a copy that was made before the selection, and is updated by its parameters alone."""
+        """Raise ValueError for deltas that have no blocks, as in a copy updated by its parameters alone."""
         may_be = self.is_selected or not self.config.init_weights or self.weight.device.type == "meta"
         if not may_be and self.local().any():
             raise ValueError(
-                f"The deltas of adapter {adapter!r} are not zero, and it has no blocks: they would do nothing. Of a "
-                "copy made before the selection copy the buffers, too: copy.load_state_dict(model.state_dict())."
+                f"The deltas of adapter {adapter!r} are not zero, and it has no blocks: they would do nothing. If "
+                "this is a copy from before the selection, copy the buffers, too: "
+                "copy.load_state_dict(model.state_dict())."
             )
 
     def local(self) -> Tensor:
@@ -246,10 +247,10 @@ class DeltaBank(nn.Module):
         return layout
 
     def _plans(self, layout: Layout, device: torch.device) -> list[ops.Plan | None]:
-        """Of each target its plan on a device.
+        """Each target's plan on a device; None where it has no blocks.
 
-        Where the modules beside one another, which may read one input, would keep as much of it as there is or more,
-        each keeps the input itself: one tensor for all of them, and never more than LoRA keeps.
+        Sibling modules may read one input. Where the columns that they would keep add up to all of it or more, each
+        keeps the input itself: one tensor for all of them, never more than LoRA keeps.
         """
         if device in layout.plans:
             return layout.plans[device]
@@ -464,7 +465,7 @@ def _forget_layout(bank: DeltaBank, *_: object) -> None:
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """One parameter that many checkpointed segments use is more than DDP and ZeRO take from the reentrant kind."""
+    """Raise ValueError: DDP and ZeRO cannot train one parameter in many segments of reentrant checkpointing."""
     if not (model.training and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     reentrant = False

@@ -112,8 +112,8 @@ class SMTWarmupCallback(TrainerCallback):
 def _refuse_to_train_without(
     deltas: nn.Parameter, adapter: str, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Where an optimizer holds copies, as one that offloads does, that of the deltas has their shape; where it holds
-    nothing of the model, as one that steps in the backward does, nothing can be told."""
+    """Raise ValueError where the optimizer lacks the deltas. One that offloads holds copies: that of the deltas has
+    their shape. One that steps in the backward holds nothing of the model, and passes."""
     zero = getattr(optimizer, "optimizer", None)  # DeepSpeed's, whose groups have parts of parameters
     groups = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None)  # ZeRO-2's, ZeRO-3's
     groups = groups or [group["params"] for group in (optimizer.param_groups if optimizer else [])]
@@ -136,8 +136,8 @@ def _refuse_checkpoint_of_another(checkpoint: str | None, adapter: str) -> None:
         places = [folder.relative_to(checkpoint).as_posix() for folder in held]
         names = ["default" if place == "." else place for place in places]
         raise ValueError(
-            f"{checkpoint} does not hold the adapter {adapter!r}, but {', '.join(sorted(names))}: it would begin anew "
-            f"in the middle. Resume with get_peft_model(model, config, adapter_name={names[0]!r}) and "
+            f"{checkpoint} does not hold the adapter {adapter!r}, but {', '.join(sorted(names))}: the adapter would "
+            f"start untrained in mid-run. Resume with get_peft_model(model, config, adapter_name={names[0]!r}) and "
             f"SMTWarmupCallback({names[0]!r}), or train without resume_from_checkpoint."
         )
 
@@ -195,9 +195,9 @@ class _Batches:
 
 @contextlib.contextmanager
 def _lent(trainer: Trainer) -> Iterator[None]:
-    """Leave no trace in what a Trainer counts and logs: its attributes are what they were, and what a loss of one's
-    own appends to or counts in gets its contents back, for others may hold the same objects. No copy is lent, because
-    a method that was replaced may be bound to the Trainer itself."""
+    """Leave no trace in what a Trainer counts and logs: its attributes are put back, and so are the contents of what a
+    custom loss appends to or counts in, since others may hold the same objects. No copy of the Trainer is used,
+    because a replaced method may be bound to the Trainer itself."""
     held, own = vars(trainer), set(trainer.model.modules())
     undo = [partial(refill, held, dict(held))]
     for name, value in held.items():

@@ -1,7 +1,7 @@
-"""Checkpoints of models: their folders, local or of the hub, their safetensors files, and what is called how in them.
+"""Checkpoints of models: their folders, local or on the hub, their safetensors files, and the names of their tensors.
 
-What a tensor of a checkpoint is called in the model, and whether it is stored as it is used, transformers knows: an
-empty model (on the meta device) and its rules for renaming and converting tell.
+Only transformers knows a stored tensor's name in the model, and whether it is stored as the model uses it: both are
+found from an empty model (on the meta device) and its rules for renaming and converting.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def combine(adapters: Sequence[StoredAdapter], weights: Sequence[float], method:
         rows, cols = grid.taken.nonzero().unbind(1)
         mixed = method.mix(deltas, torch.tensor(factors, dtype=deltas[0].dtype, device="cpu"))
         if not mixed.isfinite().all():
-            raise ValueError(f"The sum in {name} has NaN or infinite values: of an adapter, or by its weights.")
+            raise ValueError(f"The sum in {name} has NaN or infinite values, from an adapter or from the weights.")
         combined[name] = Blocks(grid.rows[rows], grid.cols[cols], mixed)
     return combined
 

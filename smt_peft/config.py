@@ -53,9 +53,9 @@ class SMTConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None  # which layers to adapt; default: all
     layers_pattern: list[str] | str | None = None  # name of the module list that `layers_to_transform` counts in
     modules_to_save: list[str] | None = None  # trained and saved whole, such as a new classifier
-    # Single rows of the embedding, such as those of new tokens, trained by themselves: of the input's, or by module.
+    # Embedding rows trained by themselves, such as new tokens'. A list: of the input embedding; a dict: by module.
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    bias: Bias = "none"  # which are trained; 'smt_only': those of the targets
+    bias: Bias = "none"  # which biases are trained; 'smt_only': those of the targets
     init_weights: bool = True  # True: the delta starts at zero. False: small random values, for tests of other code
     block_size: int | Literal["auto"] = (
         "auto"  # 'auto': the largest power of two, at most 256, that divides every side
@@ -72,7 +72,7 @@ class SMTConfig(PeftConfig):
     # What a block is. 'tiles': neighbouring rows by neighbouring columns (the paper). 'sorted': rows and columns are
     # put into the order of their importance first, so that a block is important rows by important columns.
     arrangement: Arrangement = "tiles"
-    score: Score = "abs_mean"  # of a block with gradient g: mean |g| (in the paper), |mean g|, sum |g| or the l2 norm
+    score: Score = "abs_mean"  # mean |g|, g the gradient (paper); 'mean_abs': |mean g|; 'l1': sum |g|; 'l2': l2 norm
     accumulation: Accumulation = "absolute"  # mean of every iteration's score; 'signed': score of the mean gradient
     warmup_steps: int = 100  # batches that the warm-up looks at
     seed: int = 0  # of selection='random'
@@ -109,8 +109,8 @@ class SMTConfig(PeftConfig):
         return config
 
     def record(self, blocks: Mapping[str, Sequence] | None) -> Selection | None:
-        """The selection that these blocks are of, if it is known: its own, or what lies beside the file that it was
-        read from."""
+        """The Selection that chose these blocks, if known: `made_by`, or the one saved beside the weights that the
+        config was read with."""
         if self.made_by is None and self.read_beside is not None:
             with contextlib.suppress(FileNotFoundError, ValueError):  # none, or a broken one
                 found = Selection.load(self.read_beside)

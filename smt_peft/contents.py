@@ -206,8 +206,8 @@ def take_apart(tensors: Mapping[str, Tensor]) -> Parts:
 
 
 def in_order_of(targets: Sequence[Target], parts: Parts) -> Parts:
-    """The same adapter for a model that may have its targets in another order, with its blocks in that order;
-    unchanged where it has others."""
+    """The same adapter with its blocks in the order of a model's `targets`, which may not be the file's order;
+    unchanged if the targets differ."""
     held = parts.content["targets"] if parts.content else targets  # which in version 1 the model alone knows
     if sorted(held) != sorted(targets):
         return parts
@@ -267,7 +267,7 @@ def check_complete(parts: Parts, known: Iterable[str] = ()) -> None:
 def names_of(
     index: Tensor, selected: Mapping[str, Tiles | Sequence], targets: Sequence[Target] | None = None
 ) -> dict[int, list[str]]:
-    """Which targets the positions in the index may be, by a config's selection, which must be that of the index."""
+    """Position in the index -> names its target may have, by a config's selection; ValueError if the two differ."""
     index = index.detach().cpu().long()
     found = {position: _same(index[slots, 1:]) for position, slots in by_target(index).items()}
     given = {name: _same(places_in(blocks).long()) for name, blocks in selected.items()}

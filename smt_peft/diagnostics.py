@@ -19,7 +19,8 @@ FEWEST_BATCHES = 4
 def warn_of_concentration(selection: Selection) -> None:
     """Warn where modules of different inputs competed in one ranking and one kind of them took nearly all.
 
-    Among modules that read one input (q, k, v) the ranking was never clearly worse than an even share: V is no fault.
+    Modules that read one input (q, k, v) count as one kind: ranking them was never clearly worse than an even share,
+    even where V took most.
     """
     inputs = selection.inputs
     counts, locations = Counter(selection.index[:, 0].tolist()), locations_of(selection.names)
@@ -45,7 +46,7 @@ def warn_of_concentration(selection: Selection) -> None:
 
 
 def warn_of_dominant_batch(selection: Selection, warmup_steps: int) -> None:
-    """Warn where most of all scores come from one batch of the warm-up, whose last ones scored."""
+    """Warn where most of all scores come from one batch. The warm-up's last `len(batch_scores)` scored."""
     scores, used = selection.batch_scores, selection.batches - selection.skipped
     largest = max(scores)
     share = largest / (sum(scores) or 1)

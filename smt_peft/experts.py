@@ -2,8 +2,8 @@
 
 A module of experts keeps `gate_up_proj` [experts, out, in] and multiplies with it as it likes (a loop over the
 experts, a grouped or a batched matmul), so there is no one input and output to look at. What is always there is the
-weight: for the time of a forward the module sees a copy with the blocks added, whose gradient dW autograd hands back;
-the selected blocks are taken from it (or, in the warm-up, all of them scored) and it is let go.
+weight: during a forward the module sees a copy with the blocks added, and autograd returns the copy's gradient dW. The
+selected blocks are taken from dW (in the warm-up, all blocks are scored), and dW is freed.
 """
 
 from __future__ import annotations

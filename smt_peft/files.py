@@ -151,8 +151,8 @@ def blocks_of(index: Tensor, deltas: Tensor, names: Mapping[int, str]) -> dict[s
 
 
 def _named(parts: Parts, config: SMTConfig, targets: Collection[str]) -> dict[str, Tensor]:
-    """The biases and the modules trained whole, as config and manifest name them. As in loading, nothing else is taken
-    from a file; the base weight of a target that is an embedding, which PEFT saves, goes without a word."""
+    """The biases, token rows and whole modules that config and manifest name. As in loading, nothing else is taken
+    from a file; the base weight of a target embedding, which PEFT saves, is left out without a warning."""
     named, whole = {}, [f"{module}." for module in config.modules_to_save or ()]
     for key, tensor in parts.others.items():
         name = key.removeprefix(PREFIX)
@@ -174,8 +174,8 @@ def _names_in_version_1(parts: Parts, selected: Mapping, folder: str | Path) -> 
     if ambiguous or not names:
         why = f"{' and '.join(ambiguous[:2])} have the same blocks" if ambiguous else "no selected_blocks"
         raise ValueError(
-            f"Which blocks are whose cannot be told in {folder}: it has version 1 of the format, and its config has "
-            f"{why}. Load it with its model and save it again, which writes the present version."
+            f"The file in {folder} does not say which target each block is of: it has version 1 of the format (in its "
+            f"config: {why}). Load it with its model and save it again, which writes the present version."
         )
     return {position: of[0] for position, of in names.items()}
 
@@ -218,7 +218,7 @@ def write_adapter(folder: str | Path, adapter: StoredAdapter) -> None:
 
 
 def fill(bank: DeltaBank, blocks: dict[str, Blocks]) -> None:
-    """Give a bank its blocks; it stays frozen."""
+    """Give a bank its blocks; its deltas are frozen then."""
     values, index = [], []
     for position, target in enumerate(bank.targets):
         if target.name in blocks:

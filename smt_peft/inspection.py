@@ -69,8 +69,8 @@ def _norm(deltas: Iterable[Tensor]) -> float:
 def compare(folder: Path, other_folder: Path) -> dict:
     """How much of the weights two adapters both train, and how far their deltas point the same way.
 
-    Overlap is the share of entries that both train, of the larger adapter's. The cosine is that of all deltas as one
-    vector, with zeros where an adapter has no block; None where a delta is zero.
+    Overlap is the number of entries that both train over that of the larger adapter. The cosine is that of all deltas
+    as one vector, with zeros where an adapter has no block; None where one has only zeros.
 
     Raises:
         ValueError: where a target has another shape in the other.

@@ -178,6 +178,7 @@ class Linear(nn.Module, BaseTunerLayer):
         """Write the active (or named) adapters into the base weight, until `unmerge`.
 
         With `safe_merge`, raise ValueError and leave the weight alone where the result has NaN or infinite entries.
+        Raise TypeError for weights that cannot be merged into: sharded ones, and some quantised ones.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.smt_blocks]
         if not adapter_names:
@@ -325,7 +326,7 @@ def _is_plain(base_layer: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _is_looked_into(base_layer: nn.Module) -> bool:
-    """Whether somebody sees what the base layer returns: by a hook of its own or of all modules, or by a forward of
-    its own, as accelerate's hooks, or that somebody gave to all Linears."""
+    """Whether other code sees the base layer's output: through a hook on it or on all modules, or a forward that was
+    replaced, on it (as accelerate does) or on all Linears."""
     has_own = "forward" in base_layer.__dict__ or (type(base_layer) is nn.Linear and nn.Linear.forward is not FORWARD)
     return bool(base_layer._forward_hooks) or has_own or any(GLOBAL_HOOKS)

@@ -159,8 +159,8 @@ def changed(key: str, tensor: Tensor, change: Change) -> Tensor:
 def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
     """Write the base model with the adapter merged into it, one shard after the other.
 
-    Shards without blocks are copied. The result is, bit for bit, that of `merge_and_unload` on the model in the stored
-    dtype, or with all of it in `dtype`.
+    Shards that nothing changes are copied; `dtype` changes all. The result is, bit for bit, that of `merge_and_unload`
+    on the model in the stored dtype, or in `dtype`.
 
     Returns:
         How many shards were rewritten and copied, and how many tensors changed.
@@ -205,7 +205,7 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
 
 
 def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """The same through the whole model in memory: whatever transformers can load, and adapters of any method."""
+    """`merge_files` with the whole model in memory: for all that transformers loads, and adapters of any method."""
     check_is_new(out)
     notes, model = _notes(adapter, base), load_model(adapter, base, dtype)
     if not hasattr(model.base_model, "merge_and_unload"):

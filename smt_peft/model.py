@@ -140,8 +140,8 @@ class SMTModel(BaseTuner):
             what = "is sharded" if is_sharded(weight) else f"has the shape {tuple(weight.shape)}"
             raise TypeError(
                 f"Target parameter {key} {what}; SMT trains blocks of whole parameters with two dimensions or more. "
-                "Take it out of target_parameters; where it is target_modules that means it, by 'all-linear' or by a "
-                "name that experts once had, name other modules."
+                "Take it out of target_parameters; if target_modules named it, by 'all-linear' or by a "
+                "name that experts once had, name other modules there."
             )
         if weight.dtype not in FLOATS:
             raise TypeError(
@@ -214,17 +214,18 @@ class SMTModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: combining.MajoritySignMethod = "total",
     ) -> None:
-        """Add an adapter that combines others, as PEFT's; it is neither active nor trained until you say so.
+        """Add an adapter that combines others, as PEFT's does; it is neither active nor trained until you say so.
 
-        The adapters may have blocks of different sizes, arrangements and targets. Nothing but the new adapter changes.
+        The adapters may have blocks of different sizes, arrangements and targets. Nothing but the new adapter changes;
+        if its name is taken, this only warns.
 
         Args:
             adapters: their names.
             weights: one for each, of any sign.
             adapter_name: of the new one.
-            combination_type: 'linear': the weighted sum, exactly. 'magnitude_prune', 'dare_linear': the sum of what
-                pruning leaves, of the largest values or of random ones (these scaled by 1 / density). 'ties',
-                'dare_ties': of that, entry by entry, the mean of the values with the majority's sign.
+            combination_type: 'linear': the exact weighted sum. 'magnitude_prune', 'dare_linear': the sum after
+                pruning, which leaves the largest values, or random ones scaled by 1 / density. 'ties', 'dare_ties':
+                after that pruning, entry by entry, the mean of the values with the majority's sign.
             density: the share that pruning leaves of each adapter's values, counted in its own blocks per target; not
                 for 'linear'.
             majority_sign_method: whether the sign is elected by the sum of the values ('total'), or by counting signs.

@@ -22,9 +22,9 @@ OVERFLOWS = 10  # in a row: more than float16's loss scaler needs to find its sc
 
 
 class SMTMonitorCallback(TrainerCallback):
-    """Warns, once, where a run diverges: of gradient norms in the Trainer's log that are not finite or leap, and of
-    deltas that are not finite, at every save and in the end. Refuses to resume from a checkpoint that is half written.
-    In a distributed run give it to every rank: to look at the deltas is a collective operation.
+    """Warns once if a run diverges: if a gradient norm in the Trainer's log is not finite or leaps, or if, at a save
+    or in the end, deltas are not finite. Resuming from a half-written checkpoint raises FileNotFoundError. In a
+    distributed run give it to every rank: looking at the deltas is a collective operation.
 
     Args:
         adapter_name: whose deltas to look at.

@@ -112,7 +112,7 @@ class BlockMuon(torch.optim.Optimizer):
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """For each of the square matrices, float [n, b, b], nearly the closest orthogonal one: U V^T of its SVD.
 
-    A zero matrix stays zero. Runs in float32, in bfloat16 on CUDA, where the iteration is stable and much faster.
+    A zero matrix stays zero. Runs in float32 or better; on CUDA in bfloat16, which is stable here and much faster.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))  # squares of small numbers underflow in others

@@ -48,12 +48,12 @@ FINEST = 1 / 75  # two pixels, or selected blocks would not be seen
 def plot_selection(selection: Selection, path: str | Path | None = None) -> Figure:
     """Draw every target module as a grid of its blocks: the darker, the higher the score; in colour, the selected.
 
-    There is a row of modules for each module type (q_proj, ...) and a column for each layer, as few abreast as
-    fit the page. All modules are of one width, and on one logarithmic scale from the 5th to the 99th percentile of the
-    scores. Where blocks are too fine to be seen, several share a cell, which shows the best of them. The numbers above
-    a module are its selected blocks and all its blocks. Sorted blocks lie in the order of their rows and columns, the
-    most important first. The selection must have its scores, as `select_blocks` gives it and
-    `SMTWarmupCallback.selection` keeps it.
+    There is a row of modules for each module type (q_proj, ...) and a column for each layer: eight abreast, or as
+    many more as the height of the page demands. All modules have one width, and one logarithmic scale from the 5th to
+    the 99th percentile of the scores. Where blocks are too fine to be seen, several share a cell, which shows the best
+    of them. Above a module, if there is room, are the numbers of its selected blocks and of all. Sorted blocks lie in
+    the order of their rows and columns, the most important first. A selection without scores raises ValueError: use
+    that of `select_blocks` or `SMTWarmupCallback.selection`.
     """
     if selection.scores is None:
         raise ValueError("This selection has no scores to draw; select_blocks() gives one that has them.")

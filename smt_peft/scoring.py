@@ -2,7 +2,8 @@
 
 Gradient scores come from activations, not from `weight.grad`: a node behind each target layer keeps x and receives dY,
 and a custom op forms dW = dY^T x a row of blocks at a time, reduces it to scores and drops it. Nothing needs
-`requires_grad` on a base weight, so quantised and sharded models work, and memory is one float per block. A layer
+`requires_grad` on a base weight, so quantised and sharded models work, and memory is one float per block (but for
+signed sums, see `ScoreCollector`, and for experts, whose dW is formed whole). A layer
 scores once a batch under every kind of checkpointing: only one node for each forward sees a backward.
 """
 
@@ -22,8 +23,8 @@ from smt_peft import ops
 from smt_peft.experts import ParamWrapper
 from smt_peft.selection import Lines, sort_lines
 
-# The share of a batch's longest gradient of a token up to which there is none but for rounding, as for padding and for
-# the query of a first token, which attends to itself alone.
+# Up to this share of the longest gradient in a batch, a token's gradient is rounding alone: that of padding, or of the
+# query of a first token, which attends to itself alone.
 ROUNDED = 1e-5
 MOST_WIDENED = 2**24  # values of an expert's gradient that are float32 at a time
 
@@ -108,7 +109,7 @@ class Collector:
         self.inputs[position] = self._last[1]
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Of the training's own loss, which alone counts: one may have been differentiated for its sake before."""
+        """Differentiate the loss. Only this backward counts: computing the loss may have run one of its own."""
         self._is_backward, self._is_helpable = True, self.scale > 1 and bool(loss.isfinite().all())
         before = [(leaf, leaf.grad) for leaf in _leaves(loss)]  # of what is trained beside the model
         for leaf, _ in before:
@@ -250,8 +251,8 @@ class ScoreCollector(Collector):
 
 class FeatureCollector(Collector):
     """How much the rows and columns of each target matter: the norms of dY and of x over the tokens of a batch that
-    have a gradient, for which no dW is formed; where there is only that, its own norms. Modules that read one input
-    rank its columns alike, by the sum of what each of them says."""
+    have a gradient, which needs no dW; of a parameter, which has dW alone, the norms of its rows and columns. Modules
+    that read one input rank its columns alike, by the sum of their norms."""
 
     def measure(self, position: int, dy: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
         if x is None:  # of all experts at once: no float32 copy

@@ -33,12 +33,12 @@ class Selection:
         index: int32 [num_blocks, 3] of (position in `names`, block row, block column); of a sorted arrangement, in the
             order of `lines`.
         scores: the scores it was made from, one float32 [block rows, block columns] per target, where there were any.
-        batch_scores: per batch that scored, the sum of its scores, in a distributed run over all ranks; 0 where it was
-            skipped.
+        batch_scores: per batch that scored, the sum of the absolute values that it added, over all ranks; 0 where it
+            was skipped.
         skipped: how many batches had a gradient that is not finite.
         lines: of a sorted arrangement, the rows and columns of each target's blocks.
-        groups: (positions in `names`, budget) of those that shared a budget; that of `num_blocks` is the last.
-        patterns: how many of them are of `num_blocks_pattern`.
+        groups: (positions in `names`, budget) of targets that share a budget; the group of `num_blocks` is the last.
+        patterns: how many of the groups are from `num_blocks_pattern`.
         inputs: a number per target, equal where targets read one input.
         scope: who competed within a group.
         base_parameters: of the model, for `trainable_ratio`.

@@ -34,8 +34,8 @@ def select(
         are ranked together and whose scores are all zero get none.
 
     Raises:
-        ValueError: where a score is not finite, where all scores of a group are equal to zero, or where a budget is
-            above the number of blocks.
+        ValueError: where a score is not finite, no score of a group is above zero, or a budget is above the number of
+            blocks that may be selected.
     """
     chosen = [torch.zeros(score.shape, dtype=torch.bool, device="cpu") for score in scores]
     for members, budget in groups:

@@ -24,10 +24,10 @@ FSDP = "_fsdp_wrapped_module."  # what FSDP's first version puts before names of
 def to_save(
     model: nn.Module, config: SMTConfig, adapter: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Of a model's state dict what belongs to an adapter, but for modules that are saved whole, which PEFT adds.
+    """The adapter's part of a model's state dict, without the modules that are saved whole, which PEFT adds.
 
     Raises:
-        KeyError: where the deltas are not there.
+        KeyError: where the state dict lacks the deltas.
     """
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
     config.selected_blocks = bank.selected_blocks()
@@ -52,8 +52,8 @@ def to_save(
 def to_load(
     model: nn.Module, config: SMTConfig, adapter: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Of what a file holds the adapter's own, by the model's keys. All files are checked here, before any of their
-    values is used.
+    """Those tensors of a file that are the adapter's, under the model's keys. Every file is checked here before any of
+    its values is used.
 
     Raises:
         ValueError: where the file is broken, or does not belong to this model and config.

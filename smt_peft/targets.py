@@ -50,8 +50,8 @@ def default_modules(model: nn.Module) -> set[str] | None:
 
 
 def name_experts(config: SMTConfig, model: nn.Module) -> None:
-    """Where targets are named as experts' layers once were, add the parameters into which transformers has fused them,
-    as PEFT does for LoRA; but not the router, whose few rows would make blocks small.
+    """If target_modules has names that experts' layers had before transformers fused them, add the fused parameters
+    to target_parameters, as PEFT does for LoRA; but not the router, whose few rows would make blocks small.
 
     Raises:
         ValueError: where a part of what is fused is named without the rest.

@@ -44,14 +44,15 @@ def select_blocks(
         dataloader: batches; iterated again from the start where it is shorter than `warmup_steps`.
         loss_function: (model, batch) -> scalar loss. Default: `model(**batch).loss`, the batch moved to the model.
         loss_scale: multiplies the loss, for float16; halved where a batch overflows, which is then run again.
-        avoid: adapters of the model none of whose weights are to be selected, for tasks learnt one after the other.
+        avoid: names of other adapters; no weight in their blocks is selected (for tasks learnt one after the other).
 
     Returns:
         The selection, with the scores it was made from. It is already applied.
 
     Raises:
-        ValueError: without such an adapter, where it is not active or has been trained already, where the dataloader
-            is empty, where half of the batches or more are not finite, or where every score is zero.
+        ValueError: where the adapter is missing, not active, trained already or needs no warm-up, where one to avoid
+            has no blocks, where there is no data or no loss, where half of the batches or more are not finite, or
+            where every score is zero.
     """
     bank = find_bank(model, adapter_name)
     config = bank.config
@@ -161,7 +162,7 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
 
 
 def _rule_out(other: DeltaBank, bank: DeltaBank, scores: list[torch.Tensor], lines: list[Lines] | None) -> None:
-    """Give blocks that share a weight with another adapter's a score of -1, so that none is selected."""
+    """Set the score of every block that overlaps a block of `other` to -1, so that none is selected."""
     position = {target.name: i for i, target in enumerate(other.targets)}
     for i, target in enumerate(bank.targets):
         plan = other.plan(position[target.name], torch.device("cpu")) if target.name in position else None
@@ -190,7 +191,7 @@ def _run(
                 is_done = collector.end_batch()
             if collector.skipped:
                 bar.set_postfix(skipped=collector.skipped)
-    if not collector.needs_backward:  # after which FSDP would have let go of the weights, frozen as they are now
+    if not collector.needs_backward:  # FSDP frees the gathered weights, frozen now, only after a backward
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

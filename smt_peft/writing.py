@@ -20,8 +20,8 @@ NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EXD
 
 @contextlib.contextmanager
 def written_whole(folder: Path, only_new: bool = False) -> Iterator[Path]:
-    """A new folder inside of `folder`, whose files take their places there when all of them are on the disk; with
-    `only_new` ValueError is raised instead where something else has come into `folder` meanwhile."""
+    """Yield a new folder inside `folder`. On exit its files are flushed to disk, then all move to their places in
+    `folder`; with `only_new`, ValueError is raised instead if `folder` has got other content meanwhile."""
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,8 @@ def _refuse_what_is_there(folder: Path) -> None:
 
 
 def _order(file: Path) -> tuple[bool, bool, bool]:
-    """An adapter's weights first and its config after them, between which loading compares them; a model's config,
-    without which nobody takes it for a model, last."""
+    """Sort key: an adapter's weights, then its config: loading compares them and notices a stop in between. A model's
+    config comes last: without it, nothing is taken for a model."""
     return file.name == "config.json", file.name != SAFETENSORS_WEIGHTS_NAME, file.name != CONFIG_NAME
 
 

@@ -58,8 +58,8 @@ block_scores = torch.ops.smt.block_scores.default
 def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) -> Tensor:
     """y + x @ D^T, D [out, in] being zero outside the blocks `delta`, with gradients for all three.
 
-    For backward it keeps of x what `plan.kept` says, in the narrower dtype of x and y. There is no second derivative;
-    `create_graph=True` raises RuntimeError. Nor is there one of forward mode: NotImplementedError.
+    For backward it keeps the part of x that `plan.kept` names, in the narrower dtype of x and y. A second derivative
+    (`create_graph=True`) raises RuntimeError, and forward mode NotImplementedError.
 
     Args:
         y: [..., out], the base layer's output.
@@ -77,8 +77,8 @@ def add_blocks(y: Tensor, x: Tensor, delta: Tensor, plan: Plan, in_place: bool) 
 
 
 def linear_add_blocks(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, plan: Plan) -> Tensor:
-    """`add_blocks` to x @ weight^T + bias, where neither of them is trained: both products are added in place, in
-    backward too. Where gradients are enabled. All of one dtype and device but `delta`."""
+    """`add_blocks` to x @ weight^T + bias, with weight [out, in] and bias [out] frozen: the blocks' product is added
+    in place, in backward too. Needs gradients enabled, one device, and one dtype for all but `delta`."""
     return LinearAddBlocks.apply(x, weight, bias, delta, plan)
 
 

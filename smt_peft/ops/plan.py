@@ -19,7 +19,7 @@ class Side(NamedTuple):
         at: [m], the block coordinate of each line, ascending: its features are `at * b` to `(at + 1) * b`. Or [m, b],
             the features of each line, in any order.
         member: [n], the line of each block.
-        place: [n], where it is: its block coordinate, `at[member]`; of features in any order, `member`.
+        place: [n], where each block is: its coordinate, `at[member]`; where `at` is [m, b], `member`.
         order: [n], the blocks in the order of their lines.
         starts: [m + 1], where the blocks of each line start in `order`.
         features: [n * b], the features of each block, where lines are named by theirs; else empty.
@@ -41,8 +41,8 @@ class Plan(NamedTuple):
         inner: along the input features.
         kept: along the input features that are kept for backward: `inner` where the input itself is kept, otherwise
             its lines, one after the other.
-        read: along the output features that backward reads: `out`; of features in any order, its lines, one after the
-            other, as they are copied out for that.
+        read: along the features of dY that backward reads: `out`; but where `out.at` is [m, b], these lines one after
+            the other, as backward copies them out first.
         gathers: whether the lines that are read are copied out of the input, so that the rest of it need not be kept.
         in_order: whether block i is on line i of `kept`, so that nothing need be looked up.
     """

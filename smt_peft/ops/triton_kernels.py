@@ -386,8 +386,8 @@ def block_scores(dy: Tensor, x: Tensor, block_size: int, score: str) -> Tensor:
 
 def _by_line(matrix: Tensor, side: Side, block_size: int) -> tuple[Tensor, Tensor]:
     """A matrix to read blocks' features from, and each block's line there. Features in any order are copied out first:
-    read one by one in a product, nothing of them is on its way while the product is computed, and written so, their
-    many addresses take the registers that it needs."""
+    a product that reads them one by one cannot load ahead while it computes, and one that writes them so lacks the
+    registers that their addresses take."""
     return matrix if side.at.ndim == 1 else gather(matrix, side.at, block_size), side.place
 
 
@@ -400,11 +400,12 @@ def _launch(
     constants: tuple,
     grid: Callable[[dict], tuple[int, int, int]],
 ) -> None:
-    """Launch a kernel whose parameters are, in this order, these and what is tuned. `places` are int64.
+    """Launch a kernel whose parameters are, in this order, the arguments from `tensors` to `constants`, then the tuned
+    ones. `places` are int64.
 
-    Triton tunes and compiles it, and looks up what it compiled anew at every launch, which takes the host longer than
-    most kernels take the device. So what it found is kept, for all that it compiles for: the device, the constants,
-    and of the arguments that are not exempt (`_UNSPECIALIZED`) the dtype and whether 16 divides them.
+    Triton looks up its compiled kernel at every launch, which takes the host longer than most kernels take the device.
+    So the kernel is kept in `_ready`, under all that Triton compiles for: the device, the constants, and, of arguments
+    that are not exempt (`_UNSPECIALIZED`), the dtype and whether 16 divides them.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
