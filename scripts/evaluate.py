@@ -203,12 +203,15 @@ def main(argv: list[str]) -> dict:
         notes = complete(options)
         settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
         settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
-        # Of the main process's disk, which others may not see.
-        [results] = broadcast_object_list([open_results(output, settings) | {"notes": notes}])
+        # The main process alone reads: others may not see its disk.
+        results = open_results(output, settings) | {"notes": notes} if state.is_main_process else {}
+        [results] = broadcast_object_list([results])
         tasks = [task for task in choose(options.tasks) if task.name not in results["tasks"]]
         todo = {task: rows_to_test(task, options) for task in tasks}
         files = {task: answers_file(output, task.name, ".unfinished") for task in todo}
-        kept = [Unfinished(files[task], rows, settings, run) for task, (rows, _) in todo.items()]
+        kept = []
+        if state.is_main_process:
+            kept = [Unfinished(files[task], rows, settings, run) for task, (rows, _) in todo.items()]
         [kept] = broadcast_object_list([kept])
         so_far = dict(zip(todo, kept, strict=True))
     if todo:

@@ -166,7 +166,7 @@ def read_model(o: Options) -> Model:
         raise SystemExit(f"model is {o.model!r}, whose config ({config.model_type}) {why}, but what is known here are "
                          "dense, LLaMA-like layers; measure a step, or name the nearest shape")  # fmt: skip
     linear = {name: m for name, m in shell.named_modules() if isinstance(m, nn.Linear)}
-    names = o.target_modules or sorted(default_modules(shell) or ())
+    names = o.target_modules or sorted(default_modules(shell, config.model_type) or ())
     if names == ["all-linear"]:
         names = {name.rpartition(".")[2] for name, m in linear.items() if m is not shell.get_output_embeddings()}
     sides = {n: (m.out_features, m.in_features) for n, m in linear.items() if n.rpartition(".")[2] in names}

@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command."""
     commands = parser()
     given = sys.argv[1:] if argv is None else argv
-    args = commands.parse_args([re.sub(r"^-[\d.]+e", r" \g<0>", word) for word in given])  # else -1e-3 is an option
+    args = commands.parse_args([re.sub(r"^-[\d.]+[eE]", r" \g<0>", word) for word in given])  # else -1e-3 is an option
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # for those who write code, not for those who run it

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
-from peft.utils import CONFIG_NAME
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
@@ -46,8 +47,9 @@ class SMTWarmupCallback(TrainerCallback):
 
     Raises:
         ValueError: when training begins, where the adapter has other blocks than the given selection's, where the
-            optimizer does not have its deltas, where the data can be read only once, where `avoid` stands beside a
-            selection or a rule that needs no warm-up, and for what `select_blocks` refuses.
+            checkpoint to resume from holds other adapters alone, where the optimizer does not have its deltas, where
+            the data can be read only once, where `avoid` stands beside a selection or a rule that needs no warm-up,
+            and for what `select_blocks` refuses.
     """
 
     def __init__(self, adapter_name: str = "default", selection: Selection | None = None, avoid: Sequence[str] = ()):
@@ -70,7 +72,9 @@ class SMTWarmupCallback(TrainerCallback):
             _warn_of_cast_deltas(model, bank.weight, self.adapter_name)
         trainer, resumed = calling_trainer()
         self.selection = self._given
-        _refuse_checkpoint_of_another(resumed, self.adapter_name)
+        is_loaded_by_name = trainer and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+        if resumed and is_loaded_by_name and isinstance(model, PeftModel):
+            _refuse_checkpoint_of_others(resumed, self.adapter_name)
         if self.avoid and not config.needs_warmup:
             raise ValueError(
                 f"avoid={[*self.avoid]} is for a warm-up, and selection={config.selection!r} needs none: the blocks "
@@ -84,8 +88,7 @@ class SMTWarmupCallback(TrainerCallback):
                     "no data) than those of SMTWarmupCallback(selection=...). Leave one of the two out."
                 )
             if self._given is None:
-                record = _record_beside(resumed, self.adapter_name)
-                self.selection = record if record and record.has_blocks(blocks) else config.record(blocks)
+                self.selection = _record_beside(resumed, self.adapter_name, blocks) or config.record(blocks)
             config.made_by, config.selected_blocks = self.selection, blocks
             return
         if self._given is not None:
@@ -129,27 +132,26 @@ def _refuse_to_train_without(
         )
 
 
-def _refuse_checkpoint_of_another(checkpoint: str | None, adapter: str) -> None:
-    """Trainer loads the adapters that it finds in a checkpoint, and goes on with whatever the others are."""
-    held = [file.parent for file in Path(checkpoint).rglob(CONFIG_NAME)] if checkpoint else []
-    if held and _folder_of(checkpoint, adapter) not in held:
-        places = [folder.relative_to(checkpoint).as_posix() for folder in held]
-        names = ["default" if place == "." else place for place in places]
+def _refuse_checkpoint_of_others(checkpoint: str, adapter: str) -> None:
+    """Raise ValueError where Trainer, which takes the name of a folder in a checkpoint for that of an adapter, has
+    loaded others from there, and left this one as it was."""
+    held = sorted(file.parent.name for file in Path(checkpoint).glob(f"*/{SAFETENSORS_WEIGHTS_NAME}"))
+    if held and (Path(checkpoint) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        held.append("default")
+    if held and adapter not in held:
         raise ValueError(
-            f"{checkpoint} does not hold the adapter {adapter!r}, but {', '.join(sorted(names))}: the adapter would "
-            f"start untrained in mid-run. Resume with get_peft_model(model, config, adapter_name={names[0]!r}) and "
-            f"SMTWarmupCallback({names[0]!r}), or train without resume_from_checkpoint."
+            f"{checkpoint} does not hold the adapter {adapter!r}, but {', '.join(held)}: the adapter would start "
+            f"untrained in mid-run. Resume with get_peft_model(model, config, adapter_name={held[0]!r}) and "
+            f"SMTWarmupCallback({held[0]!r}), or train without resume_from_checkpoint."
         )
 
 
-def _record_beside(checkpoint: str | None, adapter: str) -> Selection | None:
-    """What the warm-up left beside an adapter in a checkpoint."""
-    folder = _folder_of(checkpoint or "", adapter)
-    return Selection.load(folder) if checkpoint and (folder / SELECTION_FILE).is_file() else None
-
-
-def _folder_of(checkpoint: str, adapter: str) -> Path:
-    return Path(checkpoint, "" if adapter == "default" else adapter)  # as PEFT saves it
+def _record_beside(checkpoint: str | None, adapter: str, blocks: Mapping[str, Sequence]) -> Selection | None:
+    """What the warm-up left in a checkpoint, beside an adapter with these blocks."""
+    for folder in [Path(checkpoint, adapter), Path(checkpoint)] if checkpoint else []:
+        if (folder / SELECTION_FILE).is_file() and (record := Selection.load(folder)).has_blocks(blocks):
+            return record
+    return None
 
 
 def _refuse_what_is_read_once(dataloader) -> None:

@@ -230,10 +230,8 @@ class SMTConfig(PeftConfig):
             yield f"num_blocks={blocks} and trainable_ratio={ratio} both set the budget; give one of them."
         if self.accumulation == "signed" and self.selection != "gradient":
             yield f"accumulation='signed' needs gradients, but selection={self.selection!r} has none; use 'absolute'."
-        if self.score != "abs_mean" and self.selection in ("activation", "magnitude"):
-            yield f"score={self.score!r} is of gradients, and selection={self.selection!r} has a score of its own."
         if not isinstance(self.init_weights, bool):
-            yield f"init_weights={self.init_weights!r} is neither True (deltas of zero) nor False (random ones)."
+            yield f"init_weights={self.init_weights!r} is neither True (zeros) nor False (random); leave it out."
         if self.arrangement == "sorted" and self.selection == "diagonal":
             yield "selection='diagonal' is of tiles: sorted blocks have no diagonal. Use arrangement='tiles'."
         if self.selection == "activation" and self.target_parameters:

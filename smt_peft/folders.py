@@ -68,7 +68,7 @@ def wrap_methods() -> None:
         (PeftAdapterMixin, "load_adapter", load_adapter),
         (save_and_load, "_get_adapter_state_dict_key_prefixes", adapter_key_prefixes),
     ):
-        original = getattr(owner, name, None)
+        original = getattr(owner, name, None) if owner is save_and_load else getattr(owner, name)
         if original is not None and not hasattr(original, "_of_smt_peft"):
             setattr(owner, name, _method(wrapper, original))
 
@@ -123,9 +123,8 @@ def create_or_update_model_card(model: PeftModel, original: Callable, output_dir
     if not _has_smt(model):
         return
     card = Path(output_dir, CARD)
-    text = re.sub(
-        f"{BLOCKS}```\n.*?\n```\n", "", card.read_text(encoding="utf-8"), flags=re.DOTALL
-    )  # an earlier one's
+    text = card.read_text(encoding="utf-8") + "\n"
+    text = re.sub(f"{BLOCKS}```\n.*?\n```\n", "", text, flags=re.DOTALL).rstrip() + "\n"  # without an earlier one's
     if "import smt_peft" not in text:
         text += HOW_TO_LOAD
     if lines := _where_blocks_are(model):

@@ -74,7 +74,7 @@ class SMTModel(BaseTuner):
         if not config.awaits_weights:
             name_experts(config, model)
         if config.target_modules is None:
-            config.target_modules = default_modules(model)
+            config.target_modules = default_modules(model, self.get_model_config(model)["model_type"])
         base_parameters = count_base_parameters(model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}

@@ -42,11 +42,15 @@ TARGET_MODULES = {
 }
 
 
-def default_modules(model: nn.Module) -> set[str] | None:
-    """The names of a model's query, key and value projections; None where they are not known."""
-    known = TARGET_MODULES.get(getattr(getattr(model, "config", None), "model_type", None), USUAL_MODULES)
+def default_modules(model: nn.Module, model_type: str) -> set[str] | None:
+    """The names of a model's query, key and value projections; None where they are not known, as in a model whose
+    parts call them differently."""
+    if model_type in TARGET_MODULES:
+        return set(TARGET_MODULES[model_type])
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return set(known) if known is not USUAL_MODULES or there.issuperset(known) else None
+    others = [modules for modules in TARGET_MODULES.values() if modules != ["in_proj"]]  # Mamba's mixers have one, too
+    is_mixed = any(map(there.issuperset, others))
+    return set(USUAL_MODULES) if there.issuperset(USUAL_MODULES) and not is_mixed else None
 
 
 def name_experts(config: SMTConfig, model: nn.Module) -> None:

@@ -155,9 +155,19 @@ def _contents_as_before(part: object) -> list[Callable[[], object]]:
 
 
 def refill(container: list | deque | set | dict, contents: list | deque | set | dict) -> None:
-    """Give a container these contents and no others."""
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+    """Give a container these contents and no others; none is missing meanwhile, but in a deque."""
+    if isinstance(container, dict):
+        for key in container.keys() - contents.keys():
+            del container[key]
+        container.update(contents)
+    elif isinstance(container, set):
+        container.intersection_update(contents)
+        container.update(contents)
+    elif isinstance(container, list):
+        container[:] = contents
+    else:
+        container.clear()
+        container.extend(contents)
 
 
 @torch.no_grad()

@@ -64,7 +64,6 @@ def test_the_ratio_is_a_share_of_the_base_models_parameters(llama):
         ({"selected_blocks": {Q0: [[0, 0]]}, "trainable_ratio": 0.5}, "trainable_ratio=0.5 has no effect; drop one"),
         ({"num_blocks_pattern": [["q", 4, 5]]}, r"num_blocks_pattern=\[\['q', 4, 5\]\] is not a mapping"),
         ({"trainable_ratio": True}, r"trainable_ratio=True is not in \(0, 1\]"),
-        ({"selection": "magnitude", "score": "l2"}, "score='l2' is of gradients, and selection='magnitude' has"),
         ({"init_weights": "gaussian"}, "init_weights='gaussian' is neither True"),
         ({"seed": True}, "seed=True is not an integer of 64 bits"),
         ({"seed": 2**64}, "seed=18446744073709551616 is not an integer of 64 bits"),

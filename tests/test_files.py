@@ -750,6 +750,15 @@ def test_saving_over_an_adapter_replaces_all_of_it_and_keeps_the_card(llama, fol
         assert torch.equal(delta, deltas_of(model)[name])
 
 
+def test_a_card_says_once_where_the_blocks_are_however_often_it_is_saved(llama, tmp_path):
+    for budget in (20, 20, 12, 12):
+        wrap(llama, budget=budget).save_pretrained(tmp_path)
+        *_, last = (tmp_path / "README.md").read_text().split("## Selected blocks\n\n```\n")
+        assert last.startswith(f"SMT selected {budget} blocks") and last.endswith("\n```\n")
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## Selected blocks") == card.count("import smt_peft") == 1 and card.count("\n```") == 4
+
+
 def test_an_adapter_whose_name_is_a_path_is_saved_and_loaded_as_loras_is(llama, batches, tmp_path):
     for method in METHODS:
         model = wrap(llama, method, adapter_name="team/first")

@@ -3,12 +3,14 @@
 import random
 from collections import defaultdict, deque
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from interrupt import each_interrupt, explained_by
 from peft import PeftModel, get_peft_model
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -181,7 +183,8 @@ def test_a_loaded_adapter_skips_the_warm_up(base, make_trainer, tmp_path):
     first.model.save_pretrained(tmp_path / "adapter")
     again = make_trainer(PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True))
     again.train()
-    assert selection_of(again) is None and len(again.train_dataset.read) <= 2 * (STEPS + 1)
+    assert selection_of(again).has_blocks(bank(first).selected_blocks())  # of the record beside the adapter
+    assert len(again.train_dataset.read) <= 2 * (STEPS + 1)
     assert torch.equal(bank(first).index, bank(again).index)
     assert not torch.equal(bank(first).weight, bank(again).weight)
 
@@ -258,6 +261,42 @@ def test_a_checkpoint_of_an_adapter_of_another_name_is_refused(make_llama, make_
         trainer = make_trainer(get_peft_model(make_llama(), config), SMTWarmupCallback(), warm_up=0)
         with pytest.raises(ValueError, match=r"does not hold the adapter 'default', but mine.*adapter_name='mine'"):
             trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_default_adapter_resumes_under_another_name(make_llama, make_trainer):
+    """As with LoRA: where there is one adapter in a checkpoint, Trainer loads it whatever it is called."""
+    config = SMTConfig(block_size=16, num_blocks=12, warmup_steps=WARMUP_STEPS)
+    first = make_trainer(
+        get_peft_model(make_llama(), config), warm_up=WARMUP_STEPS, max_steps=2, save_strategy="steps"
+    )
+    first.train()
+    named = make_trainer(
+        get_peft_model(make_llama(), config, adapter_name="mine"), SMTWarmupCallback("mine"), warm_up=0
+    )
+    named.train(resume_from_checkpoint=True)
+    found, expected = named.model.base_model.model.smt_bank["mine"], bank(first)
+    assert torch.equal(found.index, expected.index) and not torch.equal(found.weight, expected.weight)
+    assert selection_of(named).blocks() == selection_of(first).blocks()
+
+
+def test_the_trainer_is_itself_again_whatever_interrupts_its_lending(base, make_trainer):
+    files = [Path(untouched.__file__), Path(callback.__file__)]
+
+    def lend(trainer) -> None:
+        with callback._lent(trainer):
+            trainer.extra, trainer.record = 1, [*trainer.record, 2]
+
+    def make() -> Trainer:
+        trainer = make_trainer(base)
+        trainer.record = [1]
+        made.append((trainer, dict(vars(trainer))))
+        return trainer
+
+    made = []
+    for trainer, place in each_interrupt(files, make, lend):
+        with explained_by(place):
+            _, before = made[-1]
+            assert vars(trainer) == before and trainer.record == [1]
 
 
 def test_what_a_killed_save_left_in_a_checkpoint_does_not_stop_a_resume(make_llama, make_trainer, tmp_path):
