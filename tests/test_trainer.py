@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict, deque
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,6 +298,16 @@ def test_the_trainer_is_itself_again_whatever_interrupts_its_lending(base, make_
         with explained_by(place):
             _, before = made[-1]
             assert vars(trainer) == before and trainer.record == [1]
+
+
+@pytest.mark.parametrize("contents", [{1: 1, 2: 2}, {1, 2}, [1, 2]], ids=["dict", "set", "list"])
+def test_a_record_lacks_nothing_while_it_is_refilled(contents):
+    """An interrupt may fall into the last time."""
+    more = {**contents, 3: 3} if isinstance(contents, dict) else type(contents)([*contents, 3])
+    refill = partial(untouched.refill, contents=contents)
+    for record, place in each_interrupt([Path(untouched.__file__)], partial(deepcopy, more), refill):
+        with explained_by(place):
+            assert {*contents} <= {*record}
 
 
 def test_what_a_killed_save_left_in_a_checkpoint_does_not_stop_a_resume(make_llama, make_trainer, tmp_path):
