@@ -73,10 +73,11 @@ def train(short):
 def sweep(short, tmp_path):
     """Run a study and give what stands in the output."""
 
-    def of(study: dict) -> list[dict]:
+    def of(study: dict, *options: str) -> list[dict]:
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-        bench_quality.main([str(tmp_path / "tiny.yaml"), "--shared", str(short), "--results", str(tmp_path)])
-        return [json.loads(text) for text in (tmp_path / "quality_tiny.jsonl").read_text().splitlines()]
+        results = tmp_path / "".join(["results", *options])
+        bench_quality.main([str(tmp_path / "tiny.yaml"), "--shared", str(short), "--results", str(results), *options])
+        return [json.loads(text) for text in (results / "quality_tiny.jsonl").read_text().splitlines()]
 
     return of
 
@@ -96,7 +97,7 @@ def test_a_method_runs_and_trains_about_as_much_as_the_budget_says(train, method
 def test_a_study_that_was_interrupted_goes_on_where_it_was(sweep, tmp_path):
     study = study_of(LoRA={"type": "lora"}, SMT=SMT | {"learning_rates": [1e-3, 1e-2]})
     first = sweep(study)
-    (tmp_path / "quality_tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
+    (tmp_path / "results/quality_tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
     again = sweep(study)
     assert again[:2] == first[:2] and [line["key"] for line in again] == [line["key"] for line in first]
 
@@ -118,6 +119,18 @@ def test_the_rate_with_the_best_validation_runs_with_the_other_seeds(sweep, monk
 
 def test_the_same_run_gives_the_same_losses(train):
     assert train(SMT)["test_loss"] == train(SMT)["test_loss"]
+
+
+def test_compiled_layers_train_as_eager_ones(short, sweep):
+    study = study_of(LoRA={"type": "lora"}, random=SMT | {"selection": "random", "scope": "module"})
+    eager = sweep(study)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = sweep(study, "--compile")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # of ten layers: alike ones share theirs
+    for one, other in zip(eager, compiled, strict=True):
+        assert other["compiled"] and one["key"] == other["key"]
+        assert other["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
 
 
 def test_the_model_of_a_testbed_is_the_same_after_a_run(train, short):

@@ -7,8 +7,9 @@ learning rates (see `Recipe` in recipes.py for what a method can be). A testbed 
 study's `own_testbeds`, with the fields of `Source`: any model and any JSON lines. All learning rates run with the
 first seed; the one with the best validation loss runs with the others, too. What is reported is the test loss of
 those, never used to choose anything. Every run is one line of RESULTS/quality_STUDY.jsonl; runs that are there already
-are skipped, so an interrupted study goes on where it was. A GPU is used where there is one. report_quality.py makes
-tables and pictures of the results.
+are skipped, so an interrupted study goes on where it was. A GPU is used where there is one; with --compile layers take
+one graph for forward and one for backward, which spares the host (small models on a GPU wait for it). report_quality.py
+makes tables and pictures of the results.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from testbeds import TESTBEDS, Options, Source, Testbed, load_testbed, measure_a
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_linear_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,12 @@ class Run:
 def main(argv: list[str]) -> None:
     parser = HfArgumentParser(Options)
     parser.add_argument("studies", nargs="+", type=Path, help="YAML files that say what to run")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each layer, for a GPU")
     options, command = parser.parse_args_into_dataclasses(argv)
     studies = {path: yaml.safe_load(path.read_text()) for path in command.studies}
     tuning = {path: planned(study) for path, study in studies.items()}  # refuses bad ones before any work
     for path, study in studies.items():
-        results = Results(Path(options.results) / f"quality_{path.stem}.jsonl")
+        results = Results(Path(options.results) / f"quality_{path.stem}.jsonl", command.compile)
         shared, known = Path(options.shared), sources(study)
         results.fill(tuning[path], f"{path.stem}, all learning rates", known, shared)
         others = best_with_seeds(tuning[path], study["seeds"][1:], results.of)
@@ -77,8 +80,8 @@ def main(argv: list[str]) -> None:
 class Results:
     """The file of a study: a line per run."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, compiled: bool):
+        self.path, self.compiled = path, compiled
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         self.of = {line["key"]: line for line in lines}
@@ -86,7 +89,7 @@ class Results:
     def fill(self, runs: list[Run], name: str, known: dict[str, Source], shared: Path) -> None:
         """Train what is missing."""
         for run in tqdm([run for run in runs if run.key not in self.of], desc=name, unit="run"):
-            self.of[run.key] = {"key": run.key, **run.line, **train(run, known, shared)}
+            self.of[run.key] = {"key": run.key, **run.line, **train(run, known, shared, self.compiled)}
             with self.path.open("a") as file:
                 file.write(json.dumps(self.of[run.key]) + "\n")
 
@@ -136,7 +139,7 @@ def planned(study: dict) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
+def train(run: Run, known: dict[str, Source], shared: Path, compiled: bool = False) -> dict:
     """Fine-tune once and measure. The order of the data depends on the seed alone, so that methods see the same."""
     testbed = load_testbed(known[run.testbed], shared, run.tokens)
     recipe = Recipe.parse(json.loads(run.settings))
@@ -151,6 +154,8 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
         heads, head_rate = testbed.modules_to_save, testbed.head_learning_rate
         optimizer = recipes.make_optimizer(recipe, model, run.learning_rate, heads, head_rate)
         start, end = (mark - step for mark in recipe.part_of(step, run.steps))  # the schedule's, from here
+        if compiled:
+            compile_layers(model)
         return model, chosen, optimizer, get_linear_schedule_with_warmup(optimizer, start + run.steps // 20, end)
 
     model, selection, optimizer, schedule = prepared(copy.deepcopy(testbed.model), 0)
@@ -164,15 +169,18 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
         with testbed.autocast():
             loss = model(**batch).loss
         loss.backward()
-        losses.append(loss.item())
+        losses.append(loss.detach())  # no look at it, for which a GPU would have to be waited for
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    losses = torch.stack(losses).tolist()
     tenth = max(1, run.steps // 10)
+    with torch.compiler.set_stance("force_eager"):  # no other graphs for a few batches of other shapes
+        measured = measure_all(testbed, model, ("validation", "test", "old", "answers"))
     return {
         "trained_parameters": trained,
-        **measure_all(testbed, model, ("validation", "test", "old", "answers")),
+        **measured,
         "train_loss": [
             round(sum(losses[i : i + tenth]) / len(losses[i : i + tenth]), 4) for i in range(0, run.steps, tenth)
         ],
@@ -181,7 +189,17 @@ def train(run: Run, known: dict[str, Source], shared: Path) -> dict:
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - started_cpu, 1),
         "torch": torch.__version__,
+        **({"compiled": True} if compiled else {}),
     }
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile the model's layers, for rows of any length. Those that are alike share a graph."""
+    model.config.use_cache = False  # else no two are: each writes into a place of its own
+    torch._dynamo.config.recompile_limit = 64  # for all methods: they run the same decoder layer
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def batches(run: Run, testbed: Testbed, count: int) -> list[dict[str, torch.Tensor]]:
