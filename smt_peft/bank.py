@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     """What follows from the index alone.
 
     Attributes:
-        index, version, values: the buffer, its version, and a copy, because DDP rewrites it at each forward.
+        index, version, values: the buffer, its version, and a copy, because older DDP rewrites it at each forward.
         counts: per target how many blocks it has; nothing before the selection.
         blocks: per target where they lie, int64 on the CPU: [n, 2] for tiles, [n, 2, b] for sorted blocks.
         plans: device -> per target its plan there; None where it has no blocks.

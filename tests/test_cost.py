@@ -316,7 +316,7 @@ def test_a_step_waits_for_the_device_no_more_than_the_floor_does(llama, batches)
 
 
 def test_an_index_that_is_written_anew_keeps_its_plans(llama):
-    """As DDP does with every buffer at every forward; other values need other plans."""
+    """As DDP of PyTorch 2.7 does with every buffer at every forward; other values need other plans."""
     bank = adapt(llama).base_model.model.smt_bank["default"]
     target = int(bank.index[0, 0])
     plan = bank.plan(target, bank.index.device)
