@@ -82,22 +82,21 @@ def _listed(bank: DeltaBank) -> torch.Tensor:
     for name in names:
         places = places_in(given[name]).long()
         if config.arrangement == "tiles":
-            places = places[(places[:, 0] * 2**31 + places[:, 1]).argsort()]
             _check_tiles(places, bank.targets[position[name]], size)
         index.append(pad(places, (1, 0), value=position[name]))
     return torch.cat(index)
 
 
 def _check_tiles(places: torch.Tensor, target: Target, size: int) -> None:
-    """Raise ValueError where sorted places, [n, 2], are not all different blocks of a target."""
+    """Raise ValueError where places, [n, 2], are not all different blocks of a target."""
     outside = ((places < 0) | (places >= places.new_tensor([target.rows, target.cols]))).any(1)
     if outside.any():
         raise ValueError(
             f"selected_blocks names block {places[outside][0].tolist()} of {short(target.name)}, which has "
             f"{target.rows} x {target.cols} blocks of {size} x {size}; fix it, or block_size."
         )
-    twice = (places[1:] == places[:-1]).all(1)
-    if twice.any():
+    different, counts = places.unique(dim=0, return_counts=True)
+    if len(different) < len(places):
         raise ValueError(
-            f"selected_blocks names block {places[1:][twice][0].tolist()} of {short(target.name)} twice; fix it."
+            f"selected_blocks names block {different[counts > 1][0].tolist()} of {short(target.name)} twice; fix it."
         )

@@ -187,6 +187,16 @@ def test_a_sum_is_an_adapter_like_any_other(base, batches, tmp_path, second):
     assert_close(outputs(model.merge_and_unload(), batches[0]), expected)
 
 
+@pytest.mark.parametrize("second", SECOND)
+def test_a_reference_of_a_sum_is_the_sum(base, second):
+    """TRL makes an adapter of the same config and fills it through the parameters' names."""
+    model = two(base, **SECOND[second])
+    model.add_weighted_adapter(["default", "second"], [1, 1], "sum")
+    model.add_adapter("ref", model.peft_config["sum"])
+    bank_of(model, "ref").weight.data.copy_(bank_of(model, "sum").weight)
+    assert_deltas(model, "ref", deltas_of(model, "sum"))
+
+
 def test_an_active_adapter_trains_on_beside_a_loaded_one(base, tmp_path):
     """A loaded adapter's config says that it is for inference, which is the sum's, but not the active one's."""
     two(base).save_pretrained(tmp_path)
