@@ -45,7 +45,7 @@ NEW_FOLDER = "folder to write; must not exist, or be empty"
 
 def info(args: argparse.Namespace) -> dict:
     """Say what an adapter is: base model, budget, where its blocks are and how they were selected, norms, size."""
-    return {"adapter": args.adapter, **describe(local_folder(args.adapter))}
+    return {"adapter": args.adapter, **describe(adapter_folder(args.adapter))}
 
 
 def plot(args: argparse.Namespace) -> dict:
@@ -53,13 +53,16 @@ def plot(args: argparse.Namespace) -> dict:
     picture = Path(args.picture)
     picture = picture if picture.suffix else picture.with_suffix(".png")  # as matplotlib has it
     with written_whole(picture.absolute().parent) as new:
-        plot_adapter(read_adapter(local_folder(args.adapter)), new / picture.name)
+        plot_adapter(read_adapter(adapter_folder(args.adapter)), new / picture.name)
     return {"adapter": args.adapter, "picture": str(picture)}
 
 
 def diff(args: argparse.Namespace) -> dict:
     """Compare two adapters: what both train, and the cosine of their deltas."""
-    return {"adapters": [args.adapter, args.other], **compare(local_folder(args.adapter), local_folder(args.other))}
+    return {
+        "adapters": [args.adapter, args.other],
+        **compare(adapter_folder(args.adapter), adapter_folder(args.other)),
+    }
 
 
 def merge(args: argparse.Namespace) -> dict:
@@ -72,7 +75,7 @@ def merge(args: argparse.Namespace) -> dict:
 
 def combine(args: argparse.Namespace) -> dict:
     """Add adapters up, each times its weight, to one adapter."""
-    folders = [local_folder(name) for name in args.adapters]
+    folders = [adapter_folder(name) for name in args.adapters]
     weights = args.weights or [1.0] * len(folders)
     check_is_new(Path(args.out))
     if args.majority_sign_method and not args.type.endswith("ties"):
@@ -128,13 +131,23 @@ def patch(args: argparse.Namespace) -> dict:
     return {"adapter": args.adapter, "base_model": base, "patch": args.out, "tensors": tensors}
 
 
+def adapter_folder(name: str, formats: Sequence[str] = ()) -> Path:
+    """An adapter's folder. What is none is refused before weights are downloaded: a model's may be large.
+
+    Args:
+        formats: of weights, beside safetensors.
+    """
+    adapter_config(local_folder(name, patterns=(CONFIG_NAME,)))
+    return local_folder(name, patterns=("*.safetensors", *formats))
+
+
 def _with_base(args: argparse.Namespace, formats: Sequence[str]) -> tuple[Path, str, Path, torch.dtype | None]:
     """The adapter's folder, its base model's name and folder, and the dtype to load it in.
 
     Args:
         formats: of weights, beside safetensors.
     """
-    adapter = local_folder(args.adapter, patterns=("*.safetensors", *formats))
+    adapter = adapter_folder(args.adapter, formats)
     about = adapter_config(adapter)
     base, revision = args.base or about.get("base_model_name_or_path"), None if args.base else about.get("revision")
     if not base:

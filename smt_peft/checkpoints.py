@@ -111,6 +111,8 @@ def local_folder(name: str, revision: str | None = None, patterns: Sequence[str]
                 break  # many repositories have the same weights in both forms
         return Path(folder)
     except Exception as error:  # of many kinds, the network's own among them, with many words
+        if isinstance(error, OSError) and error.errno:  # of the disk, which may be full
+            raise
         why = type(error).__name__
         raise ValueError(f"There is no folder {name}, and it could not be had from the hub ({why}).") from error
 
@@ -126,6 +128,11 @@ def empty_model(base: Path) -> PreTrainedModel:
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     if kind is not transformers.AutoModel and not is_model(kind):
         raise ValueError(f"The config of {base} names {config.architectures[0]}, no model that transformers has.")
+    if kind is not transformers.AutoModel and not isinstance(config, kind.config_class):
+        raise ValueError(
+            f"The config of {base} names {kind.__name__}, and is of another model ({config.model_type}); fix its "
+            "architectures."
+        )
     if hasattr(config, "quantization_config"):
         raise ValueError(f"{base} is quantised; merge into the model that it was made from.")
     with torch.device("meta"):

@@ -180,23 +180,22 @@ def merge_files(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None 
     shards = sorted(set(checkpoint.files.values()))
     touched = set(shards) if dtype else {checkpoint.files[key] for key in changes}
     check_is_new(out)
-    notes = _notes(adapter, base)
+    notes, index = _notes(adapter, base), checkpoint.index and read_json(checkpoint.index)
     with written_whole(out, only_new=True) as partial:
+        _copy(base, partial, BESIDE_WEIGHTS)  # all that may be refused comes before the long work
+        if dtype:
+            _write(_with_dtype(read_json(partial / "config.json"), dtype), partial / "config.json")
+        _copy_tokenizer_and_notes(adapter, base, partial, notes)
         size = 0  # of all tensors, where all shards are rewritten
         for name in tqdm(shards, desc="merging", unit="shard", disable=None):
             if name in touched:
                 size += _write_shard(base / name, partial / name, changes, dtype)
             else:
                 shutil.copyfile(base / name, partial / name)
-        if checkpoint.index:
-            index = read_json(checkpoint.index)
+        if index:
             if dtype:
-                index.setdefault("metadata", {})["total_size"] = size
+                index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
             _write(index, partial / SAFE_WEIGHTS_INDEX_NAME)
-        _copy(base, partial, BESIDE_WEIGHTS)
-        if dtype:
-            _write(_with_dtype(read_json(partial / "config.json"), dtype), partial / "config.json")
-        _copy_tokenizer_and_notes(adapter, base, partial, notes)
     return {
         "shards_rewritten": len(touched),
         "shards_copied": len(shards) - len(touched),
@@ -212,8 +211,8 @@ def merge_loaded(adapter: Path, base: Path, out: Path, dtype: torch.dtype | None
         raise ValueError(f"{adapter} is of a method that cannot be merged into weights.")
     with written_whole(out, only_new=True) as partial:
         _copy(base, partial, BESIDE_WEIGHTS)
-        model.merge_and_unload(safe_merge=True).save_pretrained(partial)
         _copy_tokenizer_and_notes(adapter, base, partial, notes)
+        model.merge_and_unload(safe_merge=True).save_pretrained(partial)
     return {"shards_rewritten": len(list(out.glob("*.safetensors"))), "shards_copied": 0}
 
 
@@ -282,10 +281,16 @@ def _copy_tokenizer_and_notes(adapter: Path, base: Path, out: Path, notes: dict 
 def _copy(source: Path, target: Path, patterns: list[str], code: bool = True) -> None:
     """Copy the files of these names."""
     root = source.resolve()
+    places = [root, root.parent.parent / "blobs"]  # of a file of the folder, and of the hub's cache
+    shared = root.parent.parent.parent / "blobs"  # of all its repositories
+    if (shared / ".huggingface-shared-blobs").is_file():
+        places.append(shared)
     for path in {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}:
-        places = (root, root.parent.parent / "blobs")  # of a file of the folder, and of the hub's cache
         if not any(path.resolve().is_relative_to(place) for place in places):
-            raise ValueError(f"{path} is a link to {path.resolve()}, outside of its folder; refused.")
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside of its folder; refused. Copy the folder with what its "
+                f"links name: cp -rL {source} COPY."
+            )
         if code or path.suffix != ".py":
             shutil.copyfile(path, target / path.name)
 

@@ -172,6 +172,9 @@ def test_the_folder_above_an_adapter_and_a_base_model_that_is_gone_get_the_way_o
     save(tmp_path, llama)
     assert f"There is one in {tmp_path / 'adapter'}." in refused("info", tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(checkpoints, "snapshot_download", full)
+    assert "No space left on device" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
     monkeypatch.setattr(checkpoints, "snapshot_download", Mock(side_effect=OSError))
     words = ["merge", tmp_path / "adapter", "--out", tmp_path / "out"]
     assert f"{tmp_path / 'adapter'} names it as its base model; --base names another" in refused(*words)
@@ -199,6 +202,55 @@ def test_a_base_in_the_hubs_cache_is_merged(llama, tmp_path, run):
         (repo / "snapshots/abc" / file.name).symlink_to(Path("../../blobs") / file.name)
     run("merge", tmp_path / "adapter", "--base", repo / "snapshots/abc", "--out", tmp_path / "out")
     assert_same(LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict(), expected)
+
+
+def test_a_file_that_the_hubs_repositories_share_is_copied(llama, tmp_path, run, refused):
+    """huggingface_hub 2.4 keeps large files once for all of them."""
+    save(tmp_path, llama)
+    (tmp_path / "base/tokenizer.model").write_text("words")
+    store, repo = tmp_path / "hub/blobs", tmp_path / "hub/models--a--b"
+    (store / "ab").mkdir(parents=True)
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "snapshots").mkdir()
+    (tmp_path / "base").rename(repo / "snapshots/abc")
+    (repo / "snapshots/abc/tokenizer.model").rename(store / "ab/abcdef")
+    (repo / "blobs/1").symlink_to("../../blobs/ab/abcdef")
+    (repo / "snapshots/abc/tokenizer.model").symlink_to("../../blobs/1")
+    merge = ["merge", tmp_path / "adapter", "--base", repo / "snapshots/abc", "--out", tmp_path / "out"]
+    assert "outside of its folder" in refused(*merge), "any folder may be called blobs"
+    (store / ".huggingface-shared-blobs").touch()
+    run(*merge)
+    assert (tmp_path / "out/tokenizer.model").read_text() == "words"
+
+
+def test_what_cannot_be_copied_is_refused_before_any_shard_is_written(llama, tmp_path, refused, monkeypatch):
+    save(tmp_path, llama)
+    (tmp_path / "base/config.json").rename(tmp_path / "config.json")
+    (tmp_path / "base/config.json").symlink_to(tmp_path / "config.json")
+    monkeypatch.setattr(merging, "_write_shard", None)
+    assert f"cp -rL {tmp_path / 'base'} COPY" in refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+
+
+def test_a_model_of_the_hub_is_no_adapter_before_its_weights_come(llama, tmp_path, refused, monkeypatch):
+    llama.save_pretrained(tmp_path)
+    asked = []
+
+    def download(name, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    for words in (["info", "a/b"], ["plot", "a/b", tmp_path / "p.png"], ["merge", "a/b", "--out", tmp_path / "out"]):
+        assert "is no adapter" in refused(*words)
+    assert "*.safetensors" not in asked
+
+
+def test_a_config_that_names_another_models_class_is_refused(llama, tmp_path, refused):
+    save(tmp_path, llama)
+    file = tmp_path / "base/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["GPT2LMHeadModel"]}))
+    message = refused("merge", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert "names GPT2LMHeadModel, and is of another model (llama)" in message
 
 
 def test_a_merge_copies_neither_an_adapters_code_nor_what_it_links_to(llama, tmp_path, refused, run):
