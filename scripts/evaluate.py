@@ -26,7 +26,7 @@ from answering import PROTOCOLS, generate, most_likely, too_long
 from command_line import in_a_line, read_options
 from finetune import STDLIB, check_dtype, load_model, parse_quantization
 from scores import Unfinished, answers_file, newest_weights, open_results, save, score, table
-from tasks import Task, choose, load_test_rows, training_data
+from tasks import Task, choose, load_test_rows, training_data_of
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
@@ -107,17 +107,19 @@ def complete(options: Options) -> list[str]:
     """Fill in what the folders of adapter and model say of base model and training data, and give notes on them."""
     notes = []
     if options.adapter:
-        named = adapter_config(local_folder(options.adapter)).get("base_model_name_or_path")
-        options.model = options.model or named
-        if not options.model:
+        about = adapter_config(local_folder(options.adapter))
+        named, revision = about.get("base_model_name_or_path"), about.get("revision")
+        if not (options.model or named):
             raise ValueError(f"{options.adapter} does not say what its base model is; give it with --model")
-        if named and Path(named).resolve() != Path(options.model).resolve():  # no error: it may be a copy
+        if not options.model:
+            options.model = str(local_folder(named, revision, ("*.safetensors", "*.bin"))) if revision else named
+        elif named and Path(named).resolve() != Path(options.model).resolve():  # no error: it may be a copy
             notes.append(f"{options.adapter} was made for {named}, and stands on {options.model} here")
     if options.trained_on:
         return notes
-    learnt = training_data(local_folder(options.adapter) if options.adapter else options.model)
+    learnt = training_data_of(options.adapter or options.model)
     if learnt is not None:  # and what an adapter's base model has learnt, if that was itself trained by these scripts
-        learnt = dict.fromkeys([*learnt, *(training_data(options.model) or [])])
+        learnt = dict.fromkeys([*learnt, *(training_data_of(options.model) or [])])
         options.trained_on = ",".join(name for name in learnt if name not in STDLIB) or "none"
     elif options.adapter:
         raise ValueError(

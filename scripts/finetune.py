@@ -37,7 +37,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from scores import write_whole
 from stdlib_text import documentation, questions, source_code
-from tasks import TRAINING_DATA, prompt, training_data
+from tasks import TRAINING_DATA, prompt, training_data, training_data_of
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -82,6 +82,8 @@ OF_NO_RESULT = (
     "hub",
     "local",
 )
+# How settings begin that a checkpoint holds itself, so that others would be said of the result and not be used.
+KEPT = ("options", "seed", "learning_rate", "weight_decay", "adam", "optim")
 LEAST_NEW_TOKENS = 60  # of an answer; as many as that of the right one, if that is longer
 
 
@@ -350,15 +352,15 @@ def loss_per_token(of_rows: EvalPrediction) -> dict[str, float]:
 
 class TrainingDataNote(TrainerCallback):
     """Names the training data beside the weights, in every checkpoint, so that tests on these rows are noticed; and
-    how many rows were learnt, so that a run that goes on holds out the same."""
+    how many rows were learnt, and how, so that a run that goes on holds out the same and says the same of itself."""
 
-    def __init__(self, options: Options, rows: int):
-        earlier = training_data(options.model) or []
-        note = {"train": list(dict.fromkeys([*earlier, options.data])), "rows": rows}
+    def __init__(self, options: Options, rows: int, settings: dict):
+        earlier = training_data_of(options.model) or []
+        note = {"train": list(dict.fromkeys([*earlier, options.data])), "rows": rows, "settings": settings}
         self.text = json.dumps(note) + "\n"
 
     def write(self, folder: str | Path) -> None:
-        Path(folder, TRAINING_DATA).write_text(self.text, encoding="utf-8")
+        write_whole(Path(folder, TRAINING_DATA), self.text)
 
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -376,7 +378,7 @@ def fine_tune(
 ) -> tuple[dict, torch.Tensor]:
     """Train one adapter, or all weights, and save; give the numbers, and the trained model's logits for a prompt."""
     transformers.set_seed(args.seed)
-    warmup, note = SMTWarmupCallback(), TrainingDataNote(options, len(train))
+    warmup, note = SMTWarmupCallback(), TrainingDataNote(options, len(train), settings_of(method, options, args))
     model = adapted(method, load_model(options), options)
     trainer = Trainer(
         model,
@@ -605,10 +607,18 @@ def is_finished(numbers: dict, settings: dict) -> bool:
     return "logits_off_by" in numbers and numbers.get("settings") == settings
 
 
-def check_rows(checkpoint: str | None, rows: int) -> None:
-    """End with an error where a run would go on with other rows: some of those held out now may have been learnt."""
+def check_goes_on(checkpoint: str | None, rows: int, settings: dict) -> None:
+    """End with an error where a run would go on with other rows, of which some that are held out now may have been
+    learnt, or with settings in whose place the checkpoint has its own."""
     note = Path(checkpoint or "", TRAINING_DATA)
-    learnt = read_json(note).get("rows", rows) if checkpoint and note.is_file() else rows
+    said = read_json(note) if checkpoint and note.is_file() else {}
+    learnt, earlier = said.get("rows", rows), said.get("settings", settings)
+    for name in sorted(name for name in earlier | settings if name.startswith(KEPT)):
+        if earlier.get(name) != settings.get(name):
+            raise SystemExit(
+                f"{checkpoint} was trained with {name} {earlier.get(name, 'at its default')}, now it is "
+                f"{settings.get(name, 'at its default')}: go on with the same, or name another output_dir"
+            )
     if learnt != rows:
         raise SystemExit(
             f"{checkpoint} has learnt from {learnt:,} rows, and there are {rows:,} now: go on with the same data, "
@@ -643,7 +653,8 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"metric_for_best_model is {args.metric_for_best_model!r}; it can be {', '.join(metrics)}")
     if "smt" in methods:
         options.smt = {"seed": args.seed} | options.smt  # of random blocks, as of LoRA's first values
-    own_arguments = {method: arguments_of(method, options, args) for method in methods}
+    with in_a_line():
+        own_arguments = {method: arguments_of(method, options, args) for method in methods}
     datasets.disable_progress_bars()
     # PEFT's own question to Transformers; nothing that a user could change.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -662,8 +673,9 @@ def main(argv: list[str]) -> None:
             say_what_is_cut(rows, train, tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
-    for own in own_arguments.values():
-        check_rows(own.resume_from_checkpoint, len(train))
+    for method, own in own_arguments.items():
+        with in_a_line():
+            check_goes_on(own.resume_from_checkpoint, len(train), settings_of(method, options, own))
     prompts = prompts_of(parts[options.data][1], options, tokenizer)
     [earlier], results = broadcast_object_list([read_results(args)]), {}
     for method in methods:

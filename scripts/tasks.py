@@ -7,12 +7,17 @@ those of SMT's official code are known to differ, they are here, too.
 What a model was trained on stands beside its weights, in `training_data.json`: `{"train": [names or paths]}`.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from smt_peft.files import read_json
 
 RESPONSE = "### Response:"
 TOLERANCE = 0.001  # between a predicted number and the right one
@@ -211,4 +216,13 @@ def _first_file(what: str, *paths: Path) -> Path:
 def training_data(folder: str | Path) -> list[str] | None:
     """Give the training files that a folder with weights names, or None where it names none."""
     path = Path(folder, TRAINING_DATA)
-    return json.loads(path.read_text(encoding="utf-8"))["train"] if path.is_file() else None
+    return read_json(path).get("train") if path.is_file() else None
+
+
+def training_data_of(model: str) -> list[str] | None:
+    """As `training_data`, of a folder or of a repository on the hub."""
+    if Path(model).is_dir():
+        return training_data(model)
+    with contextlib.suppress(OSError, ValueError):  # no such file, repository or network
+        return training_data(Path(hf_hub_download(model, TRAINING_DATA)).parent)
+    return None

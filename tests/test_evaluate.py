@@ -9,12 +9,14 @@ from pathlib import Path
 import evaluate
 import pytest
 import scores
+import tasks
 import torch
 from answering import most_likely
 from peft import LoraConfig, PeftModel, get_peft_model
 from tasks import TASKS, load_test_rows, read_rows, training_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from smt_peft import checkpoints
 from smt_peft.__main__ import main as smt_peft
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -198,6 +200,24 @@ def test_what_the_base_model_of_an_adapter_learnt_counts_too(adapter, copy):
     (copy / "training_data.json").write_text('{"train": ["math_data_train"]}')
     options = evaluate.Options(model=str(copy), adapter=str(adapter), data="d", output="o")
     evaluate.complete(options)
+    assert options.training_files == ["boolq_train", "math_data_train"]
+
+
+def test_a_base_model_on_the_hub_says_what_it_learnt_and_has_the_adapters_revision(adapter, copy, monkeypatch):
+    (copy / "training_data.json").write_text('{"train": ["math_data_train"]}')
+    monkeypatch.setattr(tasks, "hf_hub_download", lambda name, file: str(copy / file))
+    options = evaluate.Options(model="a/b", adapter=str(adapter), data="d", output="o")
+    evaluate.complete(options)
+    assert options.training_files == ["boolq_train", "math_data_train"]
+    named = {"base_model_name_or_path": "a/b", "revision": "v1"}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | named))
+    asked = []
+    monkeypatch.setattr(
+        checkpoints, "snapshot_download", lambda *name, **how: asked.append([*name, how["revision"]]) or copy
+    )
+    options = evaluate.Options(adapter=str(adapter), data="d", output="o")
+    assert evaluate.complete(options) == [] and options.model == str(copy) and asked == [["a/b", "v1"]]
     assert options.training_files == ["boolq_train", "math_data_train"]
 
 

@@ -352,8 +352,28 @@ def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path
     assert "smt was finished earlier with these settings" in capsys.readouterr().out
     (tmp_path / "results.json").write_text('{"smt": {"logits_off_by": {}}}')  # as before there were settings
     finetune.main([*resume, "--eval_rows", "2"])
-    finetune.main([*resume, "--eval_rows", "2", "--weight_decay", "0.5"])
-    assert json.loads((tmp_path / "results.json").read_text())["smt"]["settings"]["weight_decay"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    {
+        "--weight_decay=0.5": "weight_decay at its default, now it is 0.5",
+        "--seed=7": r"options {'seed': 42, .*}, now it is {'seed': 7, ",
+    }.items(),
+)
+def test_a_run_is_not_gone_on_with_where_a_checkpoint_has_settings_of_its_own(files, tmp_path, change, words):
+    """They would be said of the result, and the checkpoint's would be used."""
+    few = ["--smt", "{num_blocks: 2, block_size: 16, warmup_steps: 1}", "--use_cpu", "--output_dir", tmp_path]
+    data = ["--model", files / "model", "--data", files / "rows.jsonl", "--eval_rows", "2"]
+    run = [str(word) for word in [*data, *few, "--save_steps", "1", "--resume_from_checkpoint", "true"]]
+    finetune.main([*run, "--max_steps", "1"])
+    with pytest.raises(SystemExit, match=words):
+        finetune.main([*run, "--max_steps", "1", change])
+    finetune.main([*run, "--max_steps", "2"])
+    assert json.loads((tmp_path / "results.json").read_text())["smt"]["settings"]["max_steps"] == 2
+    (tmp_path / "smt/checkpoint-2/training_data.json").write_text("")  # by a full disk
+    with pytest.raises(SystemExit, match=r"checkpoint-2/training_data.json cannot be read"):
+        finetune.main([*run, "--max_steps", "3"])
 
 
 def test_settings_make_no_second_arguments(tmp_path, monkeypatch):
@@ -544,8 +564,8 @@ def test_dora_is_lora_with_magnitudes(files):
 
 
 def test_what_the_base_model_was_trained_on_is_named_too(tmp_path):
-    finetune.TrainingDataNote(finetune.Options("m", "first.jsonl"), 8).write(tmp_path)
-    finetune.TrainingDataNote(finetune.Options(str(tmp_path), "second.jsonl"), 9).write(tmp_path)
+    finetune.TrainingDataNote(finetune.Options("m", "first.jsonl"), 8, {}).write(tmp_path)
+    finetune.TrainingDataNote(finetune.Options(str(tmp_path), "second.jsonl"), 9, {}).write(tmp_path)
     assert tasks.training_data(tmp_path) == ["first.jsonl", "second.jsonl"]
 
 

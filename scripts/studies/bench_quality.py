@@ -7,9 +7,9 @@ learning rates (see `Recipe` in recipes.py for what a method can be). A testbed 
 study's `own_testbeds`, with the fields of `Source`: any model and any JSON lines. All learning rates run with the
 first seed; the one with the best validation loss runs with the others, too. What is reported is the test loss of
 those, never used to choose anything. Every run is one line of RESULTS/quality_STUDY.jsonl; runs that are there already
-are skipped, so an interrupted study goes on where it was. A GPU is used where there is one; with --compile layers take
-one graph for forward and one for backward, which spares the host (small models on a GPU wait for it). report_quality.py
-makes tables and pictures of the results.
+are skipped, so an interrupted study goes on where it was. A GPU is used where there is one; with --compile layers are
+one graph each way, which spares the host (small models on a GPU wait for it). report_quality.py makes tables and
+pictures of the results.
 """
 
 from __future__ import annotations
