@@ -36,6 +36,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import contents
 from smt_peft.bank import banks_of
+from smt_peft.checks import BANK
 from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.contents import PREFIX
 from smt_peft.model import forget_unloaded
@@ -188,7 +189,10 @@ def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **option
     """PEFT's, but a load that fails leaves no adapter behind."""
     if not _has_smt(model):
         return original(model, *args, **options)
-    said = _said(original, model, *args, **options)
+    said, home = _said(original, model, *args, **options), f"base_model.model.{BANK}"
+    places = options.get("device_map")
+    if isinstance(places, dict) and not any(name in ("", home) or home.startswith(f"{name}.") for name in places):
+        options["device_map"] = {**places, home: "cpu"}  # which accelerate asks for, and LoRA has in its layers
     try:
         result = original(model, *args, **options)
     except BaseException as error:

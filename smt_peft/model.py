@@ -63,7 +63,7 @@ class SMTModel(BaseTuner):
             )
         _check_name(model, adapter_name)
         _check_rows(model, self.peft_config, adapter_name)
-        put_back, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
+        undo, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
         targeted = [*self.targeted_module_names], [*self.targeted_parameter_names]
         for name, bank in (banks or {}).items():  # for TRL, which copies the config of the one that is there
             if name != adapter_name and name in self.peft_config:
@@ -87,12 +87,14 @@ class SMTModel(BaseTuner):
             elif adapter_name in banks:
                 replaced = banks[adapter_name]
                 _take_out(model, adapter_name)
+                _take_out_of_wrappers(model, adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
         except BaseException:
             if banks is None:
                 _remove_banks(model)
-            put_back()
+            for change_back in undo:
+                change_back()
             self.targeted_module_names, self.targeted_parameter_names = targeted
             if replaced is None:
                 _take_out_of_wrappers(model, adapter_name)
@@ -105,6 +107,8 @@ class SMTModel(BaseTuner):
     ) -> None:
         if isinstance(target, Linear) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name)
+            return
+        if _is_in_wrapper(self.model, current_key):  # another adapter's whole module, which "all-linear" finds
             return
         if parameter_name is not None:
             self._wrap_parameter(adapter_name, target, target_name, parent, current_key, parameter_name)
@@ -198,7 +202,12 @@ class SMTModel(BaseTuner):
             for wrapper in self.model.modules():
                 if isinstance(wrapper, TrainableTokensWrapper) and wrapper.token_adapter.merged:
                     wrapper.token_adapter.unmerge()
+        was_tied = self.get_model_config(self.model).get("tie_word_embeddings")
         model = super()._unload_and_optionally_merge(merge=merge, **options)
+        # PEFT says of the whole model that nothing is tied any more. Where more is than head and embedding (BART's
+        # encoder and decoder, BERT's biases), that would not be saved; stored weights that differ are not tied anyway.
+        if was_tied and len(getattr(model, "all_tied_weights_keys", None) or ()) > 1:
+            model.config.tie_word_embeddings = was_tied
         _remove_banks(model)
         return model
 
@@ -305,10 +314,10 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             f"A part of the model, {inner.partition('.')[0]}, has SMT adapters of its own: wrap the parts one by one, "
             "with different adapter names, or the whole model alone (part.unload() gives a part without)."
         )
-    if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter):
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict, adapter) or adapter in (BANK, "weight"):
         raise ValueError(
-            f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, or be one that "
-            "torch.nn.ModuleDict has for itself."
+            f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, be one that "
+            f"torch.nn.ModuleDict has for itself, or {BANK} or weight, which the names of all adapters' state have."
         )
     if any(adapter in layer.merged_adapters for layer in _layers_of(model)):
         raise ValueError(
@@ -359,18 +368,27 @@ def _layers_of(model: nn.Module) -> list[Linear]:
     return [module for module in model.modules() if isinstance(module, Linear)]
 
 
-def _snapshot(model: nn.Module) -> Callable[[], None]:
-    """What puts back all that an injection changes: which modules there are, and what is trained."""
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _snapshot(model: nn.Module) -> list[Callable[[], object]]:
+    """What puts back all that an injection changes: which modules there are, what PEFT's wrappers of whole modules and
+    of rows hold, and what is trained."""
+    # A module's children at once: an interrupt may fall between any two lines.
+    undo = [partial(vars(module).update, _modules=dict(module._modules)) for module in model.modules()]
+    others = vars(nn.Module()).keys() - {
+        "_modules",
+        "_parameters",
+        "_buffers",
+    }  # of every module, its hooks among them
+    for wrapper in (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)):
+        for held in map(vars, wrapper.modules()):
+            undo.append(partial(held.update, {name: copy.copy(held[name]) for name in held.keys() - others}))
+    return undo + [partial(parameter.requires_grad_, parameter.requires_grad) for parameter in model.parameters()]
 
-    def put_back() -> None:
-        for module, children in modules:
-            vars(module)["_modules"] = children  # at once: an interrupt may fall between any two lines
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
 
-    return put_back
+def _is_in_wrapper(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of what PEFT wraps to train it, or rows of it, whole."""
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in above)
 
 
 def _take_out(model: nn.Module, adapter: str) -> None:

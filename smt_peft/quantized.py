@@ -33,7 +33,8 @@ class Original:
     def put_back(self) -> nn.Module:
         """Restore the base layer and return it (HQQ replaces the module itself)."""
         setattr(self.base_layer, self.name, self.weight)
-        self.weight.data = self.data  # `dequantized` may have unpacked it, or merging put another in its place
+        if type(self.weight) is not nn.Parameter:  # `dequantized` may have unpacked it, or merging put another there
+            self.weight.data = self.data
         for owner, attributes in self._kept:
             vars(owner).clear()
             vars(owner).update(attributes)

@@ -1,5 +1,6 @@
 """Where a model lives: hooks and offloading of accelerate, tied weights. Results equal those of a plain model."""
 
+import contextlib
 import copy
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,21 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from dense_truth import bank_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.layer import Linear
@@ -191,7 +206,7 @@ def test_a_model_that_is_offloaded_with_its_adapter_keeps_its_logits(plain, with
     assert_same(logits(plain), expected)
 
 
-@pytest.mark.parametrize("method", ["lora", "smt"])
+@pytest.mark.parametrize("method", ["lora", "smt", "smt on the disk"])
 def test_an_adapter_loads_where_peft_dispatches_anew(tmp_path, monkeypatch, method):
     """As it does for a base with layers on a disk; its auto, which needs a GPU, puts the bank on the disk as well."""
     monkeypatch.chdir(tmp_path)  # where PEFT puts what it writes anew
@@ -200,7 +215,7 @@ def test_an_adapter_loads_where_peft_dispatches_anew(tmp_path, monkeypatch, meth
     made.save_pretrained("adapter")
     base = loaded_with_a_device_map(tiny_model(), tmp_path / "base")
     places = {f"base_model.model.{name}": place for name, place in on_cpu_and_disk().items()}
-    if method == "smt":
+    if method == "smt on the disk":
         places["base_model.model.smt_bank"] = "disk"
     model = PeftModel.from_pretrained(base, "adapter", device_map=places, offload_folder="off")
     assert_same(logits(model), logits(made))
@@ -280,9 +295,52 @@ def test_unmerging_a_tied_target_ties_it_again(tied):
     assert tied.base_model.model.lm_head.weight is tied.base_model.model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_tied_target_that_was_cast_meanwhile_comes_back_as_it_is_now(tied, disabled):
+    tied.merge_adapter()
+    tied.to(torch.float64)
+    with tied.disable_adapter() if disabled else contextlib.nullcontext():
+        logits(tied)
+    tied.unmerge_adapter() if tied.base_model.model.lm_head.merged else None
+    assert tied.base_model.model.lm_head.weight is tied.base_model.model.model.embed_tokens.weight
+    assert tied.base_model.model.lm_head.weight.dtype == torch.float64
+    logits(tied)
+
+
 def test_merge_and_unload_of_a_tied_target_keeps_the_logits(tied):
     expected = logits(tied)
     assert_same(logits(tied.merge_and_unload()), expected)
+
+
+SMALL = {"vocab_size": 64, "d_model": 32}
+BART = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in [("layers", 1), ("attention_heads", 2)]}
+T5 = SMALL | {"d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "tie_word_embeddings": True}
+BERT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+TIED_MORE = {
+    "bart": (BartForConditionalGeneration, lambda: BartConfig(**SMALL, **BART, max_position_embeddings=32)),
+    "umt5": (UMT5ForConditionalGeneration, lambda: UMT5Config(**T5)),
+    "t5": (T5ForConditionalGeneration, lambda: T5Config(**T5)),
+    "bert": (BertForMaskedLM, lambda: BertConfig(**BERT)),
+}
+
+
+@pytest.mark.parametrize("name", TIED_MORE)
+def test_a_model_in_which_more_is_tied_than_its_head_is_merged_and_saved(tmp_path, name):
+    """PEFT says of the whole model that it is untied: half of BART's embeddings would not be saved, and UMT5 scales
+    its logits by what is tied."""
+    kind, make = TIED_MORE[name]
+    torch.manual_seed(0)
+    head = "decoder" if name == "bert" else "lm_head"
+    untrained = config(target_modules=[head], selection="random", init_weights=False)
+    model = get_peft_model(kind(make()).eval(), untrained)
+    batch = {"input_ids": torch.arange(3, 9)[None]}
+    batch |= {} if name == "bert" else {"decoder_input_ids": torch.arange(3, 9)[None]}
+    with torch.no_grad():
+        expected = model(**batch).logits
+        merged = model.merge_and_unload()
+        assert_same(merged(**batch).logits, expected)
+        merged.save_pretrained(tmp_path)
+        assert_same(kind.from_pretrained(tmp_path).eval()(**batch).logits, expected)
 
 
 def test_two_targets_that_share_one_weight_keep_their_own_deltas():

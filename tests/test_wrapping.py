@@ -12,6 +12,7 @@ from dense_truth import (
     assert_close,
     assert_right,
     assert_same_state,
+    bank_of,
     make_config,
     outputs,
     state_of,
@@ -112,6 +113,39 @@ def test_wrapping_a_model_that_is_wrapped_gives_a_working_adapter_or_an_error_in
     start = outputs(again, batches[0])
     train(again, batches)
     assert not torch.equal(outputs(again, batches[0]), start)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}, {"budget": 0}], ids=str)
+def test_a_second_config_takes_the_place_of_the_firsts_whole_modules(base, batches, tmp_path, options):
+    cell = deepcopy(base)
+    first = get_peft_model(cell, make_config(modules_to_save=["lm_head"])).double().train()
+    train(first, batches)
+    before, expected = state_of(first), outputs(first, batches[0])
+    if "budget" in options:  # one that is refused changes nothing
+        with pytest.raises(ValueError):
+            get_peft_model(cell, make_config(**options))
+        assert_same_state(state_of(first), before)
+        assert torch.equal(outputs(first, batches[0]), expected)
+        first.delete_adapter("default")
+        return
+    model = get_peft_model(cell, make_config(**options)).double().train()
+    head = model.base_model.model.lm_head
+    head = head.modules_to_save["default"] if options else head
+    assert torch.equal(head.weight, base.lm_head.weight) and head.weight.requires_grad == bool(options)
+    train(model, batches)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(deepcopy(base), tmp_path).double()
+    torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_what_another_adapter_trains_whole_is_no_target(base, tmp_path):
+    model = wrap(base, modules_to_save=["lm_head"])
+    model.add_adapter("b", make_config(target_modules="all-linear"))
+    assert not any("lm_head" in target.name for target in bank_of(model, "b").targets)
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "b"):
+        PeftModel.from_pretrained(deepcopy(base), folder)
 
 
 # --- configs that are refused ----------------------------------------------------------------------------------------
