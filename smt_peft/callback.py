@@ -182,9 +182,10 @@ class _Batches:
             batches, items = self.trainer.get_batch_samples(iterator, 1, self.trainer.args.device)
             if not batches:
                 break
-            yield self.trainer._prepare_inputs(batches[0]), items  # once: it may generate
-            if "_step" in vars(self.trainer):
-                self.trainer._step += 1
+            step = vars(self.trainer).get("_step")
+            yield self.trainer._prepare_inputs(batches[0]), items  # once: it may generate, and some count there
+            if step is not None:
+                self.trainer._step = step + 1
         if hasattr(self.dataloader, "set_epoch"):
             self.dataloader.set_epoch(epoch)  # the sampler counts complete passes; training starts at its own epoch
 

@@ -241,7 +241,7 @@ def test_every_column_of_a_gpu_is_filled(measure, monkeypatch):
         assert "note" not in figure and figure["synced_s"]
         if method != "smt-warmup":
             assert figure["launches"] == 3 and figure["device_s"] == pytest.approx(3 * 12.5e-6)
-            assert len(figure["captured_s"]) == 4 and replays
+            assert len(figure.get("captured_s", ())) == (0 if method == "shira" else 4) and replays
             assert figure["peak_bytes"] == 2**30 and len(figure["step_s"]) == len(figure["host_s"]) == 2
     (row,) = [line for line in report_benchmarks.training_table(result).splitlines() if "| smt |" in line]
     assert "| - |" not in row.rpartition(" | - |")[0], "only the note is empty"
@@ -256,7 +256,7 @@ def test_a_step_that_is_not_captured_costs_that_figure_alone(measure, monkeypatc
         trial.on_gpu = True
 
     def captured(trial):
-        if trial.method == "smt":
+        if trial.method in ("smt", "shira"):  # which in truth waits for the device, and is not asked
             raise torch.OutOfMemoryError if lacks_memory else RuntimeError("CUDA error: operation not permitted")
         return [1.0]
 
@@ -264,7 +264,8 @@ def test_a_step_that_is_not_captured_costs_that_figure_alone(measure, monkeypatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(bench_training.Trial, "count", lambda trial: {"trainable_parameters": 1})
     monkeypatch.setattr(bench_training.Trial, "captured", captured)
-    status, result = measure("peft", "--rehearse", *THREE)
+    methods = "floor", "shira", "lora", "smt"
+    status, result = measure("peft", "--rehearse", "--methods", *methods)
     assert status == 0 and result["complete"]
     assert all(len(figure["step_s"]) == 2 for figure in result["runs"][0]["methods"].values())
     figures = result["runs"][0]["methods"]

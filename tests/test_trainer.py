@@ -121,6 +121,21 @@ def test_scores_are_those_of_the_trainers_loss(make_llama, make_trainer, options
         torch.testing.assert_close(scores, expected[name], rtol=1e-4, atol=1e-9)
 
 
+def test_a_trainer_that_counts_its_inputs_itself_counts_each_once(make_llama, make_trainer, monkeypatch):
+    """TRL's GOLD counts there, GRPO in `training_step`, which no warm-up calls: both see one more each time."""
+    for counts in (True, False):
+        trainer, seen = make_trainer(make_llama(), warm_up=4, max_steps=1), []
+
+        def prepare(inputs, trainer=trainer, seen=seen, counts=counts, original=trainer._prepare_inputs):
+            seen.append(trainer._step)
+            trainer._step += counts
+            return original(inputs)
+
+        trainer._step, trainer._prepare_inputs = 0, prepare
+        trainer.train()
+        assert seen[:4] == [0, 1, 2, 3] and trainer._step == counts  # as before the warm-up, and one step
+
+
 @pytest.mark.parametrize("warm_up", [WARMUP_STEPS, 10])
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"max_steps": 9}], ids=str)
 def test_training_after_a_warm_up_is_training_without_one(base, make_trainer, options, warm_up):

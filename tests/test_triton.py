@@ -273,7 +273,7 @@ class Kernel:
         kernel = getattr(kernels, name)
         backend = make_backend(GPUTarget("cuda", 90, 32))
         self.bind = create_function_from_signature(kernel.fn.signature, kernel.fn.params, backend)
-        self.arg_names, self.best_config = kernel.arg_names, kernel.configs[0]
+        self.arg_names, self.best_config, self.configs = kernel.arg_names, kernel.configs[0], kernel.configs[:1]
         self.names_constants = names_constants  # in the signature of what is compiled: from Triton 3.3 on
         self.asked, self.launched = [], []
         monkeypatch.setattr(kernels, name, self)

@@ -51,15 +51,14 @@ _ready: dict[tuple, tuple] = {}  # see `_launch`
 _tuning = Lock()
 
 
-def _tuned(configs: tuple[tuple[int, ...], ...], *key: str, **options):
+def _tuned(configs: tuple[tuple[int, ...], ...], *key: str):
     """Choose among `configs` by timing, once per `key`. The interpreter has nothing to time: it takes the last."""
     choices = [
         triton.Config(dict(zip(("ROWS", "COLS", "STEP"), shape, strict=True)), num_warps=warps, num_stages=stages)
         for *shape, warps, stages in configs
     ]
-    return triton.autotune(
-        choices[-1:] if _INTERPRETED else choices, list(key), prune_configs_by={"early_config_prune": _fit}, **options
-    )
+    choices = choices[-1:] if _INTERPRETED else choices
+    return triton.autotune(choices, list(key), prune_configs_by={"early_config_prune": _fit})
 
 
 def _fit(configs: list[triton.Config], operands: dict, **constants) -> list[triton.Config]:
@@ -137,7 +136,7 @@ def _block_grad_kernel(
     tl.store(product + i[:, None] * BLOCK + j[None, :], total, mask=(i < BLOCK)[:, None] & (j < BLOCK)[None, :])
 
 
-@_tuned(_ADD_CONFIGS, "bucket", "BLOCK", restore_value=["y"])  # or tuning would add the product many times
+@_tuned(_ADD_CONFIGS, "bucket", "BLOCK")
 @triton.jit(**_UNSPECIALIZED)
 def _block_add_kernel(
     y,
@@ -423,9 +422,13 @@ def _launch(
 
 def _first_launch(kernel: triton.runtime.Autotuner, key: tuple, args: tuple, constants: tuple, grid: Callable) -> None:
     """Have Triton launch, and keep what it compiled. The interpreter compiles nothing."""
-    names = kernel.arg_names[len(args) :]
+    names, output = kernel.arg_names[len(args) :], args[0]
+    options = dict(zip(names, constants, strict=False))
     with _tuning:  # a tuner keeps the tensors that it works on in itself
-        compiled = kernel[grid](*args, **dict(zip(names, constants, strict=False)))
+        if kernel is _block_add_kernel and len(kernel.configs) > 1:  # tuning launches many times, each adds
+            scratch = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=output.device)
+            kernel[grid](scratch, *args[1:], **options)
+        compiled = kernel[grid](*args, **options)
         meta = kernel.best_config.kwargs
     if not isinstance(compiled, CompiledKernel) or torch.version.hip:  # which specialises on more
         return
