@@ -68,7 +68,6 @@ class DeltaBank(nn.Module):
         self.config, self.targets, self.groups = config, list(targets), list(groups)
         self.block_size = block_size = config.block_size
         self.num_blocks = num_blocks = sum(group.budget for group in groups)
-        device = torch.device(device)
         with torch.inference_mode(False):  # or it could never be trained
             self.weight = nn.Parameter(torch.zeros(num_blocks, block_size, block_size, device=device))
             index_device = "cpu" if device.type == "meta" else device
@@ -80,7 +79,7 @@ class DeltaBank(nn.Module):
         self.base_parameters = 0  # how many it has; a budget can be a share of them
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
-        self.shares: list[weakref.ref[Share]] | None = None  # of all layers; not held, or nothing would be freed
+        self.shares: weakref.WeakSet[Share] | None = None  # of all layers; not held, or nothing would be freed
         self._kept: Kept | None = None
         self._layout: Layout | None = None
         self.register_state_dict_post_hook(_leave_out_what_is_not_sharded)
@@ -170,8 +169,8 @@ class DeltaBank(nn.Module):
         if torch.is_grad_enabled() or self.shares is None:
             self._forget_views()  # each forward that may be trained on has a graph, and with it a stream, of its own
         if self.shares is None:
-            shares = [module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter]
-            self.shares = [weakref.ref(share) for share in shares]
+            found = (module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter)
+            self.shares = weakref.WeakSet(found)
         if weight.device.type != "meta":  # else it is offloaded, and read where it is needed
             self._views(self.layout())
 
@@ -311,7 +310,7 @@ class DeltaBank(nn.Module):
 
     def _make_ready(self, plans: Sequence[ops.Plan | None] = (), views: Sequence[Tensor] = ()) -> None:
         """Give each layer its part, or, without any, take it back."""
-        for share in filter(None, (reference() for reference in self.shares or ())):
+        for share in self.shares or ():
             ready = (plans[share.target], views[share.target]) if views else None
             vars(share)["ready"] = ready  # not by nn.Module's way, which is slow
 

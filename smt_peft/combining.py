@@ -19,9 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from torch import Tensor
 
-from smt_peft.bank import DeltaBank
+from smt_peft.bank import DeltaBank, find_bank
 from smt_peft.bases import other_base
-from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
 from smt_peft.files import Blocks, StoredAdapter, blocks_of, fill, read_adapter, write_adapter
 from smt_peft.targets import SMALLEST_FAST_BLOCK
@@ -113,13 +112,12 @@ def add_weighted_adapter(
     configs = {name: model.peft_config[name] for name in adapters}
     biased = {name for name, of in configs.items() if of.bias != "none" or of.trainable_token_indices}
     _refuse_wholes(biased | {name for name in adapters for whole in wholes if name in whole.modules_to_save})
-    banks = [getattr(model.model, BANK)[name] for name in adapters]
-    parts = [_of_bank(bank) for bank in banks]
+    parts = [_of_bank(find_bank(model, name)) for name in adapters]
     _check(adapters, weights, parts, method)
     blocks = combine(parts, weights, method)
     model.peft_config[adapter_name] = _config_of_sum(parts, blocks)
     model.inject_adapter(model.model, adapter_name)
-    fill(getattr(model.model, BANK)[adapter_name], blocks)
+    fill(find_bank(model, adapter_name), blocks)
 
 
 def _of_bank(bank: DeltaBank) -> StoredAdapter:

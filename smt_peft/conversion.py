@@ -20,15 +20,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank
+from smt_peft.bank import DeltaBank, find_bank
 from smt_peft.bases import far_apart, sample
 from smt_peft.checkpoints import STORED_FLOATS, Checkpoint, empty_model, stored_keys
-from smt_peft.checks import BANK
 from smt_peft.config import SMTConfig
 from smt_peft.contents import PREFIX
 from smt_peft.files import Blocks, read_adapter
 from smt_peft.layer import Linear
-from smt_peft.ops import reduce_blocks
 from smt_peft.selection import Lines, arrange, select, sort_lines
 from smt_peft.writing import refuse_same_folder, written_whole
 
@@ -258,7 +256,7 @@ def adapter_of_difference(
         arrangement=arrangement,
     )
     model = get_peft_model(empty, config)
-    bank: DeltaBank = getattr(model.base_model.model, BANK)["default"]
+    bank = find_bank(model, "default")
     targets = {}  # key -> whether the matrix is stored as [in, out]
     for target in bank.targets:
         key = keys.get(f"{target.name}.weight")
@@ -305,7 +303,7 @@ def _score(
             if is_sorted:
                 lines[key] = sort_lines(matrix.sum(1), matrix.sum(0), block_size)
                 matrix = lines[key].in_order(matrix)
-            scores[key] = reduce_blocks(matrix, block_size, "l1")
+            scores[key] = ops.reduce_blocks(matrix, block_size, "l1")
     in_order = [lines[key] for key in targets] if is_sorted else None
     return [scores[key] for key in targets], in_order, of_all
 

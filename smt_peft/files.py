@@ -50,10 +50,7 @@ class Blocks(NamedTuple):
     def are_tiles(self) -> bool:
         """Whether each block is neighbouring rows by neighbouring columns, cut at multiples of b."""
         size = self.rows.shape[1]
-        return all(
-            bool((side[:, 0] % size == 0).all() and (side == side[:, :1] + torch.arange(size, device="cpu")).all())
-            for side in (self.rows, self.cols)
-        )
+        return all(torch.equal(side, tile_features(side[:, 0] // size, size)) for side in (self.rows, self.cols))
 
 
 class StoredAdapter(NamedTuple):

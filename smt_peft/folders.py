@@ -12,10 +12,9 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -39,6 +38,7 @@ from smt_peft.bank import banks_of
 from smt_peft.checks import BANK
 from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.contents import PREFIX
+from smt_peft.files import read_json
 from smt_peft.model import forget_unloaded
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.writing import written_whole
@@ -193,12 +193,8 @@ def load_adapter_into_peft(model: PeftModel, original: Callable, *args, **option
     places = options.get("device_map")
     if isinstance(places, dict) and not any(name in ("", home) or home.startswith(f"{name}.") for name in places):
         options["device_map"] = {**places, home: "cpu"}  # which accelerate asks for, and LoRA has in its layers
-    try:
+    with _forgotten_if_refused(model, said.adapter_name):
         result = original(model, *args, **options)
-    except BaseException as error:
-        forget_unloaded(model, said.adapter_name)
-        _name_what_lacks(error)
-        raise
     _bring_back(model, said)
     return result
 
@@ -218,10 +214,16 @@ def _bring_back(model: PeftModel, said: SimpleNamespace) -> None:
                     layer._move_adapter_to_device_of_base_layer(said.adapter_name)
 
 
-def _name_what_lacks(error: BaseException) -> None:
-    """Say in words what PEFT says by a key alone."""
-    if isinstance(error, KeyError):
-        raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
+@contextlib.contextmanager
+def _forgotten_if_refused(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Leave no adapter behind where a load fails, and say in words what PEFT says by a key alone."""
+    try:
+        yield
+    except BaseException as error:
+        forget_unloaded(model, adapter)
+        if isinstance(error, KeyError):
+            raise ValueError(f"The adapter's file lacks {error}; it is broken, or of another model.") from error
+        raise
 
 
 # --- transformers' load_adapter --------------------------------------------------------------------------------------
@@ -251,12 +253,8 @@ def load_adapter(model: nn.Module, original: Callable, *args, **options) -> Load
         weights = contents.load(file) if file else load_peft_weights(where, device="cpu", **download)
     weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     inject_adapter_in_model(config, model, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
-    try:
+    with _forgotten_if_refused(model, name):
         result = set_peft_model_state_dict(model, weights, name, low_cpu_mem_usage=said.low_cpu_mem_usage)
-    except BaseException as error:
-        forget_unloaded(model, name)
-        _name_what_lacks(error)
-        raise
     model._hf_peft_config_loaded = True
     if not said.is_trainable:
         model.eval()
@@ -274,10 +272,6 @@ def _is_smt(peft_model_id: str | None, peft_config: object, download: Mapping) -
     if peft_config is not None or peft_model_id is None:
         return isinstance(peft_config, SMTConfig)
     file = find_adapter_config_file(peft_model_id, **download)
-    if file is None:
-        return False
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # transformers tells
-        return False
-    return isinstance(content, dict) and content.get("peft_type") == "SMT"
+    with contextlib.suppress(ValueError):  # transformers tells
+        return file is not None and read_json(Path(file)).get("peft_type") == "SMT"
+    return False

@@ -105,10 +105,8 @@ class Linear(nn.Module, BaseTunerLayer):
         if not self.has_blocks(adapter):
             return (), torch.zeros(0, device=self.device)
         share = self.smt_blocks[adapter]
-        bank = share.bank
-        _, blocks = bank.parts(share.target, bank.index.device)
-        plan = bank.plan(share.target, self.device)
-        return ops.entries(plan, bank.block_size), blocks.detach().to(self.device)
+        plan, blocks = share.bank.parts(share.target, self.device)
+        return ops.entries(plan, share.bank.block_size), blocks.detach().to(self.device)
 
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
         """Also of the layer's adapters, each as a whole: the blocks of all layers are one parameter."""
@@ -252,19 +250,17 @@ class Linear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def restore(self) -> None:
         """Undo `merge`, also one that was interrupted: the base weight is what it was, bit for bit."""
-        if not (self._before or self._original):
-            self.merged_adapters.clear()
-            return
-        with onload_layer(self) if self.weight.device.type == "meta" else nullcontext():  # an offloaded one comes in
-            for entries, before in reversed(self._before):
-                self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
-            self._before = []
-            if self._original is not None:
-                original = self._original.put_back()
-                if self.quantization_backend is not None:
-                    self.base_layer = original
-                self._original = None
-            self.merged_adapters.clear()
+        if self._before or self._original:
+            with onload_layer(self) if self.weight.device.type == "meta" else nullcontext():  # offloaded: comes in
+                for entries, before in reversed(self._before):
+                    self.matrix()[tuple(side.to(self.weight.device) for side in entries)] = before.to(self.weight)
+                self._before = []
+                if self._original is not None:
+                    original = self._original.put_back()
+                    if self.quantization_backend is not None:
+                        self.base_layer = original
+                    self._original = None
+        self.merged_adapters.clear()
 
     def matrix(self) -> torch.Tensor:
         """The base weight as [out_features, in_features]; dequantised, or a view of its storage."""

@@ -172,7 +172,7 @@ class SMTModel(BaseTuner):
         size = config.block_size = choose_block_size(config, shapes)
         targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
         groups = share_budget(config, targets, base_parameters)
-        device = "meta" if on_meta else next(iter(layers.values())).device
+        device = torch.device("meta") if on_meta else next(iter(layers.values())).device
         bank = DeltaBank(config, targets, groups, device)
         bank.base_parameters, bank.base = base_parameters, bases.sample(bases.base_weights(model, with_heads=False))
         active = adapter in self.active_adapters and not config.inference_mode

@@ -131,6 +131,8 @@ def _check_base(layer, parameter: str) -> None:
 
 def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
     """Of each adapter, what its blocks hold once all are merged, one after the other."""
+    from smt_peft.ops import rounded_sum
+
     weight, places = layer.weight.detach(), []
     matrix = weight.contiguous().view(-1, weight.shape[-1])
     for adapter in adapters:
@@ -140,23 +142,18 @@ def _merged_blocks(layer, adapters: list[str]) -> list[PatchedBlocks]:
             rows, cols, delta = cols, rows, delta.transpose(1, 2)
         places.append((*_shorten(rows, cols), delta))
     if len(places) == 1:
-        values = [_sum(matrix, *places[0])]
+        rows, cols, delta = places[0]
+        values = [rounded_sum(_read(matrix, rows, cols, delta.shape), delta)]
     else:
         matrix = matrix.clone()  # the adapters' blocks may overlap
         for rows, cols, delta in places:
-            _write(matrix, rows, cols, _sum(matrix, rows, cols, delta))
+            _write(matrix, rows, cols, rounded_sum(_read(matrix, rows, cols, delta.shape), delta))
         values = [_read(matrix, rows, cols, delta.shape) for rows, cols, delta in places]
     small = torch.int16 if max(matrix.shape) <= 2**15 else torch.int32
     return [
         PatchedBlocks(torch.tensor(weight.shape, device="cpu"), rows.to(small), cols.to(small), new.contiguous())
         for (rows, cols, _), new in zip(places, values, strict=True)
     ]
-
-
-def _sum(matrix: Tensor, rows: Tensor, cols: Tensor, delta: Tensor) -> Tensor:
-    from smt_peft.ops import rounded_sum
-
-    return rounded_sum(_read(matrix, rows, cols, delta.shape), delta)
 
 
 def _shorten(rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,9 +311,8 @@ def _untie(target: nn.Module | MutableMapping, tensors: MutableMapping[str, Tens
                     f"{name} is tied to another tensor of the state dict, which would change with it: patch the model "
                     "itself, or give the dict a copy under this name first."
                 )
-            tensors[name] = tensor.detach().clone()
             owner, _, attribute = name.rpartition(".")
-            tensors[name] = nn.Parameter(tensors[name], tensor.requires_grad)
+            tensors[name] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
             setattr(target.get_submodule(owner), attribute, tensors[name])
 
 

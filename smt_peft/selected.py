@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from smt_peft.checks import Target, check_index
+from smt_peft.checks import Target, by_target, check_index
 from smt_peft.locations import kinds_of, layers_of, locations_of
 from smt_peft.ops import tile_features
 from smt_peft.selection import Lines, Scope, arrange, select
@@ -67,12 +67,9 @@ class Selection:
 
     def blocks(self) -> dict[str, list[list]]:
         """Module name -> its blocks, as `SMTConfig.selected_blocks`."""
-        chosen: dict[str, list[list]] = {}
-        for target, row, col in self.index.tolist():
-            lines = self.lines and self.lines[target]
-            block = [lines.rows[row].tolist(), lines.cols[col].tolist()] if lines else [row, col]
-            chosen.setdefault(self.names[target], []).append(block)
-        return chosen
+        index = self.features()
+        sides = index[:, 1:] if self.lines is None else index[:, 1:].unflatten(1, (2, -1))
+        return {self.names[target]: sides[slots].tolist() for target, slots in by_target(index).items()}
 
     def has_blocks(self, blocks: dict[str, list]) -> bool:
         """Whether its blocks are these, in any order."""
@@ -189,7 +186,7 @@ class Selection:
         grids = self.grids() or [(2**31 // size, 2**31 // size)] * len(names)
         found = [Target(name, *grid) for name, grid in zip(names, grids, strict=True)]
         check_index(self.index, len(self.index), 3, size, found)
-        if (self.index < 0).any():
+        if (self.index < 0).all():
             raise ValueError("its index is -1 throughout: nothing is selected")
 
     def counts_by_type(self) -> dict[str, int]:
@@ -213,13 +210,11 @@ class Selection:
 
     def _entries(self) -> dict[str, torch.Tensor]:
         """Module name -> a number for each weight that is in a block, int64."""
-        found, size = {}, self.block_size
-        for target in self.index[:, 0].unique().tolist():
-            rows, cols = self.index[self.index[:, 0] == target, 1:].long().unbind(1)
+        found, index = {}, self.features().long()
+        for target, slots in by_target(index).items():
+            rows, cols = index[slots, 1:].unflatten(1, (2, -1)).unbind(1)
             if self.lines is None:
-                rows, cols = (tile_features(side, size) for side in (rows, cols))
-            else:
-                rows, cols = self.lines[target].rows[rows], self.lines[target].cols[cols]
+                rows, cols = (tile_features(side[:, 0], self.block_size) for side in (rows, cols))
             found[self.names[target]] = (rows[:, :, None] * 2**32 + cols[:, None, :]).flatten()
         return found
 

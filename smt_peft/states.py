@@ -32,11 +32,10 @@ def to_save(
     bank, (*keys, manifest_key) = _bank_and_keys(model, adapter)
     config.selected_blocks = bank.selected_blocks()
     bank.refuse_deltas_without_blocks(adapter)
-    named_as_in_a_file = {key: f"{_home(model)[0]}.{part}" for key, part in zip(keys, contents.PARTS, strict=False)}
-    is_file_s = keys[0] not in state_dict and named_as_in_a_file[keys[0]] in state_dict
-    if is_file_s and len(_home(model)[1]) == 1:  # of `get_peft_model_state_dict`, which does not say whose it is
-        found = {key: state_dict[name] for key, name in named_as_in_a_file.items() if name in state_dict}
-        state_dict = {**state_dict, **found}
+    home, banks = _home(model)
+    if keys[0] not in state_dict and len(banks) == 1:  # of `get_peft_model_state_dict`, which does not say whose it is
+        in_file = {key: f"{home}.{part}" for key, part in zip(keys, contents.PARTS, strict=False)}
+        state_dict = {**state_dict, **{key: state_dict[name] for key, name in in_file.items() if name in state_dict}}
     if keys[0] not in state_dict:
         raise KeyError(f"The state dict to save lacks {keys[0]!r}, the deltas of the SMT adapter {adapter!r}.")
     own = dict(zip(keys[1:], (bank.index, bank.fingerprint), strict=True))  # of parameters alone it has no buffers

@@ -108,20 +108,13 @@ def module_as_before(module: nn.Module, own: Container[int] = ()) -> list[Callab
     undo.append(counters_as_before(module))  # dynamic RoPE counts, in step with a buffer
     for name, buffer in module._buffers.items():
         if buffer is not None and id(buffer) not in own and buffer.device.type != "meta" and not _is_packed(buffer):
-            undo.append(partial(_put_back, module, name, buffer, buffer.clone()))
+            undo += [partial(module._buffers.__setitem__, name, buffer), partial(_set, buffer, buffer.clone())]
     return undo
 
 
 def _is_packed(buffer: torch.Tensor) -> bool:
     """Whether it is a quantised weight, which nothing changes, and not a statistic or a counter."""
     return not buffer.is_floating_point() and buffer.numel() > LARGEST_COUNTER
-
-
-def _put_back(owner: nn.Module, name: str, buffer: torch.Tensor, values: torch.Tensor) -> None:
-    owner._buffers[name] = buffer
-    if not torch.equal(buffer, values):
-        with torch.no_grad():
-            buffer.copy_(values)
 
 
 def as_before(value: object) -> list[Callable[[], object]]:
