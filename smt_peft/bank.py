@@ -1,4 +1,4 @@
-"""The bank: the one parameter of an adapter, the index that says where its blocks lie, and each layer's part of it.
+"""The bank: the one parameter of an adapter, and the index that says where its blocks lie.
 
 Gradients come home by autograd alone. The bank is split into one view per target; a layer's block product takes its
 view as an input and returns that view's gradient; autograd joins the parts into the bank's gradient, once a backward.
@@ -7,17 +7,15 @@ view as an input and returns that view's gradient; autograd joins the parts into
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from smt_peft import checks, ops
@@ -79,7 +77,7 @@ class DeltaBank(nn.Module):
         self.base_parameters = 0  # how many it has; a budget can be a share of them
         self.in_warmup = False
         self.running: tuple[Tensor, ...] | None = None  # the views of the running forward, see `begin_forward`
-        self.shares: weakref.WeakSet[Share] | None = None  # of all layers; not held, or nothing would be freed
+        self.shares: weakref.WeakSet[nn.Module] | None = None  # of layers, see banks.py; not held, or nothing is freed
         self._kept: Kept | None = None
         self._layout: Layout | None = None
         self.register_state_dict_post_hook(_leave_out_what_is_not_sharded)
@@ -146,7 +144,7 @@ class DeltaBank(nn.Module):
         """A copy of the bank. `split` calls this because ZeRO-3 gathers a module's parameters when it is called."""
         return self.weight.clone()
 
-    def begin_forward(self, model: nn.Module, adapter: str) -> None:
+    def begin_forward(self, adapter: str, shares: Callable[[], Iterable[nn.Module]]) -> None:
         """Make what layers need in a forward of the whole model and could not make themselves.
 
         A copy of a bank that is sharded; in a compiled model the one split whose parts all layers take; for layers
@@ -169,8 +167,7 @@ class DeltaBank(nn.Module):
         if torch.is_grad_enabled() or self.shares is None:
             self._forget_views()  # each forward that may be trained on has a graph, and with it a stream, of its own
         if self.shares is None:
-            found = (module for module in model.modules() if isinstance(module, Share) and module.adapter == adapter)
-            self.shares = weakref.WeakSet(found)
+            self.shares = weakref.WeakSet(shares())
         if weight.device.type != "meta":  # else it is offloaded, and read where it is needed
             self._views(self.layout())
 
@@ -325,103 +322,6 @@ class DeltaBank(nn.Module):
         return f"num_blocks={self.num_blocks}, block_size={self.block_size}, targets={len(self.targets)}"
 
 
-class Banks(nn.ModuleDict):
-    """The banks of all adapters, at the root of the wrapped model (state key `smt_bank.<adapter>.weight`)."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin_forward),
-            model.register_forward_hook(self._end_forward),
-        ]
-
-    def _begin_forward(self, model: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling():
-            _refuse_reentrant_checkpointing(model)
-            for bank in self.values():
-                bank.config.stop_waiting()
-        for adapter, bank in self.items():
-            bank.begin_forward(model, adapter)
-
-    def _end_forward(self, *_: object) -> None:
-        # A graph need not hand the views out; and without a backward nothing comes that needs them.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            for bank in self.values():
-                bank.running = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x as it is: where the model is a torch.nn.Sequential, this is the last of its modules."""
-        return x
-
-    def let_go(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self._hooks:
-            hook.remove()
-
-
-class Share(nn.Module):
-    """One layer's part of one adapter's bank.
-
-    It owns no parameter; its `parameters()` yields the bank's, so that PEFT's bookkeeping per layer (requires_grad,
-    status, trainability of the active adapter) reaches the one parameter there is.
-    """
-
-    def __init__(self, banks: Banks, adapter: str):
-        super().__init__()
-        self.__dict__["banks"] = banks  # not registered: their home is the root of the model
-        self.adapter = adapter
-        self.target = -1  # position among the bank's targets
-        self.ready: tuple[ops.Plan | None, Tensor] | None = None  # for a layer that is compiled by itself
-
-    def parts(self, device: torch.device) -> tuple[ops.Plan | None, Tensor | None]:
-        """Where this layer's blocks lie, for the operations on `device`, and their deltas; None, None without any."""
-        bank = self.banks._modules[self.adapter]
-        if not torch.compiler.is_compiling():
-            return bank.parts(self.target, device)
-        if bank.running is None and self.ready is not None and self.ready[1].device == device:
-            return self.ready  # tensors of its own: layers can share a graph
-        plan = bank.plan(self.target, device)
-        return plan, None if plan is None else (bank.running or bank.split())[self.target]
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "ready": None}
-
-    @property
-    def bank(self) -> DeltaBank:
-        return self.banks[self.adapter]
-
-    @property
-    def has_blocks(self) -> bool:
-        counts = self.bank.layout().counts
-        return bool(counts and counts[self.target])
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        if recurse and self.adapter in self.banks:  # else each module of the model is asked for its own
-            yield self.bank.weight
-
-
-def banks_of(model: nn.Module) -> dict[str, Banks]:
-    """Where in a model banks are; in several places if parts of it were wrapped."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Banks)}
-
-
-def find_bank(model: nn.Module, adapter: str) -> DeltaBank:
-    """An adapter's bank. Raises ValueError where there is no such adapter, or more than one."""
-    homes = banks_of(model)
-    if not homes:
-        raise ValueError("The model has no SMT adapter; wrap it first: get_peft_model(model, SMTConfig(...)).")
-    found = [name for name, banks in homes.items() if adapter in banks]
-    if not found:
-        raise ValueError(f"There is no SMT adapter {adapter!r}; the model has {sorted(set().union(*homes.values()))}.")
-    if len(found) > 1:
-        raise ValueError(
-            f"{len(found)} parts of the model have an SMT adapter {adapter!r} ({', '.join(found)}), each with a "
-            "budget of its own. Give them different adapter names and run a warm-up for each: "
-            "get_peft_model(part, config, adapter_name=...), SMTWarmupCallback(adapter_name=...)."
-        )
-    return homes[found[0]][adapter]
-
-
 def is_sharded(weight: Tensor) -> bool:
     """Whether ZeRO-3, FSDP2 or tensor parallelism has divided it."""
     return hasattr(weight, "ds_id") or isinstance(weight, DTensor)
@@ -461,24 +361,3 @@ def _forget_layout(bank: DeltaBank, *_: object) -> None:
     if bank.index.dtype != torch.int32:  # files hold int16 where that suffices, and some loaders keep a file's dtype
         bank.index = bank.index.int()
     bank.layout()
-
-
-def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Raise ValueError: DDP and ZeRO cannot train one parameter in many segments of reentrant checkpointing."""
-    if not (model.training and torch.is_grad_enabled() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    reentrant = False
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            return
-        if vars(module).get("gradient_checkpointing"):
-            function = vars(module).get("_gradient_checkpointing_func")
-            if isinstance(function, functools.partial):  # else a model's own, of which nothing is known
-                reentrant |= function.keywords.get("use_reentrant", True)
-    if reentrant:
-        raise ValueError(
-            "Reentrant gradient checkpointing cannot train an SMT adapter in several processes: DDP and ZeRO would "
-            "take the bank for finished after the first of the checkpointed segments. Use "
-            'gradient_checkpointing_kwargs={"use_reentrant": False}, the default of transformers 5; under ZeRO-3 TRL '
-            'forces the other, so set trainer.args.gradient_checkpointing_kwargs["use_reentrant"] = False after it.'
-        )

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from smt_peft.bank import find_bank
+from smt_peft.banks import find_bank
 from smt_peft.diagnostics import warn
 from smt_peft.selected import SELECTION_FILE, Selection
 from smt_peft.untouched import apart, as_before, put_back_afterwards, random_states, refill, same_order_afterwards

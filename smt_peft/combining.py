@@ -19,7 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from torch import Tensor
 
-from smt_peft.bank import DeltaBank, find_bank
+from smt_peft.bank import DeltaBank
+from smt_peft.banks import find_bank
 from smt_peft.bases import other_base
 from smt_peft.config import SMTConfig
 from smt_peft.files import Blocks, StoredAdapter, blocks_of, fill, read_adapter, write_adapter

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank, find_bank
+from smt_peft.bank import DeltaBank
+from smt_peft.banks import find_bank
 from smt_peft.bases import far_apart, sample
 from smt_peft.checkpoints import STORED_FLOATS, Checkpoint, empty_model, stored_keys
 from smt_peft.config import SMTConfig

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from smt_peft import ops
-from smt_peft.bank import Banks, is_sharded
+from smt_peft.bank import is_sharded
+from smt_peft.banks import Banks
 from smt_peft.layer import Linear
 
 

@@ -34,7 +34,7 @@ from transformers.utils import find_adapter_config_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from smt_peft import contents
-from smt_peft.bank import banks_of
+from smt_peft.banks import banks_of
 from smt_peft.checks import BANK
 from smt_peft.config import DOWNLOAD, SMTConfig, weights_beside
 from smt_peft.contents import PREFIX

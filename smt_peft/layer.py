@@ -14,7 +14,8 @@ from torch.nn.modules import module as all_modules
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import ops
-from smt_peft.bank import Banks, Share, is_sharded
+from smt_peft.bank import is_sharded
+from smt_peft.banks import Banks, Share
 from smt_peft.checks import FLOATS
 from smt_peft.quantized import Original, dequantized
 

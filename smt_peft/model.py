@@ -21,7 +21,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import bases, combining, states
-from smt_peft.bank import Banks, DeltaBank, banks_of, is_sharded
+from smt_peft.bank import DeltaBank, is_sharded
+from smt_peft.banks import Banks, banks_of
 from smt_peft.checks import BANK, FLOATS, Target
 from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper

@@ -10,7 +10,7 @@ from collections import deque
 import torch
 from transformers import TrainerCallback
 
-from smt_peft.bank import find_bank
+from smt_peft.banks import find_bank
 from smt_peft.callback import calling_trainer
 from smt_peft.diagnostics import warn
 from smt_peft.scoring import reduce_over_ranks

@@ -90,7 +90,7 @@ def sparse_patch(
 
 
 def _check_adapter(model: nn.Module, adapter: str) -> None:
-    from smt_peft.bank import find_bank
+    from smt_peft.banks import find_bank
 
     bank = find_bank(model, adapter)
     config = bank.config

@@ -11,7 +11,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smt_peft import contents
-from smt_peft.bank import Banks, DeltaBank, banks_of
+from smt_peft.bank import DeltaBank
+from smt_peft.banks import Banks, banks_of
 from smt_peft.bases import base_weights, other_base, sample
 from smt_peft.checks import FLOATS, form, short
 from smt_peft.config import SMTConfig

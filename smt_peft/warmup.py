@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from smt_peft import ops
-from smt_peft.bank import DeltaBank, banks_of, find_bank
+from smt_peft.bank import DeltaBank
+from smt_peft.banks import banks_of, find_bank
 from smt_peft.diagnostics import warn, warn_of_concentration, warn_of_dominant_batch
 from smt_peft.layer import Linear
 from smt_peft.locations import kinds_of

@@ -10,7 +10,7 @@ import testbeds
 import torch
 from recipes import Recipe
 
-from smt_peft.bank import find_bank
+from smt_peft.banks import find_bank
 
 QKV = json.dumps(["q_proj", "k_proj", "v_proj"])
 BUDGET = 3200  # 200 blocks of 4, or LoRA of rank 2

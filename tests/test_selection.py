@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smt_peft import Selection, SMTConfig, select_blocks
-from smt_peft.bank import find_bank
+from smt_peft.banks import find_bank
 from smt_peft.locations import locations_of
 from smt_peft.selection import Lines, apportion, select
 from smt_peft.warmup import apply_selection

@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, bank, select_blocks
+from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, banks, select_blocks
 from smt_peft import model as model_file
 from smt_peft.patches import sparse_patch
 
@@ -773,8 +773,8 @@ def test_the_warm_up_copies_statistics_and_no_packed_weights(base, batches, monk
 
 def test_a_models_own_checkpointing_is_not_taken_for_reentrant(llama, batches, monkeypatch):
     """diffusers' models have a plain function there, which transformers' `functools.partial` is not."""
-    monkeypatch.setattr(bank.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(bank.dist, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(banks.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(banks.dist, "get_world_size", lambda *_: 2)
     model = wrap(llama)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="Reentrant gradient checkpointing"):

@@ -17,7 +17,7 @@ from peft.tuners.shira.layer import ShiraLayer
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
-from smt_peft.bank import find_bank
+from smt_peft.banks import find_bank
 from smt_peft.locations import kinds_of
 from smt_peft.optimizers import BlockMuon
 from smt_peft.selected import Selection
