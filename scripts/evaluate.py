@@ -48,6 +48,7 @@ class Options:
         help="model, base or merged: a folder or a name on the Hugging Face hub; else the one that the adapter names",
         default=None,
     )
+    revision: str | None = HfArg(help="of the model on the hub; else the one that the adapter names", default=None)
     adapter: str | None = HfArg(help="PEFT adapter of the model: a folder or a name on the hub", default=None)
     trained_on: str | None = HfArg(
         help="training files of the model, comma-separated names or paths; their rows are left out of the tests. "
@@ -111,15 +112,15 @@ def complete(options: Options) -> list[str]:
         named, revision = about.get("base_model_name_or_path"), about.get("revision")
         if not (options.model or named):
             raise ValueError(f"{options.adapter} does not say what its base model is; give it with --model")
-        if not options.model:
-            options.model = str(local_folder(named, revision, ("*.safetensors", "*.bin"))) if revision else named
+        if not options.model or options.model == named:
+            options.model, options.revision = named, options.revision or revision
         elif named and Path(named).resolve() != Path(options.model).resolve():  # no error: it may be a copy
             notes.append(f"{options.adapter} was made for {named}, and stands on {options.model} here")
     if options.trained_on:
         return notes
     learnt = training_data_of(options.adapter or options.model)
     if learnt is not None:  # and what an adapter's base model has learnt, if that was itself trained by these scripts
-        learnt = dict.fromkeys([*learnt, *(training_data_of(options.model) or [])])
+        learnt = dict.fromkeys([*learnt, *(training_data_of(options.model, options.revision) or [])])
         options.trained_on = ",".join(name for name in learnt if name not in STDLIB) or "none"
     elif options.adapter:
         raise ValueError(
@@ -134,9 +135,10 @@ def complete(options: Options) -> list[str]:
 def load(options: Options, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """Load the model, its adapter if there is one, and its tokenizer."""
     with in_a_line():
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        which = {"revision": options.revision} if options.revision else {}
+        tokenizer = AutoTokenizer.from_pretrained(options.model, **which)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
-    model = load_model(options)
+    model = load_model(options, options.revision)
     if not options.quantization:  # else it is there already, and 8-bit weights refuse to be moved
         model = model.to(device)
     if options.adapter:
@@ -202,7 +204,8 @@ def main(argv: list[str]) -> dict:
     state = PartialState(cpu=not torch.accelerator.is_available())  # else processes on CPUs do not see each other
     output, run = Path(options.output), this_run(argv)
     with in_a_line():  # whatever is wrong with the data shows before the model is loaded
-        notes = complete(options)
+        notes = complete(options) if state.is_main_process else None  # the hub may not answer each of them alike
+        options, notes = broadcast_object_list([options, notes])
         settings = {name: value for name, value in asdict(options).items() if name not in FREE_TO_CHANGE}
         settings["weights_written"] = [newest_weights(folder) for folder in (options.model, options.adapter) if folder]
         # The main process alone reads: others may not see its disk.

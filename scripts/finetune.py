@@ -283,9 +283,10 @@ def parse_quantization(text: str) -> dict:
     return given
 
 
-def load_model(options: Options) -> torch.nn.Module:
+def load_model(options: Options, revision: str | None = None) -> torch.nn.Module:
     quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **quantized)
+    which = {"revision": revision} if revision else {}
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **which, **quantized)
 
 
 def config_of(method: str, options: Options) -> PeftConfig | None:

@@ -7,7 +7,6 @@ those of SMT's official code are known to differ, they are here, too.
 What a model was trained on stands beside its weights, in `training_data.json`: `{"train": [names or paths]}`.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from smt_peft.files import read_json
 
@@ -219,10 +219,12 @@ def training_data(folder: str | Path) -> list[str] | None:
     return read_json(path).get("train") if path.is_file() else None
 
 
-def training_data_of(model: str) -> list[str] | None:
-    """As `training_data`, of a folder or of a repository on the hub."""
+def training_data_of(model: str, revision: str | None = None) -> list[str] | None:
+    """As `training_data`, of a folder or of a repository on the hub; None, too, where there is no network."""
     if Path(model).is_dir():
         return training_data(model)
-    with contextlib.suppress(OSError, ValueError):  # no such file, repository or network
-        return training_data(Path(hf_hub_download(model, TRAINING_DATA)).parent)
-    return None
+    try:
+        folder = Path(hf_hub_download(model, TRAINING_DATA, revision=revision)).parent
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+    return training_data(folder)

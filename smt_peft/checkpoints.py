@@ -128,7 +128,8 @@ def empty_model(base: Path) -> PreTrainedModel:
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
     if kind is not transformers.AutoModel and not is_model(kind):
         raise ValueError(f"The config of {base} names {config.architectures[0]}, no model that transformers has.")
-    if kind is not transformers.AutoModel and not isinstance(config, kind.config_class):
+    known = getattr(kind, "config_class", None) or object  # of a text model, it may be a part of the config
+    if not (isinstance(config, known) or isinstance(config.get_text_config(), known)):
         raise ValueError(
             f"The config of {base} names {kind.__name__}, and is of another model ({config.model_type}); fix its "
             "architectures."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -97,9 +98,7 @@ class SMTModel(BaseTuner):
             for change_back in undo:
                 change_back()
             self.targeted_module_names, self.targeted_parameter_names = targeted
-            if replaced is None:
-                _take_out_of_wrappers(model, adapter_name)
-            else:
+            if replaced is not None:
                 self.peft_config[adapter_name] = replaced.config
             raise
 
@@ -169,6 +168,8 @@ class SMTModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, Linear) and adapter in module.smt_blocks
         }
+        if not layers:
+            raise ValueError(f"The targets of adapter {adapter!r} lie in modules that another one trains whole.")
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
         size = config.block_size = choose_block_size(config, shapes)
         targets = [Target(name, rows // size, cols // size) for name, (rows, cols) in shapes.items()]
@@ -208,6 +209,12 @@ class SMTModel(BaseTuner):
         # PEFT says of the whole model that nothing is tied any more. Where more is than head and embedding (BART's
         # encoder and decoder, BERT's biases), that would not be saved; stored weights that differ are not tied anyway.
         if was_tied and len(getattr(model, "all_tied_weights_keys", None) or ()) > 1:
+            if not model.config.tie_word_embeddings:
+                warnings.warn(
+                    "config.tie_word_embeddings stays True, because more is tied in this model than its head: the "
+                    "merged head is saved and loaded as it is, but tie_weights(), which resize_token_embeddings "
+                    "calls, would tie it again."
+                )
             model.config.tie_word_embeddings = was_tied
         _remove_banks(model)
         return model
@@ -374,14 +381,11 @@ def _snapshot(model: nn.Module) -> list[Callable[[], object]]:
     of rows hold, and what is trained."""
     # A module's children at once: an interrupt may fall between any two lines.
     undo = [partial(vars(module).update, _modules=dict(module._modules)) for module in model.modules()]
-    others = vars(nn.Module()).keys() - {
-        "_modules",
-        "_parameters",
-        "_buffers",
-    }  # of every module, its hooks among them
+    hooks = vars(nn.Module()).keys() - {"_modules", "_parameters", "_buffers"}
     for wrapper in (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)):
         for held in map(vars, wrapper.modules()):
-            undo.append(partial(held.update, {name: copy.copy(held[name]) for name in held.keys() - others}))
+            containers = {name for name in held.keys() - hooks if isinstance(held[name], (dict, list, set, str))}
+            undo.append(partial(held.update, {name: copy.copy(held[name]) for name in containers}))
     return undo + [partial(parameter.requires_grad_, parameter.requires_grad) for parameter in model.parameters()]
 
 
@@ -426,7 +430,8 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
             _remove_banks(root)
         _take_out_of_wrappers(root, adapter)
         for name in configs[adapter].trained_before:
-            root.get_parameter(name).requires_grad_()
+            with contextlib.suppress(AttributeError):  # of an adapter that this one took the place of
+                root.get_parameter(name).requires_grad_()
         del configs[adapter]
 
 

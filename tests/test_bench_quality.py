@@ -121,7 +121,7 @@ def test_the_same_run_gives_the_same_losses(train):
     assert train(SMT)["test_loss"] == train(SMT)["test_loss"]
 
 
-def test_compiled_layers_train_as_eager_ones(short, sweep):
+def test_compiled_layers_train_as_eager_ones(sweep, tmp_path):
     study = study_of(LoRA={"type": "lora"}, random=SMT | {"selection": "random", "scope": "module"})
     eager = sweep(study)
     torch._dynamo.reset()
@@ -131,6 +131,8 @@ def test_compiled_layers_train_as_eager_ones(short, sweep):
     for one, other in zip(eager, compiled, strict=True):
         assert other["compiled"] and one["key"] == other["key"]
         assert other["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
+    with pytest.raises(SystemExit, match="has runs with --compile"):
+        bench_quality.Results(tmp_path / "results--compile/quality_tiny.jsonl", False)
 
 
 def test_the_model_of_a_testbed_is_the_same_after_a_run(train, short):

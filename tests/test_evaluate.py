@@ -5,18 +5,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import evaluate
+import httpx
 import pytest
 import scores
 import tasks
 import torch
 from answering import most_likely
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from tasks import TASKS, load_test_rows, read_rows, training_data
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from smt_peft import checkpoints
 from smt_peft.__main__ import main as smt_peft
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -205,20 +207,34 @@ def test_what_the_base_model_of_an_adapter_learnt_counts_too(adapter, copy):
 
 def test_a_base_model_on_the_hub_says_what_it_learnt_and_has_the_adapters_revision(adapter, copy, monkeypatch):
     (copy / "training_data.json").write_text('{"train": ["math_data_train"]}')
-    monkeypatch.setattr(tasks, "hf_hub_download", lambda name, file: str(copy / file))
+    monkeypatch.setattr(tasks, "hf_hub_download", lambda name, file, revision: asked.append(revision) or copy / file)
+    asked = []
     options = evaluate.Options(model="a/b", adapter=str(adapter), data="d", output="o")
     evaluate.complete(options)
     assert options.training_files == ["boolq_train", "math_data_train"]
     named = {"base_model_name_or_path": "a/b", "revision": "v1"}
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | named))
-    asked = []
-    monkeypatch.setattr(
-        checkpoints, "snapshot_download", lambda *name, **how: asked.append([*name, how["revision"]]) or copy
-    )
     options = evaluate.Options(adapter=str(adapter), data="d", output="o")
-    assert evaluate.complete(options) == [] and options.model == str(copy) and asked == [["a/b", "v1"]]
-    assert options.training_files == ["boolq_train", "math_data_train"]
+    assert evaluate.complete(options) == [] and asked == [None, "v1"]
+    assert options.model == "a/b" and options.revision == "v1"
+    monkeypatch.setattr(evaluate, "AutoTokenizer", Mock())
+    monkeypatch.setattr(evaluate, "load_model", Mock(side_effect=StopIteration))
+    with pytest.raises(StopIteration):
+        evaluate.load(options, torch.device("cpu"))
+    evaluate.AutoTokenizer.from_pretrained.assert_called_with("a/b", revision="v1")
+    evaluate.load_model.assert_called_with(options, "v1")
+
+
+@pytest.mark.parametrize("error, said", [(RepositoryNotFoundError, None), (HfHubHTTPError, "the hub is out")])
+def test_what_the_hub_does_not_say_is_no_answer(adapter, monkeypatch, error, said):
+    response = httpx.Response(503, request=httpx.Request("GET", "https://a"))
+    monkeypatch.setattr(tasks, "hf_hub_download", Mock(side_effect=error("the hub is out", response=response)))
+    if said is None:
+        assert tasks.training_data_of("a/b") is None
+    else:
+        with pytest.raises(OSError, match=said):
+            tasks.training_data_of("a/b")
 
 
 @pytest.mark.parametrize("learnt", [None, ["math_data_train", "boolq_train"]])

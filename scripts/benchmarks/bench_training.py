@@ -248,7 +248,7 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
         run["host_profile"] = {trial.method: profile_host(trial) for trial in trials}
     run["complete"] = is_enough and all(map(is_final, figures.values()))
     if captures:  # last, and none after one that failed, in which PyTorch may still be capturing
-        capture([trial for trial in trials if "note" not in figures[trial.method]], figures, deadline)
+        capture([trial for trial in trials if "note" not in figures[trial.method]], figures)
     trials.clear()
     gc.unfreeze()
     gc.collect()
@@ -257,12 +257,10 @@ def measure_run(run: dict, options: Options, deadline: float, write: Callable[[]
     write()
 
 
-def capture(trials: list[Trial], figures: dict[str, dict], deadline: float) -> None:
+def capture(trials: list[Trial], figures: dict[str, dict]) -> None:
     failed: dict = {}
     for trial in sorted(trials, key=lambda trial: trial.method.startswith("smt")):  # which no GPU has captured yet
-        has_time = time.monotonic() < deadline
-        # SHiRA adds a sparse tensor, whose indices the host waits for.
-        if trial.method not in ("smt-warmup", "shira") and has_time and not failed:
+        if trial.method not in ("smt-warmup", "shira") and not failed:  # SHiRA's sparse tensors wait for the device
             with contextlib.suppress(Exception):  # it costs these figures alone
                 guarded(failed, lambda trial=trial: figures[trial.method].update(captured_s=trial.captured()), 60)
 

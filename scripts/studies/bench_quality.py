@@ -85,6 +85,8 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         self.of = {line["key"]: line for line in lines}
+        if any(line.get("compiled", False) != compiled for line in self.of.values()):
+            raise SystemExit(f"{path} has runs {'without' if compiled else 'with'} --compile; name other --results")
 
     def fill(self, runs: list[Run], name: str, known: dict[str, Source], shared: Path) -> None:
         """Train what is missing."""
@@ -149,7 +151,7 @@ def train(run: Run, known: dict[str, Source], shared: Path, compiled: bool = Fal
 
     def prepared(model: nn.Module, step: int):
         model = recipes.adapted(recipe, model, run.modules or "[]", run.budget, run.seed, testbed.modules_to_save)
-        with testbed.autocast():
+        with testbed.autocast(), torch.compiler.set_stance("force_eager"):
             chosen = recipes.warm_up(recipe, model, lambda count: batches(run, warmup_testbed, count))
         heads, head_rate = testbed.modules_to_save, testbed.head_learning_rate
         optimizer = recipes.make_optimizer(recipe, model, run.learning_rate, heads, head_rate)

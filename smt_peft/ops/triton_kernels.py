@@ -48,6 +48,7 @@ _UNSPECIALIZED = {
     "do_not_specialize_on_alignment": ["at", "out_at", "order", "starts", "out_place", "in_place"],
 }
 _ready: dict[tuple, tuple] = {}  # see `_launch`
+_tuned_adds: set[tuple] = set()  # under what `_block_add_kernel` has been tuned
 _tuning = Lock()
 
 
@@ -425,9 +426,18 @@ def _first_launch(kernel: triton.runtime.Autotuner, key: tuple, args: tuple, con
     names, output = kernel.arg_names[len(args) :], args[0]
     options = dict(zip(names, constants, strict=False))
     with _tuning:  # a tuner keeps the tensors that it works on in itself
-        if kernel is _block_add_kernel and len(kernel.configs) > 1:  # tuning launches many times, each adds
-            scratch = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=output.device)
-            kernel[grid](scratch, *args[1:], **options)
+        if kernel is _block_add_kernel and len(kernel.configs) > 1:
+            tuned = (
+                args[kernel.arg_names.index("bucket")],
+                options["BLOCK"],
+                output.device,
+                output.dtype,
+                args[1].dtype,
+            )
+            if tuned not in _tuned_adds:  # tuning launches many times, and each would add
+                scratch = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=output.device)
+                kernel[grid](scratch, *args[1:], **options)
+                _tuned_adds.add(tuned)
         compiled = kernel[grid](*args, **options)
         meta = kernel.best_config.kwargs
     if not isinstance(compiled, CompiledKernel) or torch.version.hip:  # which specialises on more
