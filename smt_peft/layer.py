@@ -137,6 +137,8 @@ class Linear(nn.Module, BaseTunerLayer):
         return y
 
     def _add_blocks(self, y: torch.Tensor, x: torch.Tensor, share: Share, base_layer: nn.Module) -> torch.Tensor:
+        if type(base_layer) not in (nn.Linear, Conv1D):
+            self._check_output(y, x, share)
         plan, delta = share.parts(y.device)
         if plan is None:
             return y if share.bank.is_selected else self._unselected(y, share)
@@ -144,6 +146,18 @@ class Linear(nn.Module, BaseTunerLayer):
             delta, x = delta.to(y.device), x.to(y.device)
         in_place = type(base_layer) in (nn.Linear, Conv1D) and not _is_looked_into(base_layer)
         return ops.add_blocks(y, x, delta, plan, in_place)
+
+    def _check_output(self, y: torch.Tensor, x: torch.Tensor, share: Share) -> None:
+        """Raise TypeError where the base layer does not multiply by its weight, as a linear layer that has groups."""
+        if isinstance(y, torch.Tensor) and y.shape == (*x.shape[:-1], self.out_features):
+            return
+        given = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        name, kind = share.bank.targets[share.target].name, type(self.get_base_layer()).__name__
+        raise TypeError(
+            f"{name}, a {kind} of {self.in_features} to {self.out_features} features, makes {given} of an input "
+            f"{tuple(x.shape)}: it does not multiply by its weight alone, and deltas of that would do something else. "
+            "Leave it out with exclude_modules."
+        )
 
     def _mixed_batch(self, x: torch.Tensor, y: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         """Each sample of the batch with its own adapter (inference): the base output `y` plus each one's delta."""

@@ -29,7 +29,15 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
-from smt_peft.targets import choose_block_size, count_base_parameters, default_modules, name_experts, share_budget
+from smt_peft.targets import (
+    choose_block_size,
+    count_base_parameters,
+    default_modules,
+    is_in_wrapper,
+    name_experts,
+    name_linear_layers,
+    share_budget,
+)
 from smt_peft.untouched import put_back_afterwards
 
 # What PEFT adds to modules_to_save for these tasks, but only after the injection and to the user's config object.
@@ -78,6 +86,7 @@ class SMTModel(BaseTuner):
         if config.target_modules is None:
             config.target_modules = default_modules(model, self.get_model_config(model)["model_type"])
         base_parameters = count_base_parameters(model)
+        name_linear_layers(config, model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
         _check_tokens(config, model)
@@ -108,12 +117,14 @@ class SMTModel(BaseTuner):
         if isinstance(target, Linear) and parameter_name in (None, target.parameter_name):
             target.update_layer(adapter_name)
             return
-        if _is_in_wrapper(self.model, current_key):  # another adapter's whole module, which "all-linear" finds
+        if is_in_wrapper(self.model, current_key):  # a part of what another adapter trains whole
             return
         if parameter_name is not None:
             self._wrap_parameter(adapter_name, target, target_name, parent, current_key, parameter_name)
             return
-        backend = resolve_quantization_backend(target, **get_quantization_kwargs(self))
+        backend = resolve_quantization_backend(target, **{**UNKNOWN_QUANTIZER, **get_quantization_kwargs(self)})
+        if getattr(backend, "get_apply_tensor_subclass", None) is _no_quantizer:
+            backend.supports_merge = False
         if not isinstance(target, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
             raise TypeError(
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
@@ -128,6 +139,8 @@ class SMTModel(BaseTuner):
         is_shared = id(getattr(target, "weight", None)) in self._shared  # GPTQ's layers have no such parameter
         layer = Linear(target, getattr(self.model, BANK), is_shared, backend).train(target.training)
         layer.update_layer(adapter_name)
+        if isinstance(parent, nn.TransformerEncoderLayer):  # in eval mode it takes weights past layers without hooks
+            layer.register_forward_pre_hook(_as_it_is)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_compatiblity(self, peft_config, model, target_name) -> None:
@@ -389,11 +402,15 @@ def _snapshot(model: nn.Module) -> list[Callable[[], object]]:
     return undo + [partial(parameter.requires_grad_, parameter.requires_grad) for parameter in model.parameters()]
 
 
-def _is_in_wrapper(model: nn.Module, name: str) -> bool:
-    """Whether a module is a part of what PEFT wraps to train it, or rows of it, whole."""
-    parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
-    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in above)
+def _no_quantizer() -> None:
+    """In place of what makes torchao's weights anew, where transformers has not quantised the model."""
+
+
+UNKNOWN_QUANTIZER = {"get_apply_tensor_subclass": _no_quantizer}
+
+
+def _as_it_is(layer: nn.Module, args: tuple) -> None:
+    """A hook that does nothing."""
 
 
 def _take_out(model: nn.Module, adapter: str) -> None:

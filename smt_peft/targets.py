@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 import regex
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -95,15 +96,50 @@ def _are_named(config: SMTConfig, parameter: str, once: list[str]) -> bool:
     return bool(named)
 
 
+def name_linear_layers(config: SMTConfig, model: nn.Module) -> None:
+    """Put names for 'all-linear', as PEFT does for LoRA; but not those of gates into which no block fits, nor of parts
+    of what another adapter trains whole."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    least = 2 if config.block_size == "auto" else config.block_size
+    _maybe_include_all_linear_layers(config, model)
+    config.target_modules = {
+        name
+        for name in config.target_modules
+        if not (_is_smaller(model.get_submodule(name), least) or is_in_wrapper(model, name))
+    }
+
+
+def _is_smaller(layer: nn.Module, side: int) -> bool:
+    sides = [getattr(layer, name, side) for name in ("in_features", "out_features")]
+    return min(sides) < side
+
+
+def is_in_wrapper(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of what PEFT wraps to train it, or rows of it, whole."""
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in above)
+
+
 def count_base_parameters(model: nn.Module) -> int:
-    """Parameters of the model without adapters; 4-bit weights and sharded ones counted in full."""
-    total = 0
+    """Parameters of the model without adapters; packed weights and sharded ones counted in full."""
+    total, packed = 0, set()
+    for module in model.modules():
+        own = [one for one in (*module._parameters.values(), *module._buffers.values()) if one is not None]
+        features = [getattr(module, name, None) for name in ("in_features", "out_features")]
+        if all(isinstance(count, int) for count in features) and any(map(_is_packed, own)):
+            total += math.prod(features)
+            packed.update(id(one) for one in own if _is_packed(one))
     for _, parameter in bases.base_weights(model):
-        count = getattr(parameter, "ds_numel", parameter.numel())
-        if type(parameter).__name__ == "Params4bit":
-            count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
-        total += count
+        if id(parameter) not in packed:
+            total += getattr(parameter, "ds_numel", parameter.numel())
     return total
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Whether it holds a weight as integers, perhaps several to an element."""
+    return tensor.ndim > 0 and not tensor.is_floating_point()
 
 
 def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> int:
@@ -116,12 +152,15 @@ def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> 
     if config.block_size == "auto":
         _warn_of_odd_modules(shapes, common)
         return common
-    for name, shape in shapes.items():
-        if any(side % config.block_size for side in shape):
-            raise ValueError(
-                f"block_size={config.block_size} does not divide {name}'s weight of shape {shape}; "
-                f"use {common} or block_size='auto'."
-            )
+    odd = [name for name, shape in shapes.items() if any(side % config.block_size for side in shape)]
+    if odd:
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        way_out = f"use {common} or block_size='auto'"
+        if common < SMALLEST_FAST_BLOCK and len(odd) < len(shapes):
+            way_out = f"leave {odd[0]}{others} out with exclude_modules"
+        raise ValueError(
+            f"block_size={config.block_size} does not divide {odd[0]}'s weight of shape {shapes[odd[0]]}; {way_out}."
+        )
     return config.block_size
 
 

@@ -256,6 +256,19 @@ def test_the_recipe_for_quantised_models_trains_with_checkpointing_in_a_trainer(
     assert losses[-1] < losses[0]
 
 
+def test_a_model_that_torchao_itself_has_quantised_is_trained_as_with_lora(float_model):
+    quantization = pytest.importorskip("torchao.quantization", reason="this needs torchao")
+    base, x = LlamaForCausalLM.from_pretrained(float_model).bfloat16(), torch.arange(2, 9)[None]
+    quantization.quantize_(base.model, quantization.Int8WeightOnlyConfig())
+    expected = base(x).logits
+    model = get_peft_model(base, SMTConfig(num_blocks=4, block_size=SIZE, selection="random"))
+    model(x, labels=x).loss.backward()
+    assert model.base_model.model.smt_bank["default"].weight.grad.any()
+    with pytest.raises(TypeError, match="A torchao weight cannot be merged into"):  # nothing says how to make one anew
+        model.merge_adapter()
+    assert torch.equal(model.unload()(x).logits, expected)
+
+
 def test_a_share_of_a_quantised_model_is_that_of_the_float_model(method, float_model):
     options = {"block_size": SIZE, "trainable_ratio": 0.05, "selection": "random"}
     models = quantized(float_model, method), LlamaForCausalLM.from_pretrained(float_model)

@@ -42,6 +42,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, banks, select_blocks
 from smt_peft import model as model_file
 from smt_peft.patches import sparse_patch
+from smt_peft.targets import count_base_parameters
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ class WithAnOddModule(nn.Module):
         return self.odd(torch.relu(self.second(torch.relu(self.first(x)))))
 
 
-@pytest.mark.parametrize("odd", [1, 37, 8], ids=["a gate of one row", "a head of 37 classes", "blocks of 8"])
+@pytest.mark.parametrize("odd", [37, 8], ids=["a head of 37 classes", "blocks of 8"])
 def test_one_odd_module_that_makes_all_blocks_small_is_named_with_the_size_without_it(odd):
     with pytest.warns(UserWarning, match=r"\bodd\b") as caught:
         get_peft_model(WithAnOddModule(odd), SMTConfig(target_modules="all-linear", num_blocks=4))
@@ -421,6 +422,82 @@ def test_an_adapter_of_modules_called_like_its_own_is_deleted(method):
     assert not model.smt_head.get_base_layer().weight.requires_grad
     delete_adapter(model, "default", {"lora": "lora_", "smt": SMTModel.prefix}[method])
     assert torch.equal(model(x), expected) and len(list(model.parameters())) == 2
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek-V4's: groups of inputs, each with rows of its own."""
+
+    def forward(self, x):
+        return torch.einsum("...gi,gri->...gr", x, self.weight.unflatten(0, (4, -1)))
+
+
+class Gate(nn.Linear):
+    """As routers of some mixtures of experts."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize("kind, x", [(Grouped, (2, 5, 4, 32)), (Gate, (2, 5, 32))])
+@pytest.mark.parametrize("selection", ["random", "gradient"])
+def test_a_linear_layer_that_does_more_than_multiply_is_refused(kind, x, selection):
+    """A block's rows would be no rows of its output, and a kernel would write past them."""
+    options = {"target_modules": ["0"], "selection": selection}
+    model = get_peft_model(nn.Sequential(kind(32, 64)), SMTConfig(block_size=16, num_blocks=4, **options))
+    with pytest.raises(TypeError, match=rf"0, a {kind.__name__} of 32 to 64 features, .*exclude_modules"):
+        model(torch.ones(x))
+    with model.disable_adapter():
+        model(torch.ones(x))
+
+
+@pytest.mark.parametrize("block_size", [16, "auto"])
+def test_all_linear_leaves_out_a_gate_of_one_output(base, tmp_path, block_size):
+    """As those of shared experts; README's recipe was refused for Qwen2-MoE."""
+    base.float().model.layers[0].mlp.gate = nn.Linear(64, 1)
+    like = deepcopy(base)
+    options = {"target_modules": "all-linear", "scope": "module", "selection": "random", "trainable_ratio": 0.05}
+    model = get_peft_model(base, SMTConfig(block_size=block_size, **options))
+    assert len(bank_of(model).targets) == 14 and bank_of(model).block_size >= 16
+    model.add_adapter("ref", model.peft_config["default"])  # as TRL does
+    model.save_pretrained(tmp_path)
+    assert torch.equal(bank_of(PeftModel.from_pretrained(like, tmp_path)).index, bank_of(model).index)
+
+
+def test_the_size_of_blocks_that_few_modules_refuse_is_not_the_way_out():
+    with pytest.raises(ValueError, match=r"leave .*odd.* out with exclude_modules"):
+        get_peft_model(WithAnOddModule(20), SMTConfig(target_modules="all-linear", block_size=16, num_blocks=2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_of_pytorchs_transformer_evaluates_what_it_trains(method):
+    """In eval mode it takes the weights past layers that have no hooks: LoRA is without effect there."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)).eval(), torch.randn(2, 5, 32)
+    model = wrap(base, method, target_modules=["linear1", "linear2"], budget=6).eval().float()
+    nn.init.normal_(bank_of(model).weight) if method != "lora" else None
+    with torch.no_grad():
+        changed = (model(x) - base(x)).abs().max() > 1e-3
+        assert changed == (method != "lora")
+        expected = dense_of(base, model).eval()(x) if method != "lora" else base(x)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_is_packed_counts_in_full():
+    """As GPTQ's and AWQ's, which are buffers, and Gemma's of 2 bits, four to a byte."""
+
+    class Packed(nn.Module):
+        in_features = out_features = 256
+
+        def __init__(self, is_buffer: bool):
+            super().__init__()
+            weight = torch.zeros(64, 256, dtype=torch.uint8)
+            self.register_buffer("qweight", weight) if is_buffer else setattr(
+                self, "weight", nn.Parameter(weight, requires_grad=False)
+            )
+            self.bias = nn.Parameter(torch.zeros(256))
+
+    model = nn.Sequential(Packed(True), Packed(False), nn.Linear(256, 256))
+    assert count_base_parameters(model) == 3 * 256 * 257
 
 
 def test_a_quantised_layer_without_a_weight_is_a_target(monkeypatch):
