@@ -8,7 +8,11 @@ from collections.abc import Iterable
 
 import regex
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -50,8 +54,11 @@ def default_modules(model: nn.Module, model_type: str) -> set[str] | None:
         return set(TARGET_MODULES[model_type])
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     others = [modules for modules in TARGET_MODULES.values() if modules != ["in_proj"]]  # Mamba's mixers have one, too
-    is_mixed = any(map(there.issuperset, others))
-    return set(USUAL_MODULES) if there.issuperset(USUAL_MODULES) and not is_mixed else None
+    if not there.issuperset(USUAL_MODULES) or any(map(there.issuperset, others)):
+        return None
+    named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in USUAL_MODULES}
+    layers = {n for n, module in named.items() if isinstance(module, BaseTunerLayer) or not len(module._modules)}
+    return set(USUAL_MODULES) if len(layers) == len(named) else layers  # Gemma 4's towers have modules of these names
 
 
 def name_experts(config: SMTConfig, model: nn.Module) -> None:

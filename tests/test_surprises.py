@@ -424,6 +424,27 @@ def test_an_adapter_of_modules_called_like_its_own_is_deleted(method):
     assert torch.equal(model(x), expected) and len(list(model.parameters())) == 2
 
 
+def test_what_only_has_the_usual_names_is_no_default_target(tmp_path):
+    """As in Gemma 4's towers, where they are modules around layers; PEFT's defaults for LoRA leave these out."""
+    names = "q_proj", "k_proj", "v_proj"
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        text, tower = (
+            nn.ModuleDict({name: layer() for name in names}) for layer in (linear, lambda: around(linear()))
+        )
+        return nn.ModuleDict({"text": text, "tower": tower})
+
+    def linear() -> nn.Linear:
+        return nn.Linear(32, 32)
+
+    around = nn.Sequential
+    model = get_peft_model(make(), SMTConfig(block_size=16, num_blocks=2, selection="random"))
+    assert {target.name for target in bank_of(model).targets} == {f"text.{name}" for name in names}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(bank_of(PeftModel.from_pretrained(make(), tmp_path)).index, bank_of(model).index)
+
+
 class Grouped(nn.Linear):
     """As DeepSeek-V4's: groups of inputs, each with rows of its own."""
 
