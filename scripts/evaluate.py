@@ -118,7 +118,8 @@ def complete(options: Options) -> list[str]:
             notes.append(f"{options.adapter} was made for {named}, and stands on {options.model} here")
     if options.trained_on:
         return notes
-    learnt = training_data_of(options.adapter or options.model)
+    where = (options.adapter,) if options.adapter else (options.model, options.revision)
+    learnt = training_data_of(*where)
     if learnt is not None:  # and what an adapter's base model has learnt, if that was itself trained by these scripts
         learnt = dict.fromkeys([*learnt, *(training_data_of(options.model, options.revision) or [])])
         options.trained_on = ",".join(name for name in learnt if name not in STDLIB) or "none"

@@ -134,6 +134,7 @@ def empty_model(base: Path) -> PreTrainedModel:
             f"The config of {base} names {kind.__name__}, and is of another model ({config.model_type}); fix its "
             "architectures."
         )
+    config = config if isinstance(config, known) else config.get_text_config()
     if hasattr(config, "quantization_config"):
         raise ValueError(f"{base} is quantised; merge into the model that it was made from.")
     with torch.device("meta"):

@@ -149,9 +149,10 @@ class Linear(nn.Module, BaseTunerLayer):
 
     def _check_output(self, y: torch.Tensor, x: torch.Tensor, share: Share) -> None:
         """Raise TypeError where the base layer does not multiply by its weight, as a linear layer that has groups."""
-        if isinstance(y, torch.Tensor) and y.shape == (*x.shape[:-1], self.out_features):
+        is_plain = isinstance(y, torch.Tensor) and not y.is_nested and x.shape[-1] == self.in_features
+        if is_plain and y.shape == (*x.shape[:-1], self.out_features):
             return
-        given = tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__
+        given = tuple(y.shape) if isinstance(y, torch.Tensor) and not y.is_nested else type(y).__name__
         name, kind = share.bank.targets[share.target].name, type(self.get_base_layer()).__name__
         raise TypeError(
             f"{name}, a {kind} of {self.in_features} to {self.out_features} features, makes {given} of an input "

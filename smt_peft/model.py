@@ -83,10 +83,7 @@ class SMTModel(BaseTuner):
             config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or []), *HEADS[config.task_type]])]
         if not config.awaits_weights:
             name_experts(config, model)
-        if config.target_modules is None:
-            config.target_modules = default_modules(model, self.get_model_config(model)["model_type"])
         base_parameters = count_base_parameters(model)
-        name_linear_layers(config, model)
         uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         self._shared = {parameter_id for parameter_id, count in uses.items() if count > 1}
         _check_tokens(config, model)
@@ -99,6 +96,9 @@ class SMTModel(BaseTuner):
                 replaced = banks[adapter_name]
                 _take_out(model, adapter_name)
                 _take_out_of_wrappers(model, adapter_name)
+            if config.target_modules is None:
+                config.target_modules = default_modules(model, self.get_model_config(model)["model_type"])
+            name_linear_layers(config, model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
         except BaseException:
@@ -139,8 +139,6 @@ class SMTModel(BaseTuner):
         is_shared = id(getattr(target, "weight", None)) in self._shared  # GPTQ's layers have no such parameter
         layer = Linear(target, getattr(self.model, BANK), is_shared, backend).train(target.training)
         layer.update_layer(adapter_name)
-        if isinstance(parent, nn.TransformerEncoderLayer):  # in eval mode it takes weights past layers without hooks
-            layer.register_forward_pre_hook(_as_it_is)
         self._replace_module(parent, target_name, layer, target)
 
     def _check_target_module_compatiblity(self, peft_config, model, target_name) -> None:
@@ -172,6 +170,8 @@ class SMTModel(BaseTuner):
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)  # PEFT's also hands `weight` over, which some modules lack
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(new_module, Linear):
+            new_module.register_forward_pre_hook(_as_it_is)  # in eval mode it takes weights past what has no hooks
 
     def _allocate_bank(self, model: nn.Module, adapter: str, base_parameters: int, on_meta: bool) -> None:
         config: SMTConfig = self.peft_config[adapter]

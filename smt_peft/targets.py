@@ -27,6 +27,7 @@ SMALLEST_FAST_BLOCK = 16  # what matrix units take
 PATTERN_SECONDS = 0.5  # for one name
 LARGEST_AUTO_BLOCK = 256  # the largest that divides every linear layer of the LLaMA family (11008 = 43 * 256)
 
+SIDES = "in_features", "out_features"
 USUAL_MODULES = ["q_proj", "k_proj", "v_proj"]
 _DEFAULTS = {
     "qkv_proj": "phi3 codegen",
@@ -57,8 +58,10 @@ def default_modules(model: nn.Module, model_type: str) -> set[str] | None:
     if not there.issuperset(USUAL_MODULES) or any(map(there.issuperset, others)):
         return None
     named = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in USUAL_MODULES}
-    layers = {n for n, module in named.items() if isinstance(module, BaseTunerLayer) or not len(module._modules)}
-    return set(USUAL_MODULES) if len(layers) == len(named) else layers  # Gemma 4's towers have modules of these names
+    # Gemma 4's towers have modules of these names around layers.
+    kinds = BaseTunerLayer, nn.Linear
+    layers = {name for name, module in named.items() if isinstance(module, kinds) or not module._modules}
+    return set(USUAL_MODULES) if len(layers) == len(named) else layers or None
 
 
 def name_experts(config: SMTConfig, model: nn.Module) -> None:
@@ -108,7 +111,7 @@ def name_linear_layers(config: SMTConfig, model: nn.Module) -> None:
     of what another adapter trains whole."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
         return
-    least = 2 if config.block_size == "auto" else config.block_size
+    least = 2 if config.block_size == "auto" else min(config.block_size, SMALLEST_FAST_BLOCK)
     _maybe_include_all_linear_layers(config, model)
     config.target_modules = {
         name
@@ -118,8 +121,7 @@ def name_linear_layers(config: SMTConfig, model: nn.Module) -> None:
 
 
 def _is_smaller(layer: nn.Module, side: int) -> bool:
-    sides = [getattr(layer, name, side) for name in ("in_features", "out_features")]
-    return min(sides) < side
+    return min(getattr(layer, name, side) for name in SIDES) < side
 
 
 def is_in_wrapper(model: nn.Module, name: str) -> bool:
@@ -134,9 +136,10 @@ def count_base_parameters(model: nn.Module) -> int:
     total, packed = 0, set()
     for module in model.modules():
         own = [one for one in (*module._parameters.values(), *module._buffers.values()) if one is not None]
-        features = [getattr(module, name, None) for name in ("in_features", "out_features")]
-        if all(isinstance(count, int) for count in features) and any(map(_is_packed, own)):
-            total += math.prod(features)
+        sides = ("num_embeddings", "embedding_dim") if isinstance(module, nn.Embedding) else SIDES
+        counts = [getattr(module, side, None) for side in sides]
+        if all(isinstance(count, int) for count in counts) and any(map(_is_packed, own)):
+            total += math.prod(counts)
             packed.update(id(one) for one in own if _is_packed(one))
     for _, parameter in bases.base_weights(model):
         if id(parameter) not in packed:
@@ -145,8 +148,9 @@ def count_base_parameters(model: nn.Module) -> int:
 
 
 def _is_packed(tensor: torch.Tensor) -> bool:
-    """Whether it holds a weight as integers, perhaps several to an element."""
-    return tensor.ndim > 0 and not tensor.is_floating_point()
+    """Whether it holds a weight as integers, or in 4 bits, perhaps several to an element."""
+    is_integer = tensor.ndim > 0 and not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return is_integer or type(tensor).__name__ == "Params4bit"
 
 
 def choose_block_size(config: SMTConfig, shapes: dict[str, tuple[int, int]]) -> int:

@@ -35,6 +35,7 @@ def nf4_twice() -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.bfloat16,  # as FSDP needs it
     )
 
 

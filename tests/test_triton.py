@@ -43,6 +43,7 @@ def kernels(monkeypatch):
     from smt_peft.ops import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "_ready", {})  # else what one test has made ready runs in the next
+    monkeypatch.setattr(triton_kernels, "_tuned_adds", set())
     return triton_kernels
 
 
@@ -152,7 +153,10 @@ def test_every_tuning_choice_computes_the_same(kernels, monkeypatch, config, blo
 
 
 @here
-def test_rounding_deltas_once_changes_nothing(kernels, monkeypatch):
+@pytest.mark.parametrize("tuned", [False, True])
+def test_rounding_deltas_once_changes_nothing(kernels, monkeypatch, tuned):
+    if tuned:  # also for each dtype of deltas apart
+        choose_of_two(kernels, monkeypatch)
     side = ops.plan(torch.tensor([0]), torch.tensor([0]), keep_input=True).out
     side = side._replace(**{name: tensor.to(DEVICE) for name, tensor in side._asdict().items()})
     x, delta = torch.randn(20, 16, device=DEVICE).half(), torch.randn(1, 16, 16, device=DEVICE)
@@ -241,14 +245,19 @@ def test_features_beyond_int32(kernels):
         assert torch.equal(near, far)
 
 
-@here
-def test_tuning_adds_only_once(kernels, monkeypatch):
-    """A tuner calls the kernel many times; here without the clocks of a GPU, which the interpreter does not have."""
+def choose_of_two(kernels, monkeypatch):
+    """Have the tuner choose."""
     configs = [kernels.triton.Config({"ROWS": edge, "COLS": edge, "STEP": 32}) for edge in (64, 128)]
     monkeypatch.setattr(kernels._block_add_kernel, "configs", configs)
     monkeypatch.setattr(kernels._block_add_kernel, "cache", {})
     bench = "do_bench"  # a property that Triton keeps
     monkeypatch.setitem(vars(kernels._block_add_kernel), bench, lambda call, quantiles: [call() or call() or 1.0] * 3)
+
+
+@here
+def test_tuning_adds_only_once(kernels, monkeypatch):
+    """A tuner calls the kernel many times; here without the clocks of a GPU, which the interpreter does not have."""
+    choose_of_two(kernels, monkeypatch)
     check(kernels, 16, (2, 2), 20)
     assert kernels._block_add_kernel.cache
 

@@ -140,6 +140,12 @@ def test_a_second_config_takes_the_place_of_the_firsts_whole_modules(base, batch
     torch.testing.assert_close(outputs(again, batches[0]), outputs(model, batches[0]), rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_replaced_adapter_trained_whole_can_be_a_target(base):
+    get_peft_model(base, make_config(target_modules=["q_proj"], modules_to_save=["down_proj"]))
+    model = get_peft_model(base, make_config(target_modules="all-linear"))
+    assert sum("down_proj" in target.name for target in bank_of(model).targets) == 2
+
+
 def test_what_another_adapter_trains_whole_is_no_target(base, tmp_path):
     model = wrap(base, modules_to_save=["lm_head"])
     model.add_adapter("b", make_config(target_modules="all-linear"))

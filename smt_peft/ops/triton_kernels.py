@@ -427,8 +427,8 @@ def _first_launch(kernel: triton.runtime.Autotuner, key: tuple, args: tuple, con
     options = dict(zip(names, constants, strict=False))
     with _tuning:  # a tuner keeps the tensors that it works on in itself
         if kernel is _block_add_kernel and len(kernel.configs) > 1:
-            bucket, dtypes = args[kernel.arg_names.index("bucket")], (output.dtype, args[1].dtype)
-            tuned = bucket, options["BLOCK"], output.device, dtypes
+            dtypes = [one.dtype for one in args if isinstance(one, Tensor)]  # as Triton's own key
+            tuned = args[kernel.arg_names.index("bucket")], options["BLOCK"], *dtypes
             if tuned not in _tuned_adds:  # tuning launches many times, and each would add
                 scratch = torch.empty_strided(output.shape, output.stride(), dtype=output.dtype, device=output.device)
                 kernel[grid](scratch, *args[1:], **options)
