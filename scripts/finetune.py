@@ -100,8 +100,8 @@ class Options:
     old_data: str | None = HfArg(help="what not to forget: like data, but only evaluated", default=None)
     methods: str = HfArg(
         help="smt, lora, dora, full, or one after the other: smt,lora. Each has a folder of its own in output_dir, "
-        "and --resume_from_checkpoint true goes on from the last checkpoint there; what was finished with the same "
-        "settings is left alone",
+        "and --resume_from_checkpoint true goes on from the last checkpoint there, with the learning rate, seed and "
+        "adapter options that it has; what was finished with the same settings is left alone",
         default="smt",
     )
     smt: str = HfArg(
@@ -616,8 +616,9 @@ def check_goes_on(checkpoint: str | None, rows: int, settings: dict) -> None:
     learnt, earlier = said.get("rows", rows), said.get("settings", settings)
     for name in sorted(name for name in earlier | settings if name.startswith(KEPT)):
         if earlier.get(name) != settings.get(name):
+            what = "its adapter's options" if name == "options" else name
             raise SystemExit(
-                f"{checkpoint} was trained with {name} {earlier.get(name, 'at its default')}, now it is "
+                f"{checkpoint} was trained with {what} {earlier.get(name, 'at its default')}, now it is "
                 f"{settings.get(name, 'at its default')}: go on with the same, or name another output_dir"
             )
     if learnt != rows:

@@ -358,7 +358,7 @@ def test_a_run_is_not_gone_on_with_where_other_rows_are_held_out(files, tmp_path
     "change, words",
     {
         "--weight_decay=0.5": "weight_decay at its default, now it is 0.5",
-        "--seed=7": r"options {'seed': 42, .*}, now it is {'seed': 7, ",
+        "--seed=7": r"its adapter's options {'seed': 42, .*}, now it is {'seed': 7, ",
     }.items(),
 )
 def test_a_run_is_not_gone_on_with_where_a_checkpoint_has_settings_of_its_own(files, tmp_path, change, words):
