@@ -221,6 +221,16 @@ def test_an_adapter_loads_where_peft_dispatches_anew(tmp_path, monkeypatch, meth
     assert_same(logits(model), logits(made))
 
 
+def test_a_refused_second_adapter_leaves_accelerates_hooks_alone(tmp_path):
+    """What puts a whole module back must not copy the forward that a hook stands in for."""
+    model = dispatched(tiny_model(), tmp_path)
+    model = get_peft_model(model, config(selection="random", init_weights=False, modules_to_save=["lm_head"]))
+    expected = logits(model)
+    with pytest.raises(ValueError, match="above the"):
+        model.add_adapter("second", config(selection="random", num_blocks=10**6))
+    assert_same(logits(model), expected)
+
+
 def test_an_offloaded_model_is_unmerged_by_whatever_asks_for_it(place):
     model = get_peft_model(place(tiny_model()), config(init_weights=False, selection="random"))
     model.add_adapter("other", config(init_weights=False, selection="random", seed=1))
