@@ -136,10 +136,9 @@ def complete(options: Options) -> list[str]:
 def load(options: Options, device: torch.device) -> tuple[torch.nn.Module, Any]:
     """Load the model, its adapter if there is one, and its tokenizer."""
     with in_a_line():
-        which = {"revision": options.revision} if options.revision else {}
-        tokenizer = AutoTokenizer.from_pretrained(options.model, **which)
+        tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision or "main")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # any will do: padding is masked
-    model = load_model(options, options.revision)
+    model = load_model(options, options.revision or "main")
     if not options.quantization:  # else it is there already, and 8-bit weights refuse to be moved
         model = model.to(device)
     if options.adapter:

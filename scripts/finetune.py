@@ -283,10 +283,9 @@ def parse_quantization(text: str) -> dict:
     return given
 
 
-def load_model(options: Options, revision: str | None = None) -> torch.nn.Module:
+def load_model(options: Options, revision: str = "main") -> torch.nn.Module:
     quantized = {"quantization_config": BitsAndBytesConfig(**options.quantization)} if options.quantization else {}
-    which = {"revision": revision} if revision else {}
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, **which, **quantized)
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, revision=revision, **quantized)
 
 
 def config_of(method: str, options: Options) -> PeftConfig | None:
@@ -675,8 +674,8 @@ def main(argv: list[str]) -> None:
             say_what_is_cut(rows, train, tokenizer, options.max_length)
         test = {name: encode(rows, tokenizer, options.max_length) for name, (_, rows) in parts.items()}
         test = {name: rows.shuffle(0).take(min(options.eval_rows, len(rows))) for name, rows in test.items()}
-    for method, own in own_arguments.items():
-        with in_a_line():
+    with in_a_line():
+        for method, own in own_arguments.items():
             check_goes_on(own.resume_from_checkpoint, len(train), settings_of(method, options, own))
     prompts = prompts_of(parts[options.data][1], options, tokenizer)
     [earlier], results = broadcast_object_list([read_results(args)]), {}

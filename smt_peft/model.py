@@ -6,7 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -15,8 +15,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     AuxiliaryTrainingWrapper,
     TrainableTokensWrapper,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +27,8 @@ from smt_peft.config import SMTConfig
 from smt_peft.experts import ParamWrapper
 from smt_peft.given import given_index
 from smt_peft.layer import Linear
+from smt_peft.quantized import backend_of
+from smt_peft.removal import layers_of, remove_banks, snapshot, take_out, take_out_of_wrappers
 from smt_peft.targets import (
     choose_block_size,
     count_base_parameters,
@@ -73,7 +73,7 @@ class SMTModel(BaseTuner):
             )
         _check_name(model, adapter_name)
         _check_rows(model, self.peft_config, adapter_name)
-        undo, banks, replaced = _snapshot(model), getattr(model, BANK, None), None
+        undo, banks, replaced = snapshot(model), getattr(model, BANK, None), None
         targeted = [*self.targeted_module_names], [*self.targeted_parameter_names]
         for name, bank in (banks or {}).items():  # for TRL, which copies the config of the one that is there
             if name != adapter_name and name in self.peft_config:
@@ -94,8 +94,8 @@ class SMTModel(BaseTuner):
                 setattr(model, BANK, Banks(model))
             elif adapter_name in banks:
                 replaced = banks[adapter_name]
-                _take_out(model, adapter_name)
-                _take_out_of_wrappers(model, adapter_name)
+                take_out(model, adapter_name)
+                take_out_of_wrappers(model, adapter_name)
             if config.target_modules is None:
                 config.target_modules = default_modules(model, self.get_model_config(model)["model_type"])
             name_linear_layers(config, model)
@@ -103,7 +103,7 @@ class SMTModel(BaseTuner):
             self._allocate_bank(model, adapter_name, base_parameters, low_cpu_mem_usage)
         except BaseException:
             if banks is None:
-                _remove_banks(model)
+                remove_banks(model)
             for change_back in undo:
                 change_back()
             self.targeted_module_names, self.targeted_parameter_names = targeted
@@ -122,9 +122,7 @@ class SMTModel(BaseTuner):
         if parameter_name is not None:
             self._wrap_parameter(adapter_name, target, target_name, parent, current_key, parameter_name)
             return
-        backend = resolve_quantization_backend(target, **{**UNKNOWN_QUANTIZER, **get_quantization_kwargs(self)})
-        if getattr(backend, "get_apply_tensor_subclass", None) is _no_quantizer:
-            backend.supports_merge = False
+        backend = backend_of(target, self)
         if not isinstance(target, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
             raise TypeError(
                 f"Target module {current_key} is a {type(target).__name__}; SMT trains blocks of torch.nn.Linear, "
@@ -212,7 +210,7 @@ class SMTModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         if not merge:
-            for layer in _layers_of(self.model):
+            for layer in layers_of(self.model):
                 layer.restore()
             for wrapper in self.model.modules():
                 if isinstance(wrapper, TrainableTokensWrapper) and wrapper.token_adapter.merged:
@@ -229,7 +227,7 @@ class SMTModel(BaseTuner):
                     "calls, would tie it again."
                 )
             model.config.tie_word_embeddings = was_tied
-        _remove_banks(model)
+        remove_banks(model)
         return model
 
     # --- combining adapters ----------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ class SMTModel(BaseTuner):
         except BaseException:
             if is_new:
                 self.peft_config.pop(adapter_name, None)
-                _take_out(self.model, adapter_name)
+                take_out(self.model, adapter_name)
             raise
 
     # --- state dicts -----------------------------------------------------------------------------------------------
@@ -340,7 +338,7 @@ def _check_name(model: nn.Module, adapter: str) -> None:
             f"An SMT adapter cannot be called {adapter!r}: a name must not be empty, hold a dot, be one that "
             f"torch.nn.ModuleDict has for itself, or {BANK} or weight, which the names of all adapters' state have."
         )
-    if any(adapter in layer.merged_adapters for layer in _layers_of(model)):
+    if any(adapter in layer.merged_adapters for layer in layers_of(model)):
         raise ValueError(
             f"The model has an adapter {adapter!r} already, which is merged into its weights; call "
             "unmerge_adapter() first, or give the new adapter another name."
@@ -385,56 +383,8 @@ def _check_tokens(config: SMTConfig, model: nn.Module) -> None:
                     )
 
 
-def _layers_of(model: nn.Module) -> list[Linear]:
-    return [module for module in model.modules() if isinstance(module, Linear)]
-
-
-def _snapshot(model: nn.Module) -> list[Callable[[], object]]:
-    """What puts back all that an injection changes: which modules there are, what PEFT's wrappers of whole modules and
-    of rows hold, and what is trained."""
-    # A module's children at once: an interrupt may fall between any two lines.
-    undo = [partial(vars(module).update, _modules=dict(module._modules)) for module in model.modules()]
-    hooks = vars(nn.Module()).keys() - {"_modules", "_parameters", "_buffers"}
-    for wrapper in (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)):
-        for held in map(vars, wrapper.modules()):
-            containers = {name for name in held.keys() - hooks if isinstance(held[name], (dict, list, set, str))}
-            undo.append(partial(held.update, {name: copy.copy(held[name]) for name in containers}))
-    return undo + [partial(parameter.requires_grad_, parameter.requires_grad) for parameter in model.parameters()]
-
-
-def _no_quantizer() -> None:
-    """In place of what makes torchao's weights anew, where transformers has not quantised the model."""
-
-
-UNKNOWN_QUANTIZER = {"get_apply_tensor_subclass": _no_quantizer}
-
-
 def _as_it_is(layer: nn.Module, args: tuple) -> None:
     """A hook that does nothing."""
-
-
-def _take_out(model: nn.Module, adapter: str) -> None:
-    """Take an adapter out, and the layers that have none left."""
-    for layer in _layers_of(model):
-        layer.smt_blocks._modules.pop(adapter, None)
-    banks: Banks = getattr(model, BANK)
-    banks._modules.pop(adapter, None)
-    for name, layer in reversed(list(model.named_modules())):
-        if isinstance(layer, Linear) and not len(layer.smt_blocks):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
-
-
-def _take_out_of_wrappers(root: nn.Module, adapter: str) -> None:
-    """Take an adapter out of PEFT's wrappers of whole modules and of rows, and the wrappers that have none left."""
-    for name, module in list(root.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
-            active = module._active_adapter if module.active_adapters != [adapter] else []
-            module.delete_adapter(adapter, None)
-            module._adapters.discard(adapter)  # which PEFT keeps where its module is gone already
-            module._active_adapter = active  # which PEFT empties
-            if not module._adapters:
-                parent, _, child = name.rpartition(".")
-                setattr(root.get_submodule(parent), child, module.original_module)
 
 
 def forget_unloaded(model: nn.Module, adapter: str) -> None:
@@ -442,18 +392,11 @@ def forget_unloaded(model: nn.Module, adapter: str) -> None:
     owner = next((m for m in model.modules() if isinstance(m, SMTModel) and adapter in m.peft_config), None)
     root, configs = (owner.model, owner.peft_config) if owner else (model, model.peft_config)
     if getattr(configs.get(adapter), "awaits_weights", False):
-        _take_out(root, adapter)
+        take_out(root, adapter)
         if not len(getattr(root, BANK)):
-            _remove_banks(root)
-        _take_out_of_wrappers(root, adapter)
+            remove_banks(root)
+        take_out_of_wrappers(root, adapter)
         for name in configs[adapter].trained_before:
             with contextlib.suppress(AttributeError):  # of an adapter that this one took the place of
                 root.get_parameter(name).requires_grad_()
         del configs[adapter]
-
-
-def _remove_banks(model: nn.Module) -> None:
-    model = getattr(model, "_orig_mod", model)  # PyTorch 2.7's compiled model cannot delete what is inside of it
-    if hasattr(model, BANK):
-        getattr(model, BANK).let_go()
-        delattr(model, BANK)

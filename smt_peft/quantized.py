@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 
@@ -17,6 +19,20 @@ def dequantized(layer: BaseTunerLayer) -> torch.Tensor:
     if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         base_layer.state_dict()
     return layer.get_base_weight()
+
+
+def backend_of(layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's back end for a quantised layer; one that cannot merge where torchao itself has quantised it, and no
+    quantiser of transformers says how to make such a weight anew."""
+    how = get_quantization_kwargs(model)
+    backend = resolve_quantization_backend(layer, **({"get_apply_tensor_subclass": _unknown} | how))
+    if backend is not None and backend.backend_name == "torchao" and not how:
+        backend.supports_merge = False
+    return backend
+
+
+def _unknown() -> None:
+    """In place of what makes torchao's weights anew."""
 
 
 class Original:

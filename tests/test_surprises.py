@@ -39,8 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, banks, select_blocks
-from smt_peft import model as model_file
+from smt_peft import Selection, SMTConfig, SMTModel, SMTWarmupCallback, banks, quantized, select_blocks
 from smt_peft.patches import sparse_patch
 from smt_peft.targets import count_base_parameters
 
@@ -543,7 +542,7 @@ def test_a_quantised_layer_without_a_weight_is_a_target(monkeypatch):
             return 0 * x
 
     backend = SimpleNamespace(supports_merge=False, backend_name="AQLM", layer_type="linear")
-    monkeypatch.setattr(model_file, "resolve_quantization_backend", lambda *_, **__: backend)
+    monkeypatch.setattr(quantized, "resolve_quantization_backend", lambda *_, **__: backend)
     model = wrap(nn.Sequential(Coded()), target_modules=["0"], budget=4, block_size=16)
     torch.nn.init.ones_(bank_of(model).weight)
     x = torch.ones(1, 32)
